@@ -1,0 +1,189 @@
+"""The model's own promises: shapes, the cache, generation, checkpoints, the optimizer, the loader's numbering."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import llama31
+from llama31 import PRESETS, DistributedShardedDataLoader, KVCache, Llama, ModelArgs, Transformer
+
+TINY = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=97, multiple_of=16, max_seq_len=64)
+
+
+def tiny(**changes):
+    model = Transformer(ModelArgs(**{**TINY, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2, generator=generator)
+    return model.eval()
+
+
+def close(a, b):
+    return (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("preset, count", [
+    ("llama3.1-8b", 8_030_261_248), ("llama3.1-70b", 70_553_706_496), ("llama3.1-405b", 405_853_388_800),
+    ("llama3.2-1b", 1_235_814_400), ("llama3.2-3b", 3_212_749_824)])
+def test_presets_have_metas_parameter_counts(preset, count):
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**PRESETS[preset]))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("fields, name", [({"n_kv_heads": 4}, "n_kv_heads"), ({"dim": 50}, "dim"),
+                                          ({"n_layers": 0}, "n_layers"), ({"vocab_size": 9.5}, "vocab_size")])
+def test_an_inconsistent_field_is_named(fields, name):
+    with pytest.raises(ValueError, match=name):
+        ModelArgs(**{**TINY, **fields})
+
+
+def test_an_unknown_field_is_named(tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps({**TINY, "colour": 3}))
+    with pytest.raises(ValueError, match="colour"):
+        ModelArgs.from_json(tmp_path / "params.json")
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("chunks", [[1] * 12, [12], [7, 1, 1, 3], [5, 7]])
+def test_cached_logits_equal_the_full_forward(kv_heads, chunks):
+    model = tiny(n_kv_heads=kv_heads)
+    tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
+    full, at = model(tokens), 0
+    caches = [KVCache(model.args, 2, 12) for _ in model.layers]
+    with torch.inference_mode():
+        for T in chunks:
+            logits = model.forward_cached(tokens[:, at:at + T], [at, at], caches, [T - 1, T - 1])
+            at += T
+            assert close(logits, full[:, at - 1])
+        with pytest.raises(ValueError, match="holds 12"):
+            model.forward_cached(tokens[:, :1], [12, 12], caches, [0, 0])
+
+
+def test_logits_do_not_see_the_future():
+    model = tiny()
+    tokens = torch.arange(10)[None]
+    changed = tokens.clone()
+    changed[0, 6] = 50
+    assert torch.equal(model(tokens)[:, :6], model(changed)[:, :6])
+    assert not torch.equal(model(tokens)[:, 6:], model(changed)[:, 6:])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_ragged_batch_generates_what_its_rows_would_alone(temperature):
+    llama = Llama(tiny(), None, max_seq_len=64)
+    prompts = [[1], [5, 6, 7, 8, 9], [3, 0, 0]]
+    batch = llama.generate(prompts, 20, temperature=temperature, seed=7)
+    alone = [llama.generate([p], 20, temperature=temperature, seed=7 + i)[0] for i, p in enumerate(prompts)]
+    assert batch == alone and all(len(row) == 20 for row in batch)
+
+
+def test_generation_stops_at_stop_tokens_and_at_max_seq_len_and_refuses_what_does_not_fit():
+    llama = Llama(tiny(), None, max_seq_len=16)
+    row = llama.generate([[1, 2]], 100, temperature=0)[0]
+    assert len(row) == 14
+    assert llama.generate([[1, 2]], 100, temperature=0, stop_tokens=[row[3]])[0] == row[:row.index(row[3])]
+    assert llama.generate([[1, 2]], 3, temperature=0, echo=True)[0] == [1, 2, *row[:3]]
+    for prompts in ([[]], [[1] * 16], []):
+        with pytest.raises(ValueError, match="expected 1 to"):
+            llama.generate(prompts, 4)
+
+
+def test_packed_documents_have_the_loss_of_documents_run_apart():
+    model, bos = tiny(), 90
+    documents = [[bos, 4, 5, 6, 7], [bos, 9, 8], [bos, 1, 2, 3]]
+    packed = torch.tensor([sum(documents, [])])
+    loss = model.forward_loss(packed[:, :-1], packed[:, 1:], bos_id=bos)
+    apart = [model.forward_loss(torch.tensor([d[:-1]]), torch.tensor([d[1:]])) * (len(d) - 1) for d in documents]
+    assert close(loss, sum(apart) / sum(len(d) - 1 for d in documents))
+    assert model.forward_loss(packed, torch.full_like(packed, -100)) == 0
+
+
+def test_weight_decay_applies_to_matrices_and_never_to_norms():
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(0.5, weight_decay=0.25)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert close(p, before[name] * (1 - 0.5 * 0.25) if p.dim() == 2 else before[name]), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_directory_loads_strictly(tmp_path, tied):
+    model = tiny(tie_word_embeddings=tied)
+    (tmp_path / "params.json").write_text(json.dumps({**TINY, "tie_word_embeddings": tied}))
+    state = model.state_dict()
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    llama = Llama.build(tmp_path, device="cpu")
+    tokens = torch.arange(8)[None]
+    assert torch.equal(llama.model(tokens), model(tokens))
+    assert (llama.model.output.weight is llama.model.tok_embeddings.weight) == tied
+    torch.save({k: v for k, v in state.items() if "w2" not in k}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="w2.weight is missing"):
+        Llama.build(tmp_path, device="cpu")
+    (tmp_path / "consolidated.00.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        Llama.build(tmp_path, device="cpu")
+
+
+def write_shard(path, tokens, magic=20240801, version=7, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u4").tobytes())
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("ranks, B", [(1, 1), (2, 3), (3, 2), (4, 5)])
+def test_every_window_comes_once_an_epoch_over_all_ranks(tmp_path, shuffle, ranks, B):
+    T, sizes, windows = 4, [17, 5, 4, 30], []
+    for i, n in enumerate(sizes):
+        tokens = np.arange(1000 * i, 1000 * i + n)
+        write_shard(tmp_path / f"{i}.bin", tokens)
+        windows += [tokens[k * T:k * T + T + 1].tolist() for k in range((n - 1) // T)]
+    loaders = [DistributedShardedDataLoader(tmp_path / "*.bin", B, T, r, ranks, shuffle) for r in range(ranks)]
+    assert loaders[0].ntok_total == sum(sizes)
+    seen = []
+    while len(seen) < 3 * len(windows):
+        for loader in loaders:
+            x, y = loader.next_batch()
+            assert x.dtype == y.dtype == torch.int64 and x.shape == (B, T)
+            seen += [[*a, b[-1]] for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    for epoch in range(3):
+        part = seen[epoch * len(windows):(epoch + 1) * len(windows)]
+        assert sorted(part) == sorted(windows) and (shuffle or part == windows)
+    again = DistributedShardedDataLoader(tmp_path / "*.bin", 1, T, 0, 1, shuffle)
+    again.load_state_dict({"counter": 2 * len(windows) + 1})
+    assert torch.cat(again.next_batch(), 1)[0, :T + 1].tolist()[:T] == seen[2 * len(windows) + 1][:T]
+
+
+@pytest.mark.parametrize("damage, said", [
+    (dict(magic=3), "magic 3"), (dict(version=6), "version 6"), (dict(count=40), "says 40 tokens"),
+    (dict(count=2), "says 2 tokens"), (dict(count=-1), "says -1 tokens")])
+def test_a_bad_shard_is_named_with_its_numbers(tmp_path, damage, said):
+    write_shard(tmp_path / "a.bin", range(9), **damage)
+    with pytest.raises(ValueError, match=f"a.bin.*{said}"):
+        DistributedShardedDataLoader(tmp_path / "*.bin", 1, 4, 0, 1)
+
+
+def test_too_little_data_and_a_shard_that_shrinks_are_errors(tmp_path):
+    write_shard(tmp_path / "a.bin", range(9))
+    with pytest.raises(ValueError, match="9 tokens.*T \\+ 1 = 10"):
+        DistributedShardedDataLoader(tmp_path / "*.bin", 1, 9, 0, 1)
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        DistributedShardedDataLoader(tmp_path / "*.none", 1, 9, 0, 1)
+    loader = DistributedShardedDataLoader(tmp_path / "*.bin", 1, 4, 0, 1)
+    write_shard(tmp_path / "a.bin", range(3))
+    with pytest.raises(ValueError, match="shrunk"):
+        loader.next_batch()
+
+
+def test_scaled_rope_has_three_bands():
+    plain = llama31.rope_frequencies(ModelArgs(dim=64, n_heads=1))
+    scaled = llama31.rope_frequencies(ModelArgs(dim=64, n_heads=1, use_scaled_rope=True, rope_scale_factor=32))
+    ratio = plain / scaled
+    assert (ratio == 1).any() and close(ratio[-1:], torch.tensor([32.0])) and ((ratio > 1.01) & (ratio < 31)).any()
