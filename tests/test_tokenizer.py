@@ -34,7 +34,8 @@ def test_long_runs_have_metas_ids(text):
     assert TOKENIZER.encode(text) == META.encode(text, bos=False, eos=False)
 
 
-@pytest.mark.parametrize("content, said", [(b"<html>\n", "HTML page"), (b"YQ== 3\n", "rank 3"), (b"YQ== 0\n", "single bytes")])
+@pytest.mark.parametrize("content, said", [
+    (b"<html>\n", "HTML page"), (b"YQ== 3\n", "rank 3"), (b"YQ== 0\n", "single bytes")])
 def test_a_damaged_file_is_named(tmp_path, content, said):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match=f"tokenizer.model.*{said}"):
