@@ -32,16 +32,14 @@ MAX_CHARS = 400_000
 MAX_RUN = 25_000  # characters in a row that are all whitespace, or all not
 RUN = re.compile(rf"\s{{1,{MAX_RUN}}}|\S{{1,{MAX_RUN}}}")
 
-REMEDY = "expected Meta's tokenizer.model (original/tokenizer.model in downloads from Hugging Face)"
-FOREIGN = {b"<unk>": "Llama 2's SentencePiece model", b"<": "an HTML page", b"{": "JSON, like a tokenizer.json",
-           b"git-lfs": "a git-lfs pointer (`git lfs pull` gets the file)"}  # bytes that base64 doesn't use
+REMEDY = "Expected Meta's tokenizer.model (in downloads from Hugging Face: original/tokenizer.model)"
 
 
 class Tokenizer:
     """A vocabulary read from a tokenizer.model file. Errors: see read_vocabulary.
 
-    model_path: that file. n_words: the number of ids. special_tokens: name -> id. stop_tokens: ids that end a
-    text, turn or message. byte_lengths: UTF-8 bytes per id, 0 for special tokens (for bits per byte).
+    model_path: that file. n_words: number of ids. special_tokens: name -> id. stop_tokens: the ids that end
+    a text, turn or message. byte_lengths: bytes of each id's token, 0 if special (for bits per byte).
     """
 
     def __init__(self, model_path: str | os.PathLike):
@@ -83,7 +81,7 @@ class Tokenizer:
         return tokens + [self.eos_id] if eos else tokens
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens by name; U+FFFD for what isn't UTF-8. Errors: see decode_bytes."""
+        """Text of token ids, special tokens by name, U+FFFD for what isn't UTF-8. Errors: decode_bytes's."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -94,97 +92,94 @@ class Tokenizer:
         try:
             ids = list(map(operator.index, ids))
         except TypeError as error:
-            raise ValueError(f"expected a sequence of integer ids, found {ids!r:.60} ({error})") from None
+            raise ValueError(f"found {ids!r:.60}, expected a sequence of token ids ({error})") from None
         for i in ids:
             if not 0 <= i < self.n_words:
-                raise ValueError(f"token id {i}: expected 0 .. {self.n_words - 1}, as in {self.model_path}")
+                raise ValueError(f"found token id {i}, {self.model_path} has 0 .. {self.n_words - 1}")
         return b"".join([self._bytes[i] for i in ids])
 
 
 def split_long(text):
-    """Yields text in the pieces that Meta encodes one by one: cut at every MAX_CHARS, and in runs at MAX_RUN."""
+    """Yields the pieces that Meta encodes singly: text cut at every MAX_CHARS, a run at every MAX_RUN."""
     for start in range(0, len(text), MAX_CHARS):
         chunk, begin = text[start:start + MAX_CHARS], 0
         for run in RUN.finditer(chunk) if len(chunk) > MAX_RUN else ():
             end = run.end()
-            if end - run.start() == MAX_RUN and chunk[end - 1].isspace() == chunk[end:end + 1].isspace():
+            goes_on = end < len(chunk) and chunk[end].isspace() == chunk[end - 1].isspace()
+            if goes_on and end - run.start() == MAX_RUN:
                 yield chunk[begin:end]
                 begin = end
         yield chunk[begin:]
 
 
 def read_vocabulary(path: str) -> list[bytes]:
-    """Tokens of a tokenizer.model in rank order. FileNotFoundError: no file. ValueError: another or damaged one."""
+    """Tokens of a tokenizer.model in rank order. FileNotFoundError: no file. ValueError: not a sound one."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: found {'a folder' if os.path.isdir(path) else 'no file'}, {REMEDY}")
+        found = "a folder" if os.path.isdir(path) else "nothing"
+        raise FileNotFoundError(f"{path}: found {found}. {REMEDY}")
+    ranks = {}
     with open(path, "rb") as file:
-        head = file.read(64)
-        for sign, what in FOREIGN.items():
-            if sign in head:
-                raise ValueError(f"{path}: found {what}, {REMEDY}")
-        file.seek(0)
-        ranks = {}
         for number, line in enumerate(file, 1):
             try:
                 token, rank = line.split()
                 token = base64.b64decode(token, validate=True)
+                if rank != b"%d" % len(ranks):
+                    raise ValueError(f"expected rank {len(ranks)}")
+                if token in ranks:
+                    raise ValueError(f"{token} has rank {ranks[token]} already")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: found {line[:40]!r}, cut short or not `base64 rank` "
-                                 f"({error}), {REMEDY}") from None
-            if rank != b"%d" % len(ranks):
-                raise ValueError(f"{path}, line {number}: found rank {rank[:40].decode('ascii', 'replace')} in "
-                                 f"place of {len(ranks)}, a line is cut, missing or moved, {REMEDY}")
-            if token in ranks:
-                raise ValueError(f"{path}, line {number}: found {token} again (rank {ranks[token]}), {REMEDY}")
+                raise ValueError(f"{path}, line {number}: found {line[:60]!r}, not `base64 rank` ({error}): "
+                                 "cut short, a web page, a git-lfs pointer (then run git lfs pull) or "
+                                 f"another kind of tokenizer. {REMEDY}") from None
             ranks[token] = len(ranks)
-    if absent := [i for i in range(256) if bytes([i]) not in ranks]:
-        raise ValueError(f"{path}: found {len(ranks)} tokens, but not {len(absent)} of the 256 single bytes "
-                         f"(first: {absent[0]:#04x}), {REMEDY}")
+    if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{path}: found {len(ranks)} tokens, without {len(absent)} of the 256 single bytes "
+                         f"({absent[0]:#04x} first); cut short? {REMEDY}")
     return list(ranks)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
-    """Trains a byte-level BPE vocabulary, split by Llama 3's pattern, and writes it to path as a tokenizer.model.
+    """Trains a byte-level BPE vocabulary, split by Llama 3's pattern, and saves it as a tokenizer.model.
 
-    vocab_size: n_words, of 256 bytes, then merges as found, then 256 special tokens. The same texts give the same
-    file, which appears when complete. ValueError: vocab_size below 512, texts that aren't str or yield fewer merges.
+    vocab_size: n_words, of which 256 are bytes and 256 special tokens. The same texts give the same file; it
+    appears when complete. ValueError: vocab_size too small, not str, or too little text for so many merges.
     """
     # imported here because sampling and finetuning do without this package
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
 
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if not isinstance(vocab_size, int) or vocab_size < smallest:
-        raise ValueError(f"vocab_size: found {vocab_size!r}, expected {smallest} (bytes and special tokens) or more")
-    if isinstance(texts, str):
-        raise ValueError("texts: found one str, expected a sequence of them")
+    specials = len(SPECIAL_TOKENS)
+    if not isinstance(vocab_size, int) or vocab_size < 256 + specials:
+        raise ValueError(f"found vocab_size {vocab_size!r}, expected an int of {256 + specials} or more")
 
     def checked():
-        for text in texts:
+        for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
-                raise ValueError(f"texts: found {type(text).__name__} {text!r:.60}, expected str")
-            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as encode
+                raise ValueError(f"found {type(text).__name__} {text!r:.60} among the texts, expected str")
+            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # see encode
 
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator(checked(), trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False,
+    bpe.train_from_iterator(checked(), trainers.BpeTrainer(  # min_frequency: one occurrence teaches nothing
+        vocab_size=vocab_size - specials, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     vocab = bpe.get_vocab()
-    if (most := len(vocab) + len(SPECIAL_TOKENS)) < vocab_size:
-        raise ValueError(f"vocab_size: found {vocab_size}, but the text has pairs to merge (seen twice or more) for "
-                         f"{most} only; ask for {most} or give more text")
-    # the library writes a byte as one character: itself if printable in Latin-1, the others as 256, 257, ...
+    if len(vocab) + specials < vocab_size:
+        raise ValueError(f"found text enough for a vocab_size of {len(vocab) + specials}, expected "
+                         f"{vocab_size}: give more text or a smaller vocab_size")
+    # the library writes each byte as a character: printable ones of Latin-1 as such, the others from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = printable + [i for i in range(256) if i not in printable]
-    byte_of = {chr(i if n < len(printable) else 256 + n - len(printable)): i for n, i in enumerate(characters)}
-    path = os.fspath(path)
-    with open(f"{path}.part", "wb") as file:
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.part"
+    with open(part, "wb") as file:
         for rank, token in enumerate(sorted(vocab, key=vocab.get)):
             file.write(b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in token)), rank))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+    os.replace(part, path)
     return Tokenizer(path)
