@@ -1,4 +1,4 @@
-"""The command line: text stays text, and nothing runs on a flag that does not fit."""
+"""The command line: text stays text, and nothing runs on a word that does not fit."""
 
 import pytest
 
@@ -9,42 +9,94 @@ import cli
 def command():
     calls = []
 
-    def sample(*, prompt: str | None = None, n: int = 3, top: float = 0.9, shuffle: bool = False,
+    def sample(*, prompt: str | None = None, n: int = 3, top: float | None = 0.9, shuffle: bool = False,
                betas: tuple[float, float] = (0.9, 0.95)):
         """Samples."""
         calls.append((prompt, n, top, shuffle, betas))
+        return calls.append  # fire would call it
     return sample, calls
 
 
-@pytest.mark.parametrize("text", ["Hello, world", "2024", "[1]", "-", "None", "", "a=b", "'quoted'", "-5"])
+@pytest.mark.parametrize("text", [
+    "Hello, world", "2024", "True", "None", "{}", "[1]", "-", "-5", "-h", "-x", "", " ", "a=b", "'quoted'",
+    '"', "1e3", "two\nlines\n", "\\n", "--help me", "--", "--n=4", "Zoë 🦙", "#hash", "(1, 2)"])
 def test_text_flags_stay_text(command, text):
     sample, calls = command
-    cli.run({"sample": sample}, "sample", ["--prompt", text])
-    assert calls[0][0] == text
+    cli.run({"sample": sample}, "sample", [f"--prompt={text}"])
+    if not text.startswith("--"):
+        cli.run({"sample": sample}, "sample", ["--prompt", text])
+    assert {call[0] for call in calls} == {text}
 
 
 def test_values_become_what_the_annotations_say(command):
     sample, calls = command
-    cli.run({"sample": sample}, "sample", ["sample", "--n=7", "--top", "1", "--shuffle", "--betas", "0.8,0.9"])
-    cli.run({"sample": sample}, "sample", ["--noshuffle"])
-    assert calls == [(None, 7, 1.0, True, (0.8, 0.9)), (None, 3, 0.9, False, (0.9, 0.95))]
+    for words in (["sample", "--n=7", "--top", "1", "--shuffle", "--betas", "0.8,0.9"],
+                  ["--n", "-7", "--top=-1.5", "--shuffle", "False", "--betas=-1,1e-3"], []):
+        cli.run({"sample": sample}, "sample", words)
+    assert calls == [(None, 7, 1.0, True, (0.8, 0.9)), (None, -7, -1.5, False, (-1.0, 0.001)),
+                     (None, 3, 0.9, False, (0.9, 0.95))]
+    assert [type(value) for value in calls[0][1:]] == [int, float, bool, tuple]
+
+
+@pytest.mark.parametrize("words", [["a b", "c=d"], ["--src=a b", "--dst", "c=d"], ["a b", "--dst=c=d"]])
+def test_required_values_go_by_position_or_by_flag(words):
+    calls = []
+
+    def convert(src: str, dst: str):
+        calls.append((src, dst))
+    commands = {"convert": convert, "other": lambda: None}
+    cli.run(commands, "other", ["convert", *words])
+    assert calls == [("a b", "c=d")]
+    for wrong, said in ((["a"], "needs --dst"), ([], "needs --src --dst"),
+                        (["a", "b", "c"], "unexpected word 'c'"), (["a", "-b"], "unknown flag -b")):
+        with pytest.raises(SystemExit, match=said):
+            cli.run(commands, "convert", wrong)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--bad", "3"], "unknown flag --bad"), (["--n", "x"], "--n x: expected int"), (["hello"], "unexpected word"),
-    (["--prompt"], "--prompt needs a value"), (["--n", "1", "--n", "2"], "given twice"),
-    (["--shuffle=maybe"], "expected bool"), (["--betas", "1"], "--betas 1: expected tuple"),
-])
+    (["--bad", "3"], "unknown flag --bad"), (["--n", "2", "--pro=x"], "unknown flag --pro"),
+    (["-n", "3"], "unknown flag -n"), (["--n", "3", "--", "--trace"], "unknown flag --:"),
+    (["--n", "x"], "--n x: expected int"), (["--n=1.0"], "--n 1.0: expected int"),
+    (["--n="], "--n : expected int"), (["--n", "None"], "--n None: expected int"),
+    (["hello"], "unexpected word 'hello'"), (["--n", "3", "4"], "unexpected word '4'"),
+    (["--prompt"], "--prompt needs a value"), (["--prompt", "--n", "3"], "--prompt needs a value"),
+    (["--n", "1", "--n", "2"], "--n is given twice"), (["--n=1", "--n=1"], "--n is given twice"),
+    (["--shuffle=maybe"], "expected bool"), (["--shuffle", "maybe"], "unexpected word 'maybe'"),
+    (["--top", "two\nlines"], "expected float"), (["--betas", "1"], "--betas 1: expected tuple"),
+    (["--betas", "1,2,3"], "--betas 1,2,3: expected tuple")])
 def test_a_word_that_does_not_fit_is_one_line_and_nothing_runs(command, words, said):
     sample, calls = command
     with pytest.raises(SystemExit) as stop:
         cli.run({"sample": sample}, "sample", words)
-    assert said in str(stop.value.code) and "\n" not in str(stop.value.code)
+    assert stop.value.code.startswith("error: ") and said in stop.value.code and "\n" not in stop.value.code
     assert not calls
 
 
-def test_a_users_error_is_one_line():
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["sample", "--help"], ["sample", "-h"],
+                                   ["--n", "3", "--help"], ["--bad", "--help"]])
+def test_help_lists_every_flag_with_its_default_once_and_runs_nothing(command, words, capsys):
+    sample, calls = command
+    cli.run({"sample": sample, "train": lambda: None}, "sample", words)
+    out, err = capsys.readouterr()
+    flags = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
+    assert flags == ["--prompt", "--n", "--top", "--shuffle", "--betas"]
+    for said in ("Samples.", "default None", "default 3", "default 0.9", "default False",
+                 "default (0.9, 0.95)", "sample train"):
+        assert out.count(said) == 1
+    assert not err and not calls
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_a_users_error_is_one_line(kind):
     def fail():
-        raise ValueError("found 3, expected 4")
-    with pytest.raises(SystemExit, match="error: found 3, expected 4"):
+        raise kind("found 3,\nexpected 4")
+    with pytest.raises(SystemExit, match="^error: found 3, expected 4$"):
+        cli.run({"fail": fail}, "fail", [])
+
+
+def test_any_other_error_keeps_its_traceback():
+    def fail():
+        raise TypeError("ours")
+    with pytest.raises(TypeError, match="ours"):
         cli.run({"fail": fail}, "fail", [])
