@@ -32,7 +32,13 @@ MAX_CHARS = 400_000
 MAX_RUN = 25_000  # characters in a row that are all whitespace, or all not
 RUN = re.compile(rf"\s{{1,{MAX_RUN}}}|\S{{1,{MAX_RUN}}}")
 
-REMEDY = "Expected Meta's tokenizer.model (in downloads from Hugging Face: original/tokenizer.model)"
+REMEDY = "expected Meta's tokenizer.model; fetch it (Hugging Face: original/tokenizer.model) or fix the path"
+MISTAKEN = {  # what is found in its place, by how it begins
+    b"version https://git-lfs": "a git-lfs pointer, which git lfs pull replaces",
+    b"<": "a web page, as servers send instead of a file",
+    b"{": "JSON, such as Hugging Face's tokenizer.json",
+    b"\n": "a SentencePiece model, such as Llama 2's",
+}
 
 
 class Tokenizer:
@@ -116,7 +122,7 @@ def read_vocabulary(path: str) -> list[bytes]:
     """Tokens of a tokenizer.model in rank order. FileNotFoundError: no file. ValueError: not a sound one."""
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "nothing"
-        raise FileNotFoundError(f"{path}: found {found}. {REMEDY}")
+        raise FileNotFoundError(f"{path}: found {found}, {REMEDY}")
     ranks = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -128,13 +134,13 @@ def read_vocabulary(path: str) -> list[bytes]:
                 if token in ranks:
                     raise ValueError(f"{token} has rank {ranks[token]} already")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: found {line[:60]!r}, not `base64 rank` ({error}): "
-                                 "cut short, a web page, a git-lfs pointer (then run git lfs pull) or "
-                                 f"another kind of tokenizer. {REMEDY}") from None
+                kinds = (kind for head, kind in MISTAKEN.items() if number == 1 and line.startswith(head))
+                found = next(kinds, f"no `base64-token rank`, or a damaged one ({error})")
+                raise ValueError(f"{path}, line {number}: found {line[:40]!r}, {found}; {REMEDY}") from None
             ranks[token] = len(ranks)
     if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{path}: found {len(ranks)} tokens, without {len(absent)} of the 256 single bytes "
-                         f"({absent[0]:#04x} first); cut short? {REMEDY}")
+                         f"({absent[0]:#04x} first), cut short?; {REMEDY}")
     return list(ranks)
 
 
@@ -156,7 +162,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
                 raise ValueError(f"found {type(text).__name__} {text!r:.60} among the texts, expected str")
-            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # see encode
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # see encode
+            yield from split_long(text)  # the trainer, too, takes minutes over a very long run
 
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([

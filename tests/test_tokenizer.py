@@ -1,25 +1,72 @@
-"""The tokenizer against literal ids of Llama 3's vocabulary and against Meta's own code."""
+"""The tokenizer against literal ids of Llama 3's vocabulary, Meta's own code and the tokenizers library."""
+
+import base64
+import json
+import os
+import random
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer import Tokenizer
+import tokenizer
+from tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
 
 meta = pytest.importorskip("llama_models.llama3.tokenizer")
-PATH = meta.Path(meta.__file__).parent / "tokenizer.model"
+PATH = Path(meta.__file__).parent / "tokenizer.model"
 TOKENIZER, META = Tokenizer(PATH), meta.Tokenizer(PATH)
 
+# ---------------------------------------------------------------- Llama 3's vocabulary
 
-def test_literal_ids_of_llama_3():
+
+@pytest.mark.parametrize("text, ids", [
+    ("", []),
+    ("Hello world", [9906, 1917]),
+    ("def f(x):\n    return x**2  # square\n",
+     [755, 282, 2120, 997, 262, 471, 865, 334, 17, 220, 674, 9518, 198]),
+    ("3.14159 2024 1234567", [18, 13, 9335, 2946, 220, 2366, 19, 220, 4513, 10961, 22]),
+    ("I'm sure they'll say it's DON'T", [40, 2846, 2771, 814, 3358, 2019, 433, 596, 45373, 17773]),
+    ("👩‍👩‍👧 🙂😀", [9468, 239, 102, 102470, 9468, 239, 102, 102470, 9468, 239, 100, 28584, 76460, 222]),
+    ("你好，世界！", [57668, 53901, 3922, 102616, 6447]),
+    ("  two   three    \t\ttabs ", [220, 1403, 256, 2380, 7938, 3324, 3518, 220]),
+    ("a\n\n\nb\r\n\r\n \n c", [64, 1432, 65, 881, 720, 272]),
+    (" " * 20, [3909]),
+    ("\n\n\n\n", [1038]),
+    ("Ünïcödé e\u0301 שלום العربية",
+     [53591, 77, 38672, 66, 3029, 67, 978, 384, 54939, 88898, 50391, 37769, 251, 110356]),
+    ("\ud800 \x00\x00", [5809, 220, 188, 188]),
+    ("<|eot_id|>", [27, 91, 68, 354, 851, 91, 29]),
+])
+def test_literal_ids_of_llama_3(text, ids):
+    assert TOKENIZER.encode(text) == ids
+    assert TOKENIZER.encode(text, bos=True, eos=True) == [128000, *ids, 128001]
+    assert TOKENIZER.decode(ids) == text.replace("\ud800", "\ufffd")
+
+
+def test_literal_special_tokens_of_llama_3_1():
+    named = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128004: "<|finetune_right_pad_id|>",
+             128006: "<|start_header_id|>", 128007: "<|end_header_id|>", 128008: "<|eom_id|>",
+             128009: "<|eot_id|>", 128010: "<|python_tag|>"}
+    reserved = {128002: 0, 128003: 1, 128005: 2} | {i: i - 128008 for i in range(128011, 128256)}
+    named |= {i: f"<|reserved_special_token_{number}|>" for i, number in reserved.items()}
+    assert TOKENIZER.special_tokens == {name: i for i, name in named.items()}
+    assert {i: TOKENIZER.decode([i]) for i in range(128000, 128256)} == named
     assert TOKENIZER.n_words == 128256
-    assert TOKENIZER.encode("Hello world", bos=True, eos=True) == [128000, 9906, 1917, 128001]
-    assert TOKENIZER.stop_tokens == [128001, 128009, 128008] and TOKENIZER.pad_id == 128004
+    assert (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id) == (128000, 128001, 128004)
+    assert (TOKENIZER.eom_id, TOKENIZER.eot_id) == (128008, 128009)
+    assert sorted(TOKENIZER.stop_tokens) == [128001, 128008, 128009]
 
 
 def test_special_tokens_are_ordinary_text_unless_asked():
-    assert TOKENIZER.eot_id not in TOKENIZER.encode("<|eot_id|>")
-    assert TOKENIZER.encode("<|eot_id|>", allowed_special=["<|eot_id|>"]) == [128009]
+    names = list(TOKENIZER.special_tokens)
+    assert max(TOKENIZER.encode("".join(names))) < 128000
+    assert TOKENIZER.encode("".join(names), allowed_special="all") == list(range(128000, 128256))
+    assert TOKENIZER.encode("<|eot_id|><|eom_id|>", allowed_special=["<|eot_id|>"])[0] == 128009
+    assert max(TOKENIZER.encode("<|eom_id|>", allowed_special=["<|eot_id|>"])) < 128000
+    with pytest.raises(ValueError, match="no special token {'<.no.>'}"):
+        TOKENIZER.encode("a", allowed_special="<|no|>")
 
 
 @given(st.text())
@@ -28,15 +75,192 @@ def test_any_text_comes_back_and_has_metas_ids(text):
     assert ids == META.encode(text, bos=False, eos=False) and TOKENIZER.decode(ids) == text
 
 
-@pytest.mark.parametrize("text", ["a" * 60_000, " " * 60_000, "ab " + "x" * 25_001 + " y", "a" * 25_000 + " b",
-                                  "word " * 90_000, ("q" * 26_000 + " " * 26_000) * 9])
+@given(st.text(st.characters(categories=["Cs", "L", "N"]), max_size=20))
+def test_text_with_surrogates_has_metas_ids(text):
+    assert TOKENIZER.encode(text) == META.encode(text, bos=False, eos=False)
+
+
+def test_byte_lengths_are_those_of_the_text_without_special_tokens():
+    text = "Hello wörld 你好 👩‍👩‍👧\n"
+    ids = TOKENIZER.encode(text, bos=True, eos=True)
+    assert sum(TOKENIZER.byte_lengths[i] for i in ids) == len(text.encode())
+    assert len(TOKENIZER.byte_lengths) == TOKENIZER.n_words
+
+
+# ---------------------------------------------------------------- long texts
+
+
+@pytest.mark.parametrize("text", ["a" * 60_000, " " * 60_000, "ab " + "x" * 25_001 + " y",
+                                  "a" * 25_000 + " b", "word " * 90_000, ("q" * 26_000 + " " * 26_000) * 9])
 def test_long_runs_have_metas_ids(text):
     assert TOKENIZER.encode(text) == META.encode(text, bos=False, eos=False)
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"<html>\n", "HTML page"), (b"YQ== 3\n", "rank 3"), (b"YQ== 0\n", "single bytes")])
-def test_a_damaged_file_is_named(tmp_path, content, said):
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=f"tokenizer.model.*{said}"):
-        Tokenizer(tmp_path / "tokenizer.model")
+@pytest.mark.parametrize("symbol", ["a", " ", "é", "😀", "0", "\n", "\r\n", "a ", "\u0301", "א", "\0",
+                                    "\ud800"])
+def test_a_million_characters_of_one_symbol_encode_within_seconds(symbol):
+    text = (symbol * 1_000_000)[:1_000_000]
+    start = time.perf_counter()
+    ids = TOKENIZER.encode(text)
+    assert time.perf_counter() - start < 10
+    assert TOKENIZER.decode(ids) == text.replace("\ud800", "\ufffd")
+
+
+# ---------------------------------------------------------------- what a user can get wrong
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    for bad in (128256, -1):
+        with pytest.raises(ValueError, match=rf"token id {bad}.*0 \.\. 128255"):
+            TOKENIZER.decode([9906, bad])
+    for bad in (["a"], [1.5], 7):
+        with pytest.raises(ValueError, match="sequence of token ids"):
+            TOKENIZER.decode(bad)
+    with pytest.raises(ValueError, match="expected one str, found bytes"):
+        TOKENIZER.encode(b"Hello")
+
+
+def test_ids_that_end_inside_a_character_decode_to_the_replacement_character():
+    ids = TOKENIZER.encode("a😀")
+    assert len(ids) == 3 and TOKENIZER.decode(ids[:-1]) == "a\ufffd"
+    assert TOKENIZER.decode_bytes(ids[:-1]) + TOKENIZER.decode_bytes(ids[-1:]) == "a😀".encode()
+
+
+def rows(tokens):
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+@pytest.mark.parametrize("content, found", [
+    (b"<!DOCTYPE html>\n<html>\n", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
+    (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "SentencePiece"),
+    (b'{"version": "1.0",\n "model": {}}\n', "JSON"),
+    (rows(BYTES) + b"Z", "line 257.*damaged"),                  # cut short within a line
+    (rows(BYTES) + rows([b"ab"]), "line 257.*expected rank 256"),
+    (rows(BYTES) + b"YQ== 256\n", "line 257.*b'a' has rank 97"),
+    (rows(BYTES) + b"Y!== 256\n", "line 257"),
+    (rows(BYTES[:100]), "100 tokens, without 156 of the 256 single bytes.*0x64"),
+    (rows(BYTES[:-1] + [b"ab"]), "0xff"),
+    (b"", "found 0 tokens"),
+])
+def test_a_damaged_file_is_named_with_what_was_found_and_expected_in_one_line(tmp_path, content, found):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"tokenizer.model.*{found}.*expected Meta's tokenizer") as error:
+        Tokenizer(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.model: found nothing, expected"):
+        Tokenizer(tmp_path / "none.model")
+    with pytest.raises(FileNotFoundError, match="found a folder, expected"):
+        Tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------- small vocabularies
+
+
+def some_texts(n=200):
+    """Sentences of invented words with numbers, signs, accents and line breaks, enough for 1,000 tokens."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abdeginorstué😀", k=rng.randint(2, 8))) for _ in range(200)]
+    return ["  ".join([" ".join(rng.choices(words, k=12)) + ", ", str(rng.randrange(10**6)), "don't!!\n\n"])
+            for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return train_tokenizer(some_texts(), 1000, tmp_path_factory.mktemp("small") / "sub" / "tokenizer.model")
+
+
+def test_training_gives_the_size_asked_for_and_shortens_its_texts(small):
+    assert small.n_words == 1000
+    assert (small.bos_id, small.eos_id, small.eot_id) == (744, 745, 753)
+    text = "".join(some_texts(5))
+    assert len(small.encode(text)) < len(text.encode()) / 2
+
+
+def test_training_twice_gives_the_same_file(small, tmp_path):
+    train_tokenizer(iter(some_texts()), 1000, tmp_path / "again.model")
+    assert (tmp_path / "again.model").read_bytes() == Path(small.model_path).read_bytes()
+
+
+def test_a_trained_file_has_one_token_and_rank_per_line_and_meta_reads_it(small):
+    lines = Path(small.model_path).read_bytes().splitlines()
+    assert [int(line.split()[1]) for line in lines] == list(range(1000 - 256))
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    assert len(set(tokens)) == len(tokens) and sorted(tokens[:256]) == BYTES
+    text = "".join(some_texts(5))
+    metas = meta.Tokenizer(Path(small.model_path))
+    assert metas.encode(text, bos=True, eos=True) == small.encode(text, bos=True, eos=True)
+
+
+def library_ids(train, texts, vocab_size):
+    """What the tokenizers library makes of texts, with its own merges, after training on train."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    library.train_from_iterator(train, trainers.BpeTrainer(
+        vocab_size=vocab_size - 256, min_frequency=2, show_progress=False,
+        initial_alphabet=byte_level.alphabet()))
+    return [library.encode(text).ids for text in texts]
+
+
+def test_a_trained_vocabulary_encodes_as_in_the_tokenizers_library(small):
+    texts = some_texts(300)  # 100 of them unseen
+    assert [small.encode(text) for text in texts] == library_ids(some_texts(), texts, 1000)
+
+
+def test_a_vocabulary_of_real_stories_encodes_as_in_the_tokenizers_library(tmp_path):
+    folder = os.environ.get("TINYSTORIES_SAMPLE")
+    if not folder:
+        pytest.skip("TINYSTORIES_SAMPLE, the folder of real stories, is not set")
+    stories = [story["story"] for path in sorted(Path(folder).glob("data*.json"))
+               for story in json.loads(path.read_text(encoding="utf-8"))]
+    small = train_tokenizer(stories[:600], 4096, tmp_path / "tokenizer.model")
+    assert [small.encode(story) for story in stories] == library_ids(stories[:600], stories, 4096)
+
+
+@given(st.text())
+def test_any_text_comes_back_from_a_small_vocabulary(small, text):
+    ids = small.encode(text, bos=True, eos=True)
+    assert ids[0] == small.bos_id and ids[-1] == small.eos_id and small.decode(ids[1:-1]) == text
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_saving_that_fails_half_way_leaves_the_final_name_as_it_was(tmp_path, monkeypatch, function):
+    def fail(*_):
+        raise OSError("disk full")
+    monkeypatch.setattr(tokenizer.os, function, fail)
+    with pytest.raises(OSError, match="disk full"):
+        train_tokenizer(some_texts(), 600, tmp_path / "new.model")
+    assert not (tmp_path / "new.model").exists()
+    (tmp_path / "old.model").write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"):
+        train_tokenizer(some_texts(), 600, tmp_path / "old.model")
+    assert (tmp_path / "old.model").read_bytes() == b"old"
+
+
+def test_training_takes_odd_texts_and_very_long_runs_within_seconds(tmp_path):
+    texts = ["", "\ud800\0" * 9, "a" * 1_000_000, " " * 1_000_000]
+    start = time.perf_counter()
+    train_tokenizer(texts, 516, tmp_path / "tokenizer.model")
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("texts, vocab_size, said", [
+    (["aa aa"], 511, "found vocab_size 511, expected an int of 512"),
+    (["aa aa"], 600.0, "found vocab_size 600.0, expected an int"),
+    (["aa aa"], 2000, "vocab_size of 51[0-9], expected 2000"),
+    ([b"aa"], 600, "found bytes"), ([1], 600, "found int")])
+def test_training_errors_say_what_was_found_and_write_nothing(tmp_path, texts, vocab_size, said):
+    with pytest.raises(ValueError, match=said):
+        train_tokenizer(texts, vocab_size, tmp_path / "tokenizer.model")
+    assert not list(tmp_path.iterdir())
