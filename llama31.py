@@ -1,25 +1,35 @@
-"""Llama 3 in one file: the model, its cache, sampling, checkpoints and the data loader.
+"""Llama 3 in one file: the model, its cache, sampling, checkpoints, the data loader and the training loop.
 
-Read it downwards; every part uses only what stands above it. Sizes in comments: B batch, T new tokens, S cached and
-new tokens, H query heads, K key/value heads, D head dimension, V vocabulary.
+    python llama31.py demo                                        # corpus, training and stories, 3 minutes
+    python llama31.py --ckpt_dir DIR --prompt "Once upon a time"  # sample from a checkpoint directory
+    torchrun --nproc_per_node 8 llama31.py --ckpt_dir DIR         # finetune it
+
+Read it downwards: every part uses only what stands above it. Sizes in comments: B batch, T new tokens,
+S cached and new tokens, H query heads, K key/value heads, D head dimension, V vocabulary.
 """
 
+import codecs
 import dataclasses
 import functools
 import glob
 import json
 import math
 import os
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import cli
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -29,7 +39,7 @@ from tokenizer import Tokenizer
 class ModelArgs:
     """The shape of a Llama 3, with the field names of Meta's params.json.
 
-    ValueError names a field that is unknown (from_json) or inconsistent with the others.
+    ValueError names a field that is out of range or doesn't fit the others, and from_json an unknown one.
     """
     dim: int = 4096
     n_layers: int = 32
@@ -41,25 +51,31 @@ class ModelArgs:
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     use_scaled_rope: bool = False
-    rope_scale_factor: float = 8  # 32 for Llama 3.2 1B and 3B
+    rope_scale_factor: float = 8.0  # 32 for Llama 3.2 1B and 3B
     tie_word_embeddings: bool = False
-    max_seq_len: int = 2048
+    max_seq_len: int = 2048  # prompt and generated tokens together, unless Llama.build is told otherwise
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.type is bool:
+                fits, expected = type(value) is bool, "true or false"
+            elif field.type in (int, int | None):
+                fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
+            else:
+                fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+            if not fits:
+                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; expected a divisor of n_heads {self.n_heads}")
+            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; expected a divisor of n_heads, here "
+                             f"{self.n_heads}")
         if self.dim % (2 * self.n_heads):
-            raise ValueError(f"dim is {self.dim}; expected a multiple of 2 * n_heads {2 * self.n_heads}, since "
+            raise ValueError(f"dim is {self.dim}; expected a multiple of 2 * n_heads = {2 * self.n_heads}: "
                              "RoPE turns pairs of a head's elements")
-        for name in ("norm_eps", "rope_theta", "rope_scale_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
 
     @property
     def head_dim(self):
@@ -80,25 +96,30 @@ class ModelArgs:
             raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            known = {field.name for field in dataclasses.fields(cls)}
-            if unknown := sorted(set(fields) - known):
-                raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+            if not isinstance(fields, dict):
+                raise ValueError(f"found {json.dumps(fields):.40}; expected an object of ModelArgs' fields")
+            known = [field.name for field in dataclasses.fields(cls)]
+            if unknown := sorted(fields.keys() - known):
+                raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
             return cls(**fields)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-PRESETS = {  # Meta's published shapes
-    "llama3.1-8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3,
-                        use_scaled_rope=True),
-    "llama3.1-70b": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3,
-                         use_scaled_rope=True),
+PRESETS = {  # the demo's shape, then Meta's published ones
+    "demo": dict(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, multiple_of=32, tie_word_embeddings=True),
+    "llama3.1-8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024,
+                        ffn_dim_multiplier=1.3, use_scaled_rope=True),
+    "llama3.1-70b": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
+                         ffn_dim_multiplier=1.3, use_scaled_rope=True),
     "llama3.1-405b": dict(dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, multiple_of=4096,
                           ffn_dim_multiplier=1.2, use_scaled_rope=True),
-    "llama3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, multiple_of=256, ffn_dim_multiplier=1.5,
-                        use_scaled_rope=True, rope_scale_factor=32, tie_word_embeddings=True),
-    "llama3.2-3b": dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, multiple_of=256, ffn_dim_multiplier=1.0,
-                        use_scaled_rope=True, rope_scale_factor=32, tie_word_embeddings=True),
+    "llama3.2-1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, multiple_of=256,
+                        ffn_dim_multiplier=1.5, use_scaled_rope=True, rope_scale_factor=32,
+                        tie_word_embeddings=True),
+    "llama3.2-3b": dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, multiple_of=256,
+                        ffn_dim_multiplier=1.0, use_scaled_rope=True, rope_scale_factor=32,
+                        tie_word_embeddings=True),
 }
 
 # -----------------------------------------------------------------------------
@@ -125,8 +146,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(args):
     """(D/2,) float32: radians per position of each pair of a head's elements (Su et al., 2021).
 
-    With use_scaled_rope, Llama 3.1's stretch of the context: wavelengths that repeat at least 4 times in the old
-    context stay, those that don't fit into it once are slowed by rope_scale_factor, those between are blended.
+    With use_scaled_rope, Llama 3.1's stretch of the context: pairs that turn at least 4 times within the old
+    context stay, those that don't turn once are slowed by rope_scale_factor, those between are blended.
     """
     with torch.device("cpu"):  # also while the model is laid out on the meta device
         freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
@@ -139,7 +160,7 @@ def rope_frequencies(args):
 
 
 def apply_rope(x, cos, sin):
-    """Turns each interleaved pair of x (B, T, heads, D) by its position's angle; cos and sin: (B or 1, T, 1, D/2)."""
+    """Turns each interleaved pair of x (B, T, heads, D) by its angle; cos and sin: (B or 1, T, 1, D/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -178,7 +199,11 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x, cos, sin, mask=None, cached=None):
-        """x (B, T, dim); mask None: causal over T, or the one new token sees all; cached: writes and reads a cache."""
+        """x (B, T, dim) -> the same shape.
+
+        mask: (B, 1, T, S), True where attended; None: causal, or one new token that sees all. cached: a
+        function that stores the new keys and values, and returns them with those before.
+        """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, T, H, D), (B, T, K, D)
         if cached is not None:
@@ -217,6 +242,12 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+def counted(targets, bos_id=None):
+    """Which targets count: not -100, nor, where bos_id separates documents, a document's first token."""
+    kept = targets != -100
+    return kept if bos_id is None else kept & (targets != bos_id)
+
+
 class Transformer(nn.Module):
     """The whole model; its state dict has Meta's checkpoint keys."""
 
@@ -246,8 +277,8 @@ class Transformer(nn.Module):
 
     def trunk(self, tokens, positions, mask=None, cached=None):
         """tokens (B, T) at positions (B or 1, T) -> normalized hidden states (B, T, dim)."""
-        angles = positions[..., None, None].float() * self.rope_frequencies.to(tokens.device)  # (B or 1, T, 1, D/2)
-        cos, sin = angles.cos(), angles.sin()
+        angles = positions[..., None, None].float() * self.rope_frequencies.to(tokens.device)
+        cos, sin = angles.cos(), angles.sin()  # (B or 1, T, 1, D/2)
         x = self.tok_embeddings(tokens)
         for layer, layer_cached in zip(self.layers, cached or [None] * len(self.layers), strict=True):
             x = layer(x, cos, sin, mask, layer_cached)
@@ -268,26 +299,28 @@ class Transformer(nn.Module):
         positions = torch.arange(inputs.size(1), device=inputs.device)[None]
         mask = None
         if bos_id is not None:
-            targets = targets.masked_fill(targets == bos_id, -100)
             document = (inputs == bos_id).cumsum(1)  # (B, T)
             if (document != document[:, :1]).any():
                 causal = positions[0][:, None] >= positions[0]
                 mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # (B, 1, T, T)
+        kept = counted(targets, bos_id)
+        targets = targets.masked_fill(~kept, -100)
         logits = self.output(self.trunk(inputs, positions, mask)).float()
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return total / (targets != -100).sum().clamp(min=1)
+        return total / kept.sum().clamp(min=1)
 
     def forward_cached(self, tokens, start_pos, caches, last):
-        """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at column last[b].
+        """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at last[b].
 
-        start_pos, last: lists of ints. Columns past a row's own end may hold anything: nothing that counts
-        sees them, and later tokens overwrite them. ValueError where the cache is too short.
+        start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
+        anything: nothing that counts sees them, and later tokens overwrite them.
+        ValueError where the caches are too short.
         """
         (B, T), device = tokens.shape, tokens.device
         S, room = max(start_pos) + T, caches[0].k.size(1)
         if S > room:
             raise ValueError(f"the KV cache holds {room} positions; {S} are needed")
-        positions = torch.tensor(start_pos, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        positions = torch.tensor(start_pos, device=device)[:, None] + torch.arange(T, device=device)
         mask = None
         if S > T and (T > 1 or min(start_pos) < max(start_pos)):
             mask = (torch.arange(S, device=device) <= positions[..., None])[:, None]  # (B, 1, T, S)
@@ -308,7 +341,7 @@ class Transformer(nn.Module):
 
 
 def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
-    """The Transformer of a checkpoint directory with one consolidated.00.pth; dtype None keeps the stored one.
+    """The Transformer of a checkpoint directory with one consolidated.00.pth; dtype None: as stored.
 
     Strict: ValueError lists missing, unexpected and wrongly shaped tensors, or names an unreadable file.
     """
@@ -336,22 +369,85 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
     model.tie()
     return model.eval()
 
+
+
+def save_checkpoint(path, model, tokenizer_path, training_state):
+    """Writes a checkpoint directory, which appears under its name when complete.
+
+    It is Meta's (params.json, consolidated.00.pth, tokenizer.model) with what resuming needs inside.
+    """
+    part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    (part / "params.json").write_text(json.dumps(dataclasses.asdict(model.args), indent=2) + "\n")
+    shutil.copyfile(tokenizer_path, part / "tokenizer.model")
+    for name, state in (("consolidated.00.pth", model.state_dict()), ("training_state.pt", training_state)):
+        with open(part / name, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def newest_checkpoint(folder):
+    """The checkpoint directory last written anywhere under a folder, None where there is none."""
+    found = [path for path in Path(folder).rglob("params.json") if path.parent.suffix != ".part"]
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
+
+
+def checkpoints_of_run(out_dir):
+    """The checkpoint directories that training has left in out_dir, by step."""
+    return sorted(Path(out_dir).glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")))
+
 # -----------------------------------------------------------------------------
 # Sampling
 
+PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
 
-def sample_token(logits, temperature, top_p, generator):
+
+def choose_device(device=None):
+    """The torch.device asked for; None: cuda, else mps, else cpu."""
+    if device is None:
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype):
+    """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
+    if isinstance(dtype, str):
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
+        return getattr(torch, dtype)
+    return dtype
+
+
+def check_vocabulary(tokenizer, args):
+    """ValueError where tokenizer and model have vocabularies of different sizes."""
+    if tokenizer.n_words != args.vocab_size:
+        raise ValueError(f"{tokenizer.model_path} has {tokenizer.n_words} tokens, the model "
+                         f"{args.vocab_size}; give the tokenizer.model that the model was trained with")
+
+
+def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=None):
     """One token id drawn from logits (V,); temperature 0 takes the largest.
 
-    top_p: draws only among the fewest tokens that together hold at least that probability.
+    Each limit looks at the whole distribution, and the likeliest token always stays. top_p: only the fewest
+    tokens that together hold at least that probability. top_k: only so many of the likeliest, 0 for all.
+    min_p: only those at least that fraction as likely as the likeliest.
     """
     if temperature == 0:
         return int(logits.argmax())
-    probs, ids = torch.softmax(logits.float().cpu() / temperature, dim=-1).sort(descending=True, stable=True)
+    logits = logits.float().cpu()
+    probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+    probs, ids = probs.sort(descending=True, stable=True)
+    kept = probs >= min_p * probs[0]
     if top_p < 1:
-        before = probs.cumsum(-1) - probs  # what the likelier tokens hold
-        probs[1:] *= before[1:] < top_p  # the likeliest always stays
-    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+        kept &= probs.cumsum(-1) - probs < top_p  # what the likelier tokens hold
+    if top_k:
+        kept[top_k:] = False
+    kept[0] = True
+    return int(ids[torch.multinomial(probs * kept, 1, generator=generator)])
 
 # -----------------------------------------------------------------------------
 # Generation
@@ -360,48 +456,54 @@ def sample_token(logits, temperature, top_p, generator):
 class Llama:
     """A model with its tokenizer (None where there is none: then token ids only)."""
 
-    def __init__(self, model, tokenizer, max_seq_len=2048, max_batch_size=32):
+    def __init__(self, model, tokenizer, max_seq_len=None, max_batch_size=32):
         self.model, self.tokenizer = model, tokenizer
-        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+        self.max_seq_len = model.args.max_seq_len if max_seq_len is None else max_seq_len
+        self.max_batch_size = max_batch_size
 
     @staticmethod
-    def build(ckpt_dir, tokenizer_path=None, max_seq_len=2048, max_batch_size=32, device=None, dtype=None):
-        """Loads a checkpoint directory; dtype: a torch dtype or its name.
+    def build(ckpt_dir, tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None):
+        """Loads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another.
 
-        device None: cuda, else mps, else cpu. dtype None: bfloat16 on cuda, elsewhere as stored.
+        max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
+        its name; None: bfloat16 on cuda, elsewhere as stored. ValueError or FileNotFoundError names what is
+        wrong with the files.
         """
-        if device is None:
-            device = ("cuda" if torch.cuda.is_available() else
-                      "mps" if torch.backends.mps.is_available() else "cpu")
-        if isinstance(dtype, str):
-            if not isinstance(getattr(torch, dtype, None), torch.dtype):
-                raise ValueError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
-            dtype = getattr(torch, dtype)
-        if dtype is None and torch.device(device).type == "cuda":
+        device, dtype = choose_device(device), choose_dtype(dtype)
+        if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
         model = load_checkpoint(ckpt_dir, device, dtype)
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
-        if tokenizer and tokenizer.n_words != model.args.vocab_size:
-            raise ValueError(f"{path} has {tokenizer.n_words} tokens, the model in {ckpt_dir} "
-                             f"{model.args.vocab_size}; they don't belong together")
+        if tokenizer:
+            check_vocabulary(tokenizer, model.args)
         return Llama(model, tokenizer, max_seq_len, max_batch_size)
 
     @torch.inference_mode()
-    def stream(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, seed=1337, stop_tokens=None):
+    def stream(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
+               stop_tokens=None):
         """Yields, a step at a time, the next token of every row; None for a row that has ended.
 
         Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
         ValueError for an empty prompt, one of max_seq_len or more tokens, or a setting out of range.
         """
         if not 0 < len(prompt_tokens) <= self.max_batch_size:
-            raise ValueError(f"{len(prompt_tokens)} prompts; expected 1 to max_batch_size {self.max_batch_size}")
+            raise ValueError(f"{len(prompt_tokens)} prompts; expected 1 to {self.max_batch_size}, which is "
+                             "max_batch_size")
         for i, prompt in enumerate(prompt_tokens):
             if not 0 < len(prompt) < self.max_seq_len:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {self.max_seq_len - 1}, one "
-                                 "fewer than max_seq_len")
-        if temperature < 0 or not 0 <= top_p <= 1:
-            raise ValueError(f"temperature is {temperature} and top_p {top_p}; expected at least 0, and 0 to 1")
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {self.max_seq_len - 1}"
+                                 ", one fewer than max_seq_len")
+            if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
+                raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
+                                 f"{self.model.args.vocab_size - 1}")
+        for name, value, fits, expected in (
+                ("max_gen_len", max_gen_len, max_gen_len >= 0, "at least 0"),
+                ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
+                ("top_p", top_p, 0 <= top_p <= 1, "0 to 1"), ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
+                ("top_k", top_k, top_k >= 0, "at least 0")):
+            if not fits:
+                raise ValueError(f"{name} is {value}; expected {expected}")
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
         B, lengths = len(prompt_tokens), [len(prompt) for prompt in prompt_tokens]
@@ -417,7 +519,7 @@ class Llama:
         for step in range(max_gen_len):
             for i in range(B):
                 if not ended[i]:
-                    newest[i] = sample_token(logits[i], temperature, top_p, generators[i])
+                    newest[i] = sample_token(logits[i], temperature, top_p, top_k, min_p, generators[i])
                     ended[i] = newest[i] in stop_tokens
                     lengths[i] += not ended[i]
             yield [None if ended[i] else newest[i] for i in range(B)]
@@ -428,27 +530,42 @@ class Llama:
             tokens = torch.tensor(newest, device=weight.device)[:, None]
             logits = self.model.forward_cached(tokens, [n - 1 for n in lengths], caches, [0] * B)
 
-    def generate(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, seed=1337, echo=False,
-                 stop_tokens=None):
-        """The new tokens of each prompt, after the prompt itself with echo; the stop token is not among them.
+    def generate(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
+                 echo=False, stop_tokens=None):
+        """The new tokens of each prompt, with echo after the prompt itself; the stop token is not returned.
 
-        Row i draws from its own generator, seeded with seed + i. stop_tokens None: the tokenizer's; [] never stops.
+        Row i draws from its own generator, seeded with seed + i. stop_tokens None: the tokenizer's; [] never
+        stops. ValueError: see stream.
         """
         rows = [list(prompt) if echo else [] for prompt in prompt_tokens]
-        for newest in self.stream(prompt_tokens, max_gen_len, temperature, top_p, seed, stop_tokens):
+        for newest in self.stream(prompt_tokens, max_gen_len, temperature, top_p, top_k, min_p, seed,
+                                  stop_tokens):
             for row, token in zip(rows, newest, strict=True):
                 if token is not None:
                     row.append(token)
         return rows
 
-    def text_completion(self, prompts, max_gen_len=256, temperature=0.6, top_p=0.9, seed=1337, echo=False):
-        """[{"generation": text}] for each prompt; with echo the text begins with the prompt."""
+    def stream_text(self, prompts, max_gen_len=256, **settings):
+        """Yields, a step at a time, the next piece of text of every prompt, "" where there is none.
+
+        settings: as in stream. A character that is spread over several tokens comes with the last of them.
+        """
         if self.tokenizer is None:
-            raise ValueError("no tokenizer.model beside the weights; give tokenizer_path")
-        tokens = self.generate([self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts],
-                               max_gen_len, temperature, top_p, seed)
-        return [{"generation": (prompt if echo else "") + self.tokenizer.decode(row)}
-                for prompt, row in zip(prompts, tokens, strict=True)]
+            raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
+        decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+        tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        for newest in self.stream(tokens, max_gen_len, **settings):
+            yield [decoder.decode(b"" if token is None else self.tokenizer.decode_bytes([token]))
+                   for decoder, token in zip(decoders, newest, strict=True)]
+        yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+    def text_completion(self, prompts, max_gen_len=256, echo=False, **settings):
+        """[{"generation": text}] for each prompt, with echo after its own text; settings: as in stream."""
+        texts = [[prompt if echo else ""] for prompt in prompts]
+        for pieces in self.stream_text(prompts, max_gen_len, **settings):
+            for text, piece in zip(texts, pieces, strict=True):
+                text.append(piece)
+        return [{"generation": "".join(text)} for text in texts]
 
 # -----------------------------------------------------------------------------
 # Data loader
@@ -465,34 +582,36 @@ def shard_tokens(path):
         raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
     magic, version, count = (int(n) for n in header[:3])
     if (magic, version) != (MAGIC, VERSION):
-        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION}: tokenize anew")
+        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION}: "
+                         "tokenize anew")
     if count < 0 or size != HEADER_BYTES + 4 * count:
-        raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the file has "
-                         f"{size} bytes: truncated or damaged, tokenize anew")
+        raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the "
+                         f"file has {size} bytes: truncated or damaged, tokenize anew")
     return count
 
 
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
-    A shard of n tokens has (n-1)//T windows; those of all shards, in file-name order, are numbered 0 … W-1. Row b
-    of rank r at call s gets number ((s*N + r)*B + b) mod W, through a permutation of its epoch with shuffle. The
-    state is that counter alone, so it resumes on any number of ranks.
+    A shard of n tokens has (n-1)//T windows; all shards' windows, in file-name order, are numbered 0 … W-1.
+    Row b of rank r at call s gets number ((s*N + r)*B + b) mod W, taken through a permutation of that epoch
+    with shuffle. The state is that counter alone, so it resumes on any number of ranks.
     """
 
     def __init__(self, filename_pattern, B, T, process_rank, num_processes, shuffle=False, seed=0):
-        self.B, self.T, self.rank, self.num_processes = B, T, process_rank, num_processes
-        self.shuffle, self.seed = shuffle, seed
+        self.filename_pattern, self.B, self.T, self.shuffle = filename_pattern, B, T, shuffle
+        self.rank, self.num_processes = process_rank, num_processes
         self.files = sorted(glob.glob(str(filename_pattern)))
         if not self.files:
-            raise FileNotFoundError(f"no file matches {filename_pattern}: tokenize first, or correct the pattern")
+            raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct the "
+                                    "pattern")
         counts = [shard_tokens(path) for path in self.files]
         self.ntok_total = sum(counts)
         self.first_windows = np.cumsum([0] + [max(n - 1, 0) // T for n in counts], dtype=np.int64)
         self.num_windows = int(self.first_windows[-1])
         if self.num_windows == 0:
-            raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(counts)} files hold no window; "
-                             f"one shard of at least T + 1 = {T + 1} tokens is needed")
+            raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(counts)} files hold no "
+                             f"window; expected a shard of at least T + 1 = {T + 1} tokens")
         self.permutation = functools.lru_cache(maxsize=2)(  # two: a batch may straddle the end of an epoch
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.num_windows))
         self.reset()
@@ -507,12 +626,13 @@ class DistributedShardedDataLoader:
         self.counter = state["counter"]
 
     def window(self, number):
-        """The T + 1 tokens of a window, as int64; read by position: a map of a file that shrinks would kill us."""
+        """The T + 1 tokens of a window, int64; read, as a memory map of a file that shrinks is fatal."""
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
-        tokens = np.fromfile(self.files[shard], dtype="<u4", count=self.T + 1, offset=HEADER_BYTES + 4 * start)
-        if len(tokens) != self.T + 1:
-            raise ValueError(f"{self.files[shard]}: {len(tokens)} tokens at token {start}, expected {self.T + 1}: "
+        path, length = self.files[shard], self.T + 1
+        tokens = np.fromfile(path, dtype="<u4", count=length, offset=HEADER_BYTES + 4 * start)
+        if len(tokens) != length:
+            raise ValueError(f"{path}: {len(tokens)} tokens from token {start} on, expected {length}: "
                              "the file has shrunk since it was opened")
         return tokens.astype(np.int64)
 
@@ -528,20 +648,314 @@ class DistributedShardedDataLoader:
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 # -----------------------------------------------------------------------------
+# Distributed
+
+
+def join_process_group(device):
+    """(rank, world_size, device) of this process, in torchrun's group; without torchrun it is alone."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def sum_over_ranks(values, device):
+    """The sum over all ranks of each of a list of numbers, as floats."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
+    """The rate of one step of 1 … steps: linear warm-up to lr, then a cosine down to min_lr."""
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def next_batch(loader, vocab_size, device):
+    """The loader's next inputs and targets on a device; ValueError for an id outside the vocabulary."""
+    inputs, targets = loader.next_batch()
+    if (largest := max(int(inputs.max()), int(targets.max()))) >= vocab_size:
+        raise ValueError(f"{loader.filename_pattern} holds token {largest}, the vocabulary ends at "
+                         f"{vocab_size - 1}; tokenize with the tokenizer.model of this training")
+    return inputs.to(device), targets.to(device)
+
+
+@torch.no_grad()
+def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
+    """(nats per counted target, bits per UTF-8 byte) over the first batches of every rank.
+
+    byte_lengths: (V,) the UTF-8 bytes of each id, 0 for special tokens.
+    """
+    nats = count = num_bytes = 0
+    loader.reset()
+    for _ in range(steps):
+        inputs, targets = next_batch(loader, len(byte_lengths), byte_lengths.device)
+        n = int(counted(targets, bos_id).sum())
+        with autocast:
+            nats += float(model(inputs, targets, bos_id)) * n
+        count += n
+        num_bytes += int(byte_lengths[targets].sum())
+    nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
+    return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)
+
+
+def entropy_floor(folder):
+    """The bits per byte that no model can beat on average, where entropy.json tells them; else None."""
+    path = Path(folder, "entropy.json")
+    return json.loads(path.read_text())["val"]["bits_per_byte"] if path.is_file() else None
+
+
+def cut_log(path, last_step):
+    """Leaves in a log the complete lines of steps up to last_step; makes it where there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
+
+
+def plot_losses(out_dir, floor):
+    """Draws the losses of out_dir/log.jsonl, and the entropy floor if there is one, as out_dir/loss.png."""
+    import matplotlib  # here, as nothing else needs it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    evaluated = [record for record in records if "val_bpb" in record]
+    last, best = evaluated[-1], min(record["val_bpb"] for record in evaluated)
+    bits_per_byte = last["val_bpb"] / last["val_loss"]  # of a loss of one nat per token
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([record["step"] for record in records], [record["loss"] * bits_per_byte for record in records],
+              color="#9ecae1", linewidth=1, label="train")
+    axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
+              color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
+    if floor is not None:
+        axes.axhline(floor, color="#d62728", linestyle="--", label=f"entropy of the stories, {floor:.3f}")
+    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, last["step"]), ylim=(0, 4 * best))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    part = out_dir / "loss.png.part"
+    figure.savefig(part, format="png", dpi=150)
+    plt.close(figure)
+    os.replace(part, out_dir / "loss.png")
+
+
+def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
+          val_data: str = "tinystories/TinyStories_val.bin", out_dir: str = "out/train",
+          preset: str | None = None, ckpt_dir: str | None = None, tokenizer_path: str | None = None,
+          batch_size: int = 4, seq_len: int = 1024, total_batch_tokens: int | None = None,
+          steps: int | None = None, epochs: int = 1, lr: float = 1e-5, min_lr: float | None = None,
+          warmup_steps: int = 10, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
+          grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 20, sample_interval: int = 0,
+          save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
+          shuffle: bool = False, doc_mask: bool = True, device: str | None = None, dtype: str = "bfloat16",
+          compile: bool = False):
+    """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
+
+    train_data, val_data: patterns of .bin shards. out_dir: takes log.jsonl, loss.png and the checkpoints.
+    tokenizer_path: sets the vocabulary from scratch; else the checkpoint's own tokenizer.model serves.
+    batch_size: windows of seq_len tokens that a process computes at once. total_batch_tokens: those of a
+    step, over all processes and accumulated micro-batches; None: one micro-batch. steps: the total; None: as
+    many as the epochs take. min_lr: where the cosine ends; None: a tenth of lr. grad_clip: the largest norm,
+    0 for any. eval_steps: batches of an evaluation, 0 for the whole split. sample_interval, save_interval:
+    in steps, 0 for never; the last step is always saved. keep: how many checkpoints stay. resume: go on from
+    out_dir's newest. doc_mask: documents don't see each other. dtype: of the computation; weights, optimizer
+    and sums are float32. compile: the blocks, with torch.compile.
+    """
+    least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
+                 warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
+                 sample_interval=0, save_interval=0, keep=1)
+    flags = locals()
+    for name, minimum in least.items():
+        if flags[name] is not None and not minimum <= flags[name] < math.inf:
+            raise ValueError(f"{name} is {flags[name]}; expected at least {minimum}")
+    min_lr = lr / 10 if min_lr is None else min_lr
+    rank, world_size, device = join_process_group(device)
+    is_master = rank == 0
+    out_dir = Path(out_dir)
+    saved = checkpoints_of_run(out_dir)
+    if resume and not saved:
+        raise FileNotFoundError(f"{out_dir} has no checkpoint to go on from; train without --resume")
+    if not resume and (saved or (out_dir / "log.jsonl").exists()):
+        raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts anew")
+
+    source = saved[-1] if resume else ckpt_dir
+    if source is None and (preset not in PRESETS or tokenizer_path is None):
+        raise ValueError("expected --ckpt_dir to finetune, or --tokenizer_path and --preset to train from "
+                         f"scratch; found preset {preset} (known: {', '.join(PRESETS)})")
+    tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
+    if source is None:
+        with device:
+            model = Transformer(ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words))
+        model.init_weights(torch.Generator(device).manual_seed(seed))
+    else:
+        model = load_checkpoint(source, device, torch.float32).train()
+    check_vocabulary(tokenizer, model.args)
+    model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
+    optimizer = model.configure_optimizers(lr, weight_decay, betas)
+
+    loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
+    val_loader = DistributedShardedDataLoader(val_data, batch_size, seq_len, rank, world_size)
+    if shared := set(loader.files) & set(val_loader.files):
+        raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
+    micro_batch_tokens = batch_size * seq_len * world_size
+    total_batch_tokens = total_batch_tokens or micro_batch_tokens
+    if total_batch_tokens % micro_batch_tokens:
+        raise ValueError(f"total_batch_tokens is {total_batch_tokens}; expected a multiple of batch_size * "
+                         f"seq_len * processes = {micro_batch_tokens}")
+    steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
+    val_batches = max(1, val_loader.num_windows // (batch_size * world_size))
+    eval_steps = min(eval_steps or val_batches, val_batches)
+    done = 0
+    if resume:
+        state = torch.load(source / "training_state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        loader.load_state_dict(state["loader"])
+        done = state["step"]
+
+    bos_id = tokenizer.bos_id if doc_mask else None
+    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
+    floor = entropy_floor(Path(val_loader.files[0]).parent)
+    dtype = choose_dtype(dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if compile:
+        for layer in model.layers:
+            layer.compile()
+    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    if is_master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        cut_log(out_dir / "log.jsonl", done)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        print(f"{num_parameters:,} parameters on {world_size} x {device} in {dtype}, {steps:,} steps of "
+              f"{total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
+
+    bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step", disable=not is_master)
+    for step in bar:
+        start = time.perf_counter()
+        rate = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = [next_batch(loader, tokenizer.n_words, device)
+                   for _ in range(total_batch_tokens // micro_batch_tokens)]
+        counts = [int(counted(targets, bos_id).sum()) for _, targets in batches]
+        [total] = sum_over_ranks([sum(counts)], device)
+        nats = torch.zeros((), device=device)
+        for i, ((inputs, targets), count) in enumerate(zip(batches, counts, strict=True), start=1):
+            wrapped.require_backward_grad_sync = i == len(batches)  # DDP exchanges gradients once a step
+            with autocast:
+                loss = wrapped(inputs, targets, bos_id) * (count / max(total, 1))
+            (loss * world_size).backward()  # DDP averages over ranks, the loss is a sum over them
+            nats += loss.detach()
+        [loss] = sum_over_ranks([nats], device)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {step} is {loss}, expected a finite one; {out_dir} keeps "
+                             f"what was saved before. Try a lower lr than {lr}")
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        record = dict(step=step, loss=loss, lr=rate, grad_norm=float(grad_norm),
+                      tokens_per_s=round(total_batch_tokens / (time.perf_counter() - start)))
+
+        if is_master and (step == steps or save_interval and step % save_interval == 0):
+            save_checkpoint(out_dir / f"step_{step:06d}", model, tokenizer.model_path, dict(
+                step=step, optimizer=optimizer.state_dict(), loader=loader.state_dict()))
+            for path in checkpoints_of_run(out_dir)[:-keep]:
+                shutil.rmtree(path)
+        if step == steps or step % eval_interval == 0:
+            record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
+                                                             byte_lengths, autocast)
+        if not is_master:
+            continue
+        with open(out_dir / "log.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+        bar.set_postfix_str(f"loss {loss:.3f}, {record['tokens_per_s']:,} tokens/s")
+        if "val_bpb" in record:
+            bar.write(f"step {step}: loss {loss:.3f}, validation {record['val_loss']:.3f} nats per token, "
+                      f"{record['val_bpb']:.3f} bits per byte" + (f" (floor {floor:.3f})" if floor else ""))
+        if sample_interval and step % sample_interval == 0:
+            for completion in Llama(model, tokenizer).text_completion(PROMPTS, max_gen_len=100, echo=True):
+                bar.write(completion["generation"] + "\n")
+    if is_master and done < steps:
+        plot_losses(out_dir, floor)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+# -----------------------------------------------------------------------------
 # Command line
 
-PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
+
+def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
+           prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.6,
+           top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337,
+           device: str | None = None, dtype: str | None = None):
+    """Prints completions of a prompt, of every line of a prompt_file, or of four default prompts.
+
+    ckpt_dir None: the checkpoint last written under out/. Several prompts are one batch, of which the first
+    streams as its tokens come and the others follow at the end.
+    """
+    if ckpt_dir is None and (ckpt_dir := newest_checkpoint("out")) is None:
+        raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
+                                " --ckpt_dir DIR takes another")
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("found --prompt and --prompt_file; expected one of them")
+    prompts = PROMPTS if prompt is None else [prompt]
+    if prompt_file is not None:
+        prompts = Path(prompt_file).read_text(encoding="utf-8").splitlines()
+        if not prompts:
+            raise ValueError(f"{prompt_file} is empty; expected a prompt on every line")
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype)
+    later = [["\n", prompt] for prompt in prompts[1:]]
+    pieces = llama.stream_text(prompts, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
+                               min_p=min_p, seed=seed)
+    print(prompts[0], end="", flush=True)
+    for first, *others in pieces:
+        print(first, end="", flush=True)
+        for text, piece in zip(later, others, strict=True):
+            text.append(piece)
+    print()
+    for text in later:
+        print("".join(text))
 
 
-def sample(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None, max_gen_len: int = 256,
-           temperature: float = 0.6, top_p: float = 0.9, seed: int = 1337, device: str | None = None,
-           dtype: str | None = None):
-    """Prints completions of a prompt, or of four default ones, by a checkpoint directory's model."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, device=device, dtype=dtype)
-    prompts = PROMPTS if prompt is None else (prompt,)
-    results = llama.text_completion(prompts, max_gen_len, temperature, top_p, seed, echo=True)
-    print("\n\n".join(result["generation"] for result in results))
+def demo(*, out_dir: str = "out/demo", retrain: bool = False):
+    """Writes a corpus of little stories, trains a small Llama 3 on it and prints four stories, in 3 minutes.
+
+    Where out_dir holds a finished demo, its model is only sampled from; retrain makes the demo anew.
+    """
+    import stories  # here, as these serve the demo alone
+    import tiny_stories
+    out_dir = Path(out_dir).resolve()
+    if retrain or not checkpoints_of_run(out_dir):
+        if out_dir.exists() and not checkpoints_of_run(out_dir) and any(out_dir.iterdir()):
+            raise ValueError(f"{out_dir} holds no demo but other files; give another --out_dir")
+        part = out_dir.with_name(f"{out_dir.name}.part")  # an earlier demo stays until this one is done
+        shutil.rmtree(part, ignore_errors=True)
+        data = part / "data"
+        stories.write(data)
+        shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)
+        texts = (story for shard in shards[1:] for story in tiny_stories.read_stories(shard))
+        train_tokenizer(texts, 2048, data / "tokenizer.model")
+        tiny_stories.tokenize(data, data / "tokenizer.model")
+        train(train_data=data / "TinyStories_train*.bin", val_data=data / "TinyStories_val.bin",
+              out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=16,
+              seq_len=256, steps=100, lr=3e-3, warmup_steps=20, eval_interval=50, eval_steps=0,
+              shuffle=True, doc_mask=False, dtype="float32")
+        shutil.rmtree(out_dir, ignore_errors=True)
+        os.replace(part, out_dir)
+    sample(ckpt_dir=checkpoints_of_run(out_dir)[-1])
 
 
 if __name__ == "__main__":
-    cli.run({"sample": sample}, default="sample")
+    cli.run({"sample": sample, "train": train, "demo": demo},
+            default="train" if "TORCHELASTIC_RUN_ID" in os.environ else "sample")
