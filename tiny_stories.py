@@ -17,7 +17,6 @@ A .bin file is 256 little-endian int32 of header (magic, version, number of toke
 as little-endian uint32. Every file appears under its final name only when it is complete.
 """
 
-import collections
 import contextlib
 import glob
 import gzip
@@ -31,8 +30,7 @@ import signal
 import tarfile
 import zlib
 from array import array
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 
 import numpy as np
 import requests
@@ -59,8 +57,8 @@ MAX_TOKENS = 2**31 - 1  # of one .bin file, whose header counts in int32
 def download(data_dir: str = DATA_DIR, url: str = URL):
     """Downloads the archive into data_dir and unpacks it to data_dir/TinyStories_all_data/data*.json.
 
-    What is complete already is kept; an interrupted download continues where it stopped. ConnectionError: the
-    server can't be reached, refuses, or breaks off. ValueError: the archive is broken or unsafe.
+    What is complete already is kept; an interrupted download continues where it stopped. ConnectionError:
+    the server can't be reached, refuses, or breaks off. ValueError: the archive is broken or unsafe.
     """
     folder, archive = os.path.join(data_dir, SHARDS), os.path.join(data_dir, ARCHIVE)
     if find_shards(folder):
@@ -78,7 +76,7 @@ def download(data_dir: str = DATA_DIR, url: str = URL):
 
 
 def fetch(url, path):
-    """Downloads url to path, by way of path.part, which a later call continues; ConnectionError if it fails."""
+    """Downloads url to path, by way of path.part, which a later call continues. Errors: ConnectionError."""
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
     headers = {"Accept-Encoding": "identity"}  # so that ranges and lengths count the bytes that are written
@@ -90,14 +88,15 @@ def fetch(url, path):
                 os.remove(part)
                 return fetch(url, path)
             if response.status_code not in (200, 206):
-                raise ConnectionError(f"{url} answered {response.status_code} {response.reason}, expected 200 OK; "
-                                      f"check the address, or bring the file to {path} by other means")
-            if response.status_code == 200:  # the whole file: nothing asked for, or the server ignores ranges
+                raise ConnectionError(f"{url} answered {response.status_code} {response.reason}, expected "
+                                      f"200 OK; check the address or get {path} by other means")
+            if response.status_code == 200:  # the whole file: as asked, or as the server ignores ranges
                 have = 0
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None
             with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path, initial=have, total=total, unit="iB", unit_scale=True, unit_divisor=1024) as bar:
+                    desc=path, initial=have, total=total,
+                    unit="iB", unit_scale=True, unit_divisor=1024) as bar:
                 for chunk in response.iter_content(chunk_size=2**20):
                     bar.update(file.write(chunk))
                 file.flush()
@@ -110,7 +109,10 @@ def fetch(url, path):
 
 
 def unpack(archive, folder):
-    """Unpacks a .tar.gz to a folder that appears when complete; ValueError if broken, unsafe or without shards."""
+    """Unpacks a .tar.gz to a folder that appears when complete.
+
+    ValueError if it is broken, unsafe or without shards: it is put aside, so that a new run starts anew.
+    """
     part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -119,12 +121,13 @@ def unpack(archive, folder):
                 tar.extractall(part, filter="data")  # the filter refuses members that would leave the folder
             while stream.read(2**20):  # on to the end, where gzip keeps its checksum
                 pass
-    except tarfile.FilterError as error:
-        raise ValueError(f"{archive} is not safe to unpack: {error}") from error
+        if not find_shards(part):
+            raise tarfile.TarError("it holds no data*.json")
     except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
-        raise ValueError(f"{archive} is no complete .tar.gz: {error}; delete it and run again") from error
-    if not find_shards(part):
-        raise ValueError(f"{archive} holds no data*.json, expected TinyStories' shards; delete it and run again")
+        shutil.rmtree(part, ignore_errors=True)
+        os.replace(archive, archive + ".broken")
+        raise ValueError(f"{archive}: found no sound .tar.gz of TinyStories' shards ({error}); now named "
+                         f"{archive}.broken; check the address, then run again to download anew") from error
     os.replace(part, folder)
 
 
@@ -137,18 +140,18 @@ def find_shards(folder):
 
 
 def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num_workers: int | None = None):
-    """Writes data_dir/TinyStories_val.bin, the first shard, and TinyStories_train.bin, the others in name order.
+    """Writes data_dir/TinyStories_val.bin, the first shard, and TinyStories_train.bin, the others in order.
 
-    num_workers: processes, None for one per core; the files are the same for any number. A train split of more
-    than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an earlier run stay until both
-    splits are complete. FileNotFoundError without shards or tokenizer, ValueError for a broken shard.
+    num_workers: processes, None for one per core; the files are the same for any number. A train split of
+    more than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an earlier run stay
+    until both splits are complete. FileNotFoundError without shards or tokenizer, ValueError for broken ones.
     """
     folder = os.path.join(data_dir, SHARDS)
     shards = find_shards(folder)
     if len(shards) < 2:
         raise FileNotFoundError(f"{folder} holds {len(shards)} data*.json, expected at least 2: one for "
                                 f"validation, the rest for training; run tiny_stories.py download first")
-    check_tokenizer(tokenizer_path)
+    Tokenizer(tokenizer_path)  # its errors come once, before the work
     num_workers = os.cpu_count() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
@@ -161,41 +164,66 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
             print(f"Tokenizing {name} split...")
             arrays = tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard")
             written |= write_split(os.path.join(data_dir, f"TinyStories_{name}"), arrays)
-    earlier = glob.glob(os.path.join(glob.escape(data_dir), "TinyStories_train*.bin"))
     for part, path in written.items():
         os.replace(part, path)
-    for path in set(earlier) - set(written.values()):  # of a train split in another number of files
-        os.remove(path)
-
-
-def check_tokenizer(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no tokenizer at {path}; --tokenizer_path takes the tokenizer.model of a Llama 3 "
-                                f"checkpoint directory")
+    for suffix in "", "_[0-9][0-9][0-9]":  # an earlier train split may be in another number of files
+        pattern = os.path.join(glob.escape(data_dir), f"TinyStories_train{suffix}.bin")
+        for path in set(glob.glob(pattern)) - set(written.values()):
+            os.remove(path)
 
 
 def process_shards(jobs, num_workers):
-    """Yields process_shard(*job) for each job, in order; at most num_workers + 1 shards are in memory at once."""
+    """Yields process_shard(*job) for each job, in order; at most num_workers + 1 shards are in memory.
+
+    Worker w takes every num_workers-th job from the w-th on, and answers by a pipe of its own: an executor hangs
+    if a worker is killed while it answers.
+    """
     if num_workers == 1:
         yield from itertools.starmap(process_shard, jobs)
         return
-    # "spawn", as a caller may have threads (torch); default SIGINT: at Ctrl-C workers end without a traceback
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"),
-                               initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
-    waiting, pending = iter(jobs), collections.deque()
+    workers = []
     try:
-        while True:
-            for job in itertools.islice(waiting, num_workers + 1 - len(pending)):
-                pending.append((job, pool.submit(process_shard, *job)))
-            if not pending:
-                return
-            yield pending[0][1].result()
-            pending.popleft()
-    except BrokenProcessPool as error:
-        raise OSError(f"a worker was killed at or soon after {pending[0][0][1]}; if memory ran out, try fewer "
-                      f"--num_workers") from error
+        for first in range(num_workers):
+            workers.append(start_worker(jobs[first::num_workers]))
+        for job, (_, answers) in zip(jobs, itertools.cycle(workers), strict=False):
+            try:
+                result = answers.recv()
+            except (EOFError, OSError):
+                raise OSError(f"{job[1]}: its worker was killed or failed; if memory ran out, try fewer "
+                              "--num_workers") from None
+            if isinstance(result, Exception):
+                raise result
+            yield result
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker, _ in workers:
+            worker.kill()
+            worker.join()
+
+
+def start_worker(jobs):
+    """Starts a process for these jobs; returns it and the end of a pipe that its answers come from."""
+    spawn = multiprocessing.get_context("spawn")  # a caller may have threads (torch), which fork would break
+    answers, writer = spawn.Pipe(duplex=False)
+    worker = spawn.Process(target=work, args=(jobs, writer), daemon=True)
+    if os.name == "posix":  # workers inherit the mask: Ctrl-C is for this process, which then kills them
+        resource_tracker.ensure_running()  # its start would lift the mask
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        worker.start()
+    finally:
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        writer.close()  # so that a worker's end ends the pipe
+    return worker, answers
+
+
+def work(jobs, writer):
+    for job in jobs:
+        try:
+            result = process_shard(*job)
+        except (ValueError, OSError) as error:
+            result = error
+        writer.send(result)
 
 
 def process_shard(shard_index, shard_filename, tokenizer_path):
@@ -212,18 +240,21 @@ def process_shard(shard_index, shard_filename, tokenizer_path):
     return np.frombuffer(tokens, dtype=np.uint32)
 
 
+EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
+
+
 def read_stories(path):
-    """The texts of a shard, a JSON list of objects with a "story", in file order; ValueError names the file."""
+    """The texts of a shard, a JSON list of {"story": text}, in file order; ValueError names the file."""
     with open(path, encoding="utf-8") as file:
         try:
             records = json.load(file)
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
+            raise ValueError(f"{path}: found no JSON in UTF-8 ({error}), {EXPECTED}") from error
     if not isinstance(records, list) or not records:
-        raise ValueError(f'{path}: expected a list of {{"story": text}}, found {json.dumps(records):.60}')
+        raise ValueError(f"{path}: found {json.dumps(records):.60}, {EXPECTED}")
     for i, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("story"), str):
-            raise ValueError(f'{path}: story {i}: expected {{"story": text}}, found {json.dumps(record):.60}')
+            raise ValueError(f"{path}, story {i}: found {json.dumps(record):.60}, {EXPECTED}")
     return [record["story"] for record in records]
 
 
@@ -256,7 +287,7 @@ def write_split(stem, arrays):
 
 
 def write_datafile(path, arrays):
-    """Writes an iterable of token arrays as one .bin file, each as it comes; returns the number of tokens."""
+    """Writes an iterable of token arrays as one .bin file, as they come; returns the number of tokens."""
     header, count = np.zeros(256, dtype="<i4"), 0
     with open(path, "wb") as file:
         file.write(header)
@@ -264,7 +295,8 @@ def write_datafile(path, arrays):
             file.write(np.ascontiguousarray(tokens, dtype="<u4"))
             count += len(tokens)
         if count > MAX_TOKENS:
-            raise ValueError(f"{path} would hold {count:,} tokens, expected at most {MAX_TOKENS:,}; use more shards")
+            raise ValueError(f"{path} would hold {count:,} tokens, expected at most {MAX_TOKENS:,}; "
+                             "use more shards")
         header[:3] = MAGIC, VERSION, count
         file.seek(0)
         file.write(header)
@@ -280,7 +312,7 @@ def write_datafile(path, arrays):
 def prepare(data_dir: str = DATA_DIR, url: str = URL, tokenizer_path: str = TOKENIZER_PATH,
             num_workers: int | None = None):
     """Downloads, unpacks and tokenizes TinyStories."""
-    check_tokenizer(tokenizer_path)  # before 1.5 GB of download
+    Tokenizer(tokenizer_path)  # its errors come before 1.5 GB of download
     download(data_dir, url)
     tokenize(data_dir, tokenizer_path, num_workers)
 
