@@ -144,7 +144,7 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 
     num_workers: processes, None for one per core; the files are the same for any number. A train split of
     more than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an earlier run stay
-    until both splits are complete. FileNotFoundError without shards or tokenizer, ValueError for broken ones.
+    until both splits are complete. FileNotFoundError without shards or tokenizer, ValueError if broken.
     """
     folder = os.path.join(data_dir, SHARDS)
     shards = find_shards(folder)
@@ -175,8 +175,8 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 def process_shards(jobs, num_workers):
     """Yields process_shard(*job) for each job, in order; at most num_workers + 1 shards are in memory.
 
-    Worker w takes every num_workers-th job from the w-th on, and answers by a pipe of its own: an executor hangs
-    if a worker is killed while it answers.
+    Worker w takes every num_workers-th job from the w-th on, and answers through its own pipe: an executor
+    would hang if a worker were killed while it answers.
     """
     if num_workers == 1:
         yield from itertools.starmap(process_shard, jobs)
