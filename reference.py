@@ -1,22 +1,20 @@
 """An independent Llama 3, slow and obvious, to lay beside llama31.py wherever numbers have to be trusted.
 
-Written from the papers (Llama 3: arXiv 2407.21783, RoPE: 2104.09864, SwiGLU: 2002.05202, RMSNorm: 1910.07467,
-GQA: 2305.13245) and not from llama31.py, of which it imports nothing. Different on purpose:
+Written from the papers (Llama 3: arXiv 2407.21783, RoPE: 2104.09864, SwiGLU: 2002.05202, RMSNorm:
+1910.07467, GQA: 2305.13245) and not from llama31.py, of which it imports nothing. Different on purpose:
 
-- plain functions over the checkpoint's dictionary of tensors, no modules: what is written is what is computed;
+- plain functions over the checkpoint's dictionary of tensors: what is written is what is computed;
 - one sequence and one head at a time, an explicit causal mask, RoPE as a product of complex numbers;
-- no cache: every new token recomputes the whole sequence;
-- float32 throughout, and differentiable, so that gradients can be compared as well as logits.
+- no cache: every new token recomputes the whole sequence; float32 throughout, and differentiable.
 
     python reference.py --ckpt_dir DIR
     python llama31.py --ckpt_dir DIR --temperature 0 --dtype float32    # the same text
 
-Sizes in the comments: T tokens, H heads, D head_dim, V vocabulary.
+Sizes in the comments: T tokens, H heads, D head dimension, V vocabulary.
 """
 
 import json
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -24,28 +22,27 @@ import torch
 import cli
 from tokenizer import Tokenizer
 
-PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
+# -----------------------------------------------------------------------------
+# Model
 
-
-# ---------------------------------------------------------------- the model
 
 def rope_frequencies(args):
-    """Radians per position of each of a head's D/2 pairs, (D/2); scaled as in Llama 3.1 if args say so."""
+    """Radians per position of each of a head's pairs, (D/2); scaled as in Llama 3.1 if args say so."""
     D = args["dim"] // args["n_heads"]
-    # Float32 also in the power: it is how Llama was trained, and 8,000 positions on, one unit in the last place
-    # of a frequency is an angle of up to 5e-4.
-    frequencies = 1.0 / args.get("rope_theta", 500000.0) ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    # Float32 also in the power: it is how Llama was trained, and 8,000 positions on, one unit in the last
+    # place of a frequency is an angle of up to 5e-4.
+    frequencies = 1.0 / args.get("rope_theta", 500000.0) ** (torch.arange(0, D, 2).float() / D)
     if not args.get("use_scaled_rope", False):
         return frequencies
     shape = (args["dim"], args["n_layers"], args["n_heads"], args.get("n_kv_heads"))
-    is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))  # 1B and 3B: their params.json omits the 32
+    is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))  # 1B, 3B: their params.json omits the 32
     factor = args.get("rope_scale_factor", 32 if is_llama_32 else 8)
     scaled = []
     for frequency in frequencies.tolist():
-        turns = 8192 * frequency / (2 * math.pi)  # in the context length of Llama 3, before 3.1 extended it
-        if turns > 4:    # more than the high factor: fast pairs tell near positions apart and stay as they are
+        turns = 8192 * frequency / (2 * math.pi)  # in the context of Llama 3, before 3.1 extended it
+        if turns > 4:    # fast pairs tell near positions apart and stay as they are
             scaled.append(frequency)
-        elif turns < 1:  # less than the low factor: slow pairs never came round and are slowed down further
+        elif turns < 1:  # slow pairs never came round and are slowed down further
             scaled.append(frequency / factor)
         else:
             kept = (turns - 1) / (4 - 1)
@@ -65,9 +62,8 @@ def rms_norm(x, weight, args):
 
 def attention(x, wq, wk, wv, wo, args, rotations):
     """Causal self-attention, (T, dim) -> (T, dim); consecutive query heads share a key and value head."""
-    T, H = len(x), args["n_heads"]
+    T, H, D = len(x), args["n_heads"], args["dim"] // args["n_heads"]
     n_kv_heads = args.get("n_kv_heads") or H
-    D = args["dim"] // H
     future = torch.arange(T)[None, :] > torch.arange(T)[:, None]  # row t: the columns that t may not see
     outputs = []
     for head in range(H):
@@ -86,18 +82,15 @@ def feed_forward(x, w1, w2, w3):
 
 
 def forward(weights, args, tokens):
-    """Logits (T, V) after each of T token ids.
-
-    weights: Meta's name -> float32 tensor; without output.weight the embedding serves. args: params.json as a dict.
-    """
+    """Logits (T, V) after each of T token ids; weights: Meta's name -> float32, args: params.json's dict."""
     angles = torch.outer(torch.arange(len(tokens), dtype=torch.float32), rope_frequencies(args))
     rotations = torch.polar(torch.ones_like(angles), angles)      # (T, D/2), complex
-    x = weights["tok_embeddings.weight"][torch.as_tensor(tokens)]
+    x = weights["tok_embeddings.weight"][torch.as_tensor(tokens)]  # (T, dim)
     for i in range(args["n_layers"]):
-        wq, wk, wv, wo = (weights[f"layers.{i}.attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo"))
+        wq, wk, wv, wo = (weights[f"layers.{i}.attention.{w}.weight"] for w in ("wq", "wk", "wv", "wo"))
         normed = rms_norm(x, weights[f"layers.{i}.attention_norm.weight"], args)
         x = x + attention(normed, wq, wk, wv, wo, args, rotations)
-        w1, w2, w3 = (weights[f"layers.{i}.feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))
+        w1, w2, w3 = (weights[f"layers.{i}.feed_forward.{w}.weight"] for w in ("w1", "w2", "w3"))
         normed = rms_norm(x, weights[f"layers.{i}.ffn_norm.weight"], args)
         x = x + feed_forward(normed, w1, w2, w3)
     tied = args.get("tie_word_embeddings", False) or "output.weight" not in weights
@@ -107,72 +100,70 @@ def forward(weights, args, tokens):
 
 def loss(weights, args, inputs, targets):
     """Mean cross-entropy in nats over the targets other than -100, 0 if there is none; ids are (B, T)."""
-    total, count = torch.zeros(()), 0
+    losses = []
     for row, row_targets in zip(inputs, targets, strict=True):
-        logits = forward(weights, args, row)
-        for position, target in enumerate(row_targets.tolist()):
-            if target != -100:
-                total = total + torch.logsumexp(logits[position], dim=0) - logits[position, target]
-                count += 1
-    return total / max(count, 1)
+        log_probabilities = torch.log_softmax(forward(weights, args, row), dim=1)
+        losses += [-log_probabilities[t, target] for t, target in enumerate(row_targets) if target != -100]
+    return sum(losses, torch.zeros(())) / max(len(losses), 1)
+
+# -----------------------------------------------------------------------------
+# Checkpoint and text
 
 
-# ---------------------------------------------------------------- a checkpoint and its text
-
-def load(ckpt_dir):
-    """(weights, args) of a directory with params.json and consolidated.00.pth.
-
-    FileNotFoundError names the missing file; ValueError says why the files make no model.
-    """
-    params_path, weights_path = Path(ckpt_dir, "params.json"), Path(ckpt_dir, "consolidated.00.pth")
-    for path in (params_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"no {path}: --ckpt_dir is a folder in Meta's format, which has one")
-    if len(files := list(Path(ckpt_dir).glob("consolidated.*.pth"))) > 1:
-        raise ValueError(f"{ckpt_dir} has {len(files)} files of weights: reference.py reads models of one file")
-    try:
-        args = json.loads(params_path.read_text())
-        stored = torch.load(weights_path, map_location="cpu", mmap=True, weights_only=True)
-        weights = {name: tensor.float() for name, tensor in stored.items() if name != "rope.freqs"}
-        forward(weights, args, [0])  # finds what is missing or doesn't fit before anybody waits for text
-    except (ValueError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{ckpt_dir} is no Llama 3 checkpoint in Meta's format ({reason}); fetch it again") from error
-    if len(weights) != (expected := 9 * args["n_layers"] + 2 + ("output.weight" in weights)):
-        raise ValueError(f"{weights_path} has {len(weights)} tensors, expected {expected} for the n_layers of "
-                         f"{params_path}: use the two files of one model")
-    return weights, args
+def sample(logits, temperature, top_p, generator):
+    """An id by its logits (V): the likeliest at temperature 0, else drawn from the fewest with top_p."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True, stable=True)
+    if top_p < 1:
+        too_few = int((probabilities.cumsum(dim=0) < top_p).sum())  # one more hold top_p
+        probabilities[too_few + 1:] = 0
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 class Llama:
-    """A checkpoint with its tokenizer, which is None where there is no file: token-level use still works."""
+    """A checkpoint with its tokenizer; where that is None, token ids still work."""
 
     def __init__(self, weights, args, tokenizer, max_seq_len):
         self.weights, self.args, self.tokenizer, self.max_seq_len = weights, args, tokenizer, max_seq_len
 
     @staticmethod
-    def build(ckpt_dir, tokenizer_path=None, max_seq_len=2048):
-        """Reads a directory in Meta's format, and its own tokenizer.model unless another is given."""
-        weights, args = load(ckpt_dir)
+    def build(ckpt_dir, tokenizer_path=None, max_seq_len=None):
+        """Reads a checkpoint directory of one file of weights; its tokenizer unless another is given."""
+        try:
+            args = json.loads(Path(ckpt_dir, "params.json").read_text())
+            path = Path(ckpt_dir, "consolidated.00.pth")
+            stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            weights = {name: tensor.float() for name, tensor in stored.items()}
+            forward(weights, args, [0])  # trips over what is missing or doesn't fit
+            if len(weights) != (n := 9 * args["n_layers"] + 2 + ("output.weight" in weights)):
+                raise ValueError(f"{len(weights)} tensors, expected {n} for {args['n_layers']} layers")
+        except FileNotFoundError:
+            raise  # it names the file
+        except Exception as error:
+            raise ValueError(f"{ckpt_dir}: params.json and consolidated.00.pth are no Llama 3 in Meta's "
+                             f"format ({type(error).__name__}: {error})") from error
         path = Path(tokenizer_path or Path(ckpt_dir, "tokenizer.model"))
-        return Llama(weights, args, Tokenizer(str(path)) if tokenizer_path or path.is_file() else None, max_seq_len)
+        tokenizer = Tokenizer(path) if tokenizer_path or path.is_file() else None
+        if tokenizer and tokenizer.n_words != len(weights["tok_embeddings.weight"]):
+            raise ValueError(f"{path}: {tokenizer.n_words} tokens, not as many as the model of {ckpt_dir}")
+        return Llama(weights, args, tokenizer, max_seq_len or args.get("max_seq_len", 2048))
 
     @torch.no_grad()
     def generate(self, prompt_tokens, max_gen_len, temperature=0.0, top_p=0.9, seed=1337, echo=False,
                  stop_tokens=None):
-        """Continuations of lists of ids, up to max_gen_len ids each and with echo after the prompt's own.
+        """Up to max_gen_len ids that follow each prompt's, with echo after the prompt's own.
 
-        temperature 0 takes the likeliest id; above, row i draws with Generator(seed + i) among the likeliest that
-        make up top_p. A row ends at max_seq_len, or before an id in stop_tokens (None: the tokenizer's).
+        Row i draws with Generator(seed + i). A row ends before an id of stop_tokens (None: the tokenizer's).
         """
+        if not temperature >= 0 or not 0 <= top_p <= 1:
+            raise ValueError(f"temperature {temperature}, top_p {top_p}: expected at least 0, and 0 to 1")
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
-        rows, V = [], len(self.weights["tok_embeddings.weight"])
+        rows = []
         for i, prompt in enumerate(prompt_tokens):
-            if not 0 < len(prompt) < self.max_seq_len or min(prompt) < 0 or max(prompt) >= V:
-                raise ValueError(f"prompt {i} has {len(prompt)} ids, from {min(prompt, default=None)} to "
-                                 f"{max(prompt, default=None)}: expected at least one, fewer than max_seq_len = "
-                                 f"{self.max_seq_len}, from 0 to {V - 1}")
+            if not 0 < len(prompt) < self.max_seq_len:
+                raise ValueError(f"prompt {i}: {len(prompt)} ids, expected 1 to {self.max_seq_len - 1}")
             generator = torch.Generator().manual_seed(seed + i)
             tokens = list(prompt)
             while len(tokens) < min(len(prompt) + max_gen_len, self.max_seq_len):
@@ -184,29 +175,20 @@ class Llama:
         return rows
 
     def text_completion(self, prompts, max_gen_len=256, temperature=0.0, top_p=0.9, seed=1337):
-        """[{"generation": text}, ...]: what follows each prompt. ValueError without a tokenizer."""
+        """[{"generation": text}, ...]: what follows each prompt; ValueError without a tokenizer."""
         if self.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer.model: put it into the folder or give tokenizer_path")
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        rows = self.generate(ids, max_gen_len, temperature, top_p, seed)
-        return [{"generation": self.tokenizer.decode(tokens)} for tokens in rows]
+            raise ValueError("no tokenizer.model beside the weights; give tokenizer_path")
+        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        rows = self.generate(prompt_tokens, max_gen_len, temperature, top_p, seed)
+        return [{"generation": self.tokenizer.decode(row)} for row in rows]
 
 
-def sample(logits, temperature, top_p, generator):
-    """An id by its logits (V): the likeliest at temperature 0, else drawn from the nucleus of mass top_p."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True)
-    before = probabilities.cumsum(dim=0) - probabilities
-    nucleus = probabilities * (before <= top_p)  # the id that crosses top_p still belongs to it
-    return int(ids[torch.multinomial(nucleus, 1, generator=generator)])
+PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
 
 
-def main(ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None, max_gen_len: int = 256,
-         temperature: float = 0.0, top_p: float = 0.9, seed: int = 1337):
-    """Prints the completion of the prompt, or of four default ones, by any checkpoint directory."""
-    if temperature < 0 or not 0 <= top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected at least 0, and from 0 to 1")
+def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None,
+         max_gen_len: int = 256, temperature: float = 0.0, top_p: float = 0.9, seed: int = 1337):
+    """Prints completions of a prompt, or of four default ones, by a checkpoint directory's model."""
     llama = Llama.build(ckpt_dir, tokenizer_path)
     for i, text in enumerate(PROMPTS if prompt is None else [prompt]):
         [completion] = llama.text_completion([text], max_gen_len, temperature, top_p, seed + i)
