@@ -268,9 +268,11 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self, generator=None):
-        """Normal weights of standard deviation 0.02, smaller where a layer writes to the stream (GPT-2)."""
+        """Matrices normal with deviation 0.02, less where a layer adds to the stream (GPT-2); norms one."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() == 1:
+                nn.init.ones_(p)
+            else:
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.args.n_layers) if residual else 0.02,
                                 generator=generator)
@@ -796,8 +798,9 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                          f"scratch; found preset {preset} (known: {', '.join(PRESETS)})")
     tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
     if source is None:
-        with device:
+        with torch.device("meta"):
             model = Transformer(ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words))
+        model.to_empty(device=device).tie()
         model.init_weights(torch.Generator(device).manual_seed(seed))
     else:
         model = load_checkpoint(source, device, torch.float32).train()

@@ -1,0 +1,167 @@
+"""Training: the schedule, what a run leaves on disk, exact resuming, and errors before any work."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import llama31
+import reference
+from llama31 import Llama, ModelArgs, Transformer, train
+from tiny_stories import write_datafile
+from tokenizer import Tokenizer, train_tokenizer
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with tokenizer.model, train.bin and val.bin of a made-up text, many documents each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "fast", "über"]
+    texts = [" ".join(rng.choice(words, size=rng.integers(4, 12))) + "." for _ in range(400)]
+    tokenizer = train_tokenizer(texts, 530, folder / "tokenizer.model")
+    for name, part in (("val", texts[:80]), ("train", texts[80:])):
+        write_datafile(folder / f"{name}.bin", [tokenizer.encode(text, bos=True, eos=True) for text in part])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    monkeypatch.setitem(llama31.PRESETS, "small", SHAPE)
+
+
+def run(corpus, out_dir, **flags):
+    settings = dict(train_data=str(corpus / "train.bin"), val_data=str(corpus / "val.bin"), out_dir=str(out_dir),
+                    preset="small", tokenizer_path=str(corpus / "tokenizer.model"), batch_size=2, seq_len=16,
+                    steps=6, lr=1e-2, warmup_steps=2, eval_interval=3, device="cpu", dtype="float32")
+    train(**{**settings, **flags})
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def weights(path):
+    return torch.load(path / "consolidated.00.pth", weights_only=True)
+
+
+def test_the_rate_warms_up_linearly_and_follows_a_cosine_to_its_floor():
+    rates = [llama31.learning_rate_at(step, 110, 1.0, 0.1, 10) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[59] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_a_run_leaves_a_log_a_plot_and_a_checkpoint_directory_that_all_programs_read(corpus, tmp_path):
+    records = run(corpus, tmp_path, save_interval=2, keep=2)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert {"loss", "lr", "grad_norm", "tokens_per_s"} <= record.keys()
+        assert ("val_bpb" in record) == ("val_loss" in record) == (record["step"] in (3, 6))
+    assert records[0]["loss"] > records[-1]["loss"] + 1
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "loss.png", "step_000004", "step_000006"]
+    folder = tmp_path / "step_000006"
+    ours = Llama.build(folder, device="cpu").text_completion(["the cat"], max_gen_len=12, temperature=0)
+    assert ours == reference.Llama.build(folder).text_completion(["the cat"], max_gen_len=12, temperature=0)
+    assert weights(folder).keys() == Transformer(ModelArgs.from_json(folder / "params.json")).state_dict().keys()
+
+
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_bits_per_byte_are_nats_of_counted_targets_over_bytes_of_ordinary_tokens(corpus, tmp_path, doc_mask):
+    record = run(corpus, tmp_path, eval_steps=0, doc_mask=doc_mask)[-1]
+    llama = Llama.build(tmp_path / "step_000006", device="cpu")
+    tokenizer = llama.tokenizer
+    tokens = np.fromfile(corpus / "val.bin", dtype="<u4", offset=1024).astype(np.int64)
+    nats = count = num_bytes = 0
+    windows = (len(tokens) - 1) // 16 // 2 * 2  # whole batches of 2
+    for k in range(windows):
+        window = torch.from_numpy(tokens[16 * k:16 * k + 17])[None]
+        targets = window[0, 1:].tolist()
+        kept = [t != tokenizer.bos_id or not doc_mask for t in targets]
+        loss = llama.model(window[:, :-1], window[:, 1:], tokenizer.bos_id if doc_mask else None)
+        nats, count = nats + loss.item() * sum(kept), count + sum(kept)
+        num_bytes += len(tokenizer.decode_bytes([t for t in targets if t < tokenizer.bos_id]))
+    assert record["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert record["val_bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_resumed_run_continues_exactly(corpus, tmp_path, shuffle):
+    whole = run(corpus, tmp_path / "whole", shuffle=shuffle)
+    run(corpus, tmp_path / "parts", shuffle=shuffle, save_interval=4)
+    for path in (tmp_path / "parts" / "step_000006").iterdir():
+        path.unlink()
+    (tmp_path / "parts" / "step_000006").rmdir()
+    with open(tmp_path / "parts" / "log.jsonl", "a") as log:
+        log.write('{"step": 7, "lo')  # as a kill leaves it
+    parts = run(corpus, tmp_path / "parts", shuffle=shuffle, resume=True)
+    for a, b in zip(whole, parts, strict=True):
+        assert {**a, "tokens_per_s": 0} == {**b, "tokens_per_s": 0}
+    a, b = weights(tmp_path / "whole" / "step_000006"), weights(tmp_path / "parts" / "step_000006")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_accumulated_micro_batches_equal_one_large_batch(corpus, tmp_path, doc_mask):
+    one = run(corpus, tmp_path / "one", batch_size=4, doc_mask=doc_mask)
+    four = run(corpus, tmp_path / "four", batch_size=1, total_batch_tokens=64, doc_mask=doc_mask)
+    for a, b in zip(one, four, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
+    run(corpus, tmp_path / "base")
+    start = tmp_path / "base" / "step_000006"
+    run(corpus, tmp_path / "fine", ckpt_dir=str(start), tokenizer_path=None, steps=20, lr=1e-5, dtype="bfloat16")
+    a, b = weights(start), weights(tmp_path / "fine" / "step_000020")
+    moved = sum(int((a[name] != b[name]).sum()) for name in a) / sum(a[name].numel() for name in a)
+    assert moved > 0.9 and all(w.dtype == torch.float32 for w in b.values())
+
+
+def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_path):
+    before = torch.get_rng_state()
+    run(corpus, tmp_path / "a", steps=1)
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(resume=True), "no checkpoint to go on from"), (dict(total_batch_tokens=48), "multiple of .* = 32"),
+    (dict(train_data="nothing*.bin"), "no file matches nothing"), (dict(preset="huge"), "known: demo, llama3.1-8b"),
+    (dict(tokenizer_path=None), "--tokenizer_path"), (dict(batch_size=0), "batch_size is 0; expected at least 1"),
+    (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
+    (dict(seq_len=10_000), "T \\+ 1 = 10001")])
+def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run(corpus, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_data_is_never_validation_data(corpus, tmp_path):
+    with pytest.raises(ValueError, match="val.bin is in both"):
+        run(corpus, tmp_path, train_data=str(corpus / "*.bin"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(corpus, tmp_path):
+    run(corpus, tmp_path, steps=1)
+    with pytest.raises(ValueError, match="holds a run"):
+        run(corpus, tmp_path, steps=1)
+
+
+def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
+    write_datafile(tmp_path / "train.bin", [list(range(500, 560))])
+    with pytest.raises(ValueError, match="holds token 5.., the vocabulary ends at 529"):
+        run(corpus, tmp_path / "out", train_data=str(tmp_path / "train.bin"))
+    assert Tokenizer(corpus / "tokenizer.model").n_words == 530
+    run(corpus, tmp_path / "base", steps=1)
+    other = train_tokenizer(["a b c a b c"], 514, tmp_path / "other.model").model_path
+    with pytest.raises(ValueError, match="514 tokens, the model 530"):
+        run(corpus, tmp_path / "more", ckpt_dir=str(tmp_path / "base" / "step_000001"), tokenizer_path=other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(corpus, tmp_path):
+    with pytest.raises(ValueError, match="loss of step . is nan"):
+        run(corpus, tmp_path, lr=1e30, grad_clip=0.0, save_interval=1, steps=9)
+    assert llama31.checkpoints_of_run(tmp_path)
