@@ -1,4 +1,4 @@
-"""The model's own promises: shapes, the cache, generation, checkpoints, the optimizer, the loader's numbering."""
+"""The model's own promises: shapes, the cache, the document mask, checkpoints, the optimizer."""
 
 import json
 
@@ -34,11 +34,29 @@ def test_presets_have_metas_parameter_counts(preset, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize("fields, name", [({"n_kv_heads": 4}, "n_kv_heads"), ({"dim": 50}, "dim"),
-                                          ({"n_layers": 0}, "n_layers"), ({"vocab_size": 9.5}, "vocab_size")])
+@pytest.mark.parametrize("fields, name", [
+    ({"n_kv_heads": 4}, "n_kv_heads"), ({"dim": 50}, "dim"), ({"n_layers": 0}, "n_layers"),
+    ({"vocab_size": 9.5}, "vocab_size"), ({"n_heads": True}, "n_heads"), ({"norm_eps": 0}, "norm_eps"),
+    ({"rope_theta": "big"}, "rope_theta"), ({"use_scaled_rope": 1}, "use_scaled_rope"),
+    ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier"), ({"n_kv_heads": 7}, "n_kv_heads")])
 def test_an_inconsistent_field_is_named(fields, name):
     with pytest.raises(ValueError, match=name):
         ModelArgs(**{**TINY, **fields})
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[3]", "found \\[3\\]"), ("{", "params.json: Expecting"), ('{"dim": null}', "dim is None")])
+def test_params_json_that_is_none_is_named(tmp_path, text, said):
+    (tmp_path / "params.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        ModelArgs.from_json(tmp_path / "params.json")
+
+
+def test_hidden_dim_follows_metas_rule():
+    assert ModelArgs(**PRESETS["llama3.1-8b"]).hidden_dim == 14336
+    assert ModelArgs(**PRESETS["llama3.1-70b"]).hidden_dim == 28672
+    assert ModelArgs(**PRESETS["llama3.1-405b"]).hidden_dim == 53248
+    assert ModelArgs(**PRESETS["llama3.2-1b"]).hidden_dim == 8192
 
 
 def test_an_unknown_field_is_named(tmp_path):
@@ -70,26 +88,6 @@ def test_logits_do_not_see_the_future():
     changed[0, 6] = 50
     assert torch.equal(model(tokens)[:, :6], model(changed)[:, :6])
     assert not torch.equal(model(tokens)[:, 6:], model(changed)[:, 6:])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_ragged_batch_generates_what_its_rows_would_alone(temperature):
-    llama = Llama(tiny(), None, max_seq_len=64)
-    prompts = [[1], [5, 6, 7, 8, 9], [3, 0, 0]]
-    batch = llama.generate(prompts, 20, temperature=temperature, seed=7)
-    alone = [llama.generate([p], 20, temperature=temperature, seed=7 + i)[0] for i, p in enumerate(prompts)]
-    assert batch == alone and all(len(row) == 20 for row in batch)
-
-
-def test_generation_stops_at_stop_tokens_and_at_max_seq_len_and_refuses_what_does_not_fit():
-    llama = Llama(tiny(), None, max_seq_len=16)
-    row = llama.generate([[1, 2]], 100, temperature=0)[0]
-    assert len(row) == 14
-    assert llama.generate([[1, 2]], 100, temperature=0, stop_tokens=[row[3]])[0] == row[:row.index(row[3])]
-    assert llama.generate([[1, 2]], 3, temperature=0, echo=True)[0] == [1, 2, *row[:3]]
-    for prompts in ([[]], [[1] * 16], []):
-        with pytest.raises(ValueError, match="expected 1 to"):
-            llama.generate(prompts, 4)
 
 
 def test_packed_documents_have_the_loss_of_documents_run_apart():
