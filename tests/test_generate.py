@@ -38,16 +38,17 @@ def ckpt_dir(tokenizer, tmp_path):
 
 def drawn(logits, n=4000, **limits):
     generator = torch.Generator().manual_seed(2)
-    return torch.bincount(torch.tensor([sample_token(logits, generator=generator, **limits) for _ in range(n)]),
-                          minlength=len(logits)) / n
+    ids = [sample_token(logits, generator=generator, **limits) for _ in range(n)]
+    return torch.bincount(torch.tensor(ids), minlength=len(logits)) / n
 
 
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
 
 @pytest.mark.parametrize("limits, kept", [
-    (dict(), [0, 1, 2, 3, 4]), (dict(top_p=1.0), [0, 1, 2, 3, 4]), (dict(top_p=0.39), [1]), (dict(top_p=0.0), [1]),
-    (dict(top_p=0.6), [1, 3]), (dict(top_p=0.8), [1, 3, 4]), (dict(top_p=0.9), [0, 1, 3, 4]), (dict(top_k=1), [1]),
+    (dict(), [0, 1, 2, 3, 4]), (dict(top_p=1.0), [0, 1, 2, 3, 4]), (dict(top_p=0.39), [1]),
+    (dict(top_p=0.0), [1]), (dict(top_p=0.6), [1, 3]), (dict(top_p=0.8), [1, 3, 4]),
+    (dict(top_p=0.9), [0, 1, 3, 4]), (dict(top_k=1), [1]),
     (dict(top_k=3), [1, 3, 4]), (dict(top_k=9), [0, 1, 2, 3, 4]), (dict(min_p=1.0), [1]),
     (dict(min_p=0.45), [1, 3, 4]), (dict(min_p=0.2, top_p=0.6), [1, 3])])
 def test_limits_keep_the_likeliest_tokens_in_their_proportions(limits, kept):
@@ -105,7 +106,8 @@ def test_the_default_stop_tokens_are_the_tokenizers(tokenizer):
 
 @pytest.mark.parametrize("prompts, settings, said", [
     ([[]], {}, "prompt 0 has 0 tokens"), ([[1], [1] * 64], {}, "prompt 1 has 64 tokens; expected 1 to 63"),
-    ([], {}, "0 prompts"), ([[1]] * 33, {}, "33 prompts; expected 1 to 32"), ([[97]], {}, "ids from 97 to 97"),
+    ([], {}, "0 prompts"), ([[1]] * 33, {}, "33 prompts; expected 1 to 32"),
+    ([[97]], {}, "ids from 97 to 97"),
     ([[-1]], {}, "ids from -1"), ([[1]], dict(temperature=-1), "temperature is -1"),
     ([[1]], dict(temperature=float("nan")), "temperature is nan"), ([[1]], dict(top_p=1.1), "top_p is 1.1"),
     ([[1]], dict(min_p=-0.1), "min_p is -0.1"), ([[1]], dict(top_k=-1), "top_k is -1")])
@@ -155,8 +157,8 @@ def test_sample_takes_the_checkpoint_last_written_under_out(ckpt_dir, tmp_path, 
 
 
 def test_without_a_checkpoint_one_line_says_how_to_get_one(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "llama31.py", "--prompt", "Once upon a time"], cwd=tmp_path,
-                            capture_output=True, text=True)
+    words = [sys.executable, ROOT / "llama31.py", "--prompt", "Once upon a time"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "llama31.py demo" in result.stderr and "--ckpt_dir" in result.stderr
 

@@ -35,9 +35,10 @@ def small_preset(monkeypatch):
 
 
 def run(corpus, out_dir, **flags):
-    settings = dict(train_data=str(corpus / "train.bin"), val_data=str(corpus / "val.bin"), out_dir=str(out_dir),
-                    preset="small", tokenizer_path=str(corpus / "tokenizer.model"), batch_size=2, seq_len=16,
-                    steps=6, lr=1e-2, warmup_steps=2, eval_interval=3, device="cpu", dtype="float32")
+    settings = dict(train_data=str(corpus / "train.bin"), val_data=str(corpus / "val.bin"),
+                    out_dir=str(out_dir), preset="small", tokenizer_path=str(corpus / "tokenizer.model"),
+                    batch_size=2, seq_len=16, steps=6, lr=1e-2, warmup_steps=2, eval_interval=3,
+                    device="cpu", dtype="float32")
     train(**{**settings, **flags})
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
 
@@ -61,11 +62,13 @@ def test_a_run_leaves_a_log_a_plot_and_a_checkpoint_directory_that_all_programs_
         assert ("val_bpb" in record) == ("val_loss" in record) == (record["step"] in (3, 6))
     assert records[0]["loss"] > records[-1]["loss"] + 1
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "loss.png", "step_000004", "step_000006"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["log.jsonl", "loss.png", "step_000004", "step_000006"]
     folder = tmp_path / "step_000006"
     ours = Llama.build(folder, device="cpu").text_completion(["the cat"], max_gen_len=12, temperature=0)
     assert ours == reference.Llama.build(folder).text_completion(["the cat"], max_gen_len=12, temperature=0)
-    assert weights(folder).keys() == Transformer(ModelArgs.from_json(folder / "params.json")).state_dict().keys()
+    args = ModelArgs.from_json(folder / "params.json")
+    assert weights(folder).keys() == Transformer(args).state_dict().keys()
 
 
 @pytest.mark.parametrize("doc_mask", [False, True])
@@ -115,7 +118,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(corpus, tmp_path, doc_m
 def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
     run(corpus, tmp_path / "base")
     start = tmp_path / "base" / "step_000006"
-    run(corpus, tmp_path / "fine", ckpt_dir=str(start), tokenizer_path=None, steps=20, lr=1e-5, dtype="bfloat16")
+    run(corpus, tmp_path / "fine", ckpt_dir=str(start), tokenizer_path=None, steps=20, lr=1e-5,
+        dtype="bfloat16")
     a, b = weights(start), weights(tmp_path / "fine" / "step_000020")
     moved = sum(int((a[name] != b[name]).sum()) for name in a) / sum(a[name].numel() for name in a)
     assert moved > 0.9 and all(w.dtype == torch.float32 for w in b.values())
@@ -128,9 +132,10 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
 
 
 @pytest.mark.parametrize("flags, said", [
-    (dict(resume=True), "no checkpoint to go on from"), (dict(total_batch_tokens=48), "multiple of .* = 32"),
-    (dict(train_data="nothing*.bin"), "no file matches nothing"), (dict(preset="huge"), "known: demo, llama3.1-8b"),
-    (dict(tokenizer_path=None), "--tokenizer_path"), (dict(batch_size=0), "batch_size is 0; expected at least 1"),
+    (dict(resume=True), "no checkpoint to go on from"), (dict(preset="huge"), "known: demo, llama3.1-8b"),
+    (dict(total_batch_tokens=48), "multiple of .* = 32"), (dict(tokenizer_path=None), "--tokenizer_path"),
+    (dict(train_data="nothing*.bin"), "no file matches nothing"),
+    (dict(batch_size=0), "batch_size is 0; expected at least 1"),
     (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
     (dict(seq_len=10_000), "T \\+ 1 = 10001")])
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
