@@ -68,21 +68,21 @@ giggly, graceful, handsome, lively, moody, nervous, patient, perky, playful, qui
 serious, slow, stubborn, thirsty, timid, wise, jumpy, merry, nosy, tame, witty, sad, cute, wild; tiny: big,
 little, tiny, fat, thin, small, huge, mini, short, round, long, giant, slim, broad, large, wee; colour: red,
 blue, green, yellow, orange, purple, pink, brown, white, black, gray, silver, gold, violet, tan, turquoise,
-navy, teal, lilac, beige, scarlet, striped, spotted, checkered, indigo, maroon, dotted, rosy, bronze,
-emerald, ivory, copper; animals: cats, dogs, ducks, frogs, horses, cows, pigs, sheep, geese, bears, lions,
-foxes, owls, whales, crabs, bees, snails, camels, monkeys, penguins, dragons, elephants, zebras, tigers,
-rabbits, mice, seals, parrots, swans, turtles, dolphins, donkeys, ants, beavers, beetles, butterflies,
-chickens, cranes, doves, eagles, fish, goats, lizards, llamas, moles, ponies, sharks, wolves, moths, otters,
-pandas, pigeons, robins, roosters, shrimp, skunks, spiders, squirrels, toads, trolls, unicorns, worms, yaks,
-hens; creature: dragon, whale, elephant, lion, tiger, bear, giant, wizard, knight, pirate, mermaid, snail,
-spider, owl, camel, penguin, dolphin, bee, crab, parrot, mole, king, queen, clown, dinosaur, zebra, giraffe,
-kangaroo, hippo, seal, swan, peacock; new: wide, pretty, wonderful, new, fancy, strange, crooked, narrow,
-light, rough, dusty, clean, plain, simple, lovely, cheap, funny, odd, perfect, splendid, beautiful, charming,
-curious, dainty, elegant, fine, dull, magic, mighty, noble, precious, quaint, rare, neat, weird, dear, bent,
-cold, sturdy, nice, grand, special, secret, smooth, flat, heavy, worn, faded, costly, modern, ancient,
-antique, ordinary, patched, painted, glossy, shiny, gleaming, dirty, ugly, handmade, royal, forgotten,
-sparkling; treasure: coins, shells, marbles, rings, stamps, pearls, beads, letters, buttons, stones, medals,
-keys, candies, photographs, spoons, feathers, stars, hearts, stickers, corks, ropes, bottles, twigs, petals,
+navy, teal, lilac, beige, scarlet, amber, crimson, aqua, indigo, maroon, coral, rosy, bronze, emerald, ivory,
+copper; animals: cats, dogs, ducks, frogs, horses, cows, pigs, sheep, geese, bears, lions, foxes, owls,
+whales, crabs, bees, snails, camels, monkeys, penguins, dragons, elephants, zebras, tigers, rabbits, mice,
+seals, parrots, swans, turtles, dolphins, donkeys, ants, beavers, beetles, butterflies, chickens, cranes,
+doves, eagles, fish, goats, lizards, llamas, moles, ponies, sharks, wolves, moths, otters, pandas, pigeons,
+robins, roosters, shrimp, skunks, spiders, squirrels, toads, trolls, unicorns, worms, yaks, hens; creature:
+dragon, whale, elephant, lion, tiger, bear, gnome, wizard, knight, pirate, mermaid, snail, spider, owl,
+camel, penguin, dolphin, bee, crab, parrot, mole, king, queen, clown, dinosaur, zebra, giraffe, kangaroo,
+hippo, seal, swan, peacock; new: wide, pretty, wonderful, new, fancy, strange, crooked, narrow, light, rough,
+dusty, clean, plain, simple, lovely, cheap, funny, odd, perfect, splendid, beautiful, charming, curious,
+dainty, elegant, fine, dull, magic, mighty, noble, precious, quaint, rare, neat, weird, dear, bent, cold,
+sturdy, nice, grand, special, secret, smooth, flat, heavy, worn, faded, costly, modern, ancient, antique,
+ordinary, patched, painted, glossy, shiny, gleaming, dirty, ugly, handmade, royal, forgotten, sparkling;
+treasure: coins, shells, marbles, rings, stamps, pearls, beads, letters, buttons, stones, medals, keys,
+candies, photographs, spoons, feathers, stars, hearts, stickers, corks, ropes, bottles, twigs, petals,
 ribbons, candles, crayons, pencils, brushes, postcards, balloons, bells, acorns, badges, bolts, cards,
 charms, combs, corals, dice, flags, gems, hooks, jewels, lanterns, magnets, mirrors, mugs, nails, necklaces,
 needles, paintings, pebbles, pens, pins, pipes, plates, puzzles, spools, seashells, tickets, tops, vases,
@@ -131,17 +131,17 @@ tired, small, bad, sick, hopeless, confused; softly: softly, gently, kindly, cal
 sweetly, slowly, tenderly, patiently, politely, bravely, seriously, with a smile, with a wink, with a nod;
 oh: oh, well, hey, look, listen, ah, gosh, hmm, you know, goodness, dear me, now, wow, say, aha, oh my; oops:
 oops, oh no, crash, bang, bump, boom, oh dear, whoosh; then: then, soon, later, finally, suddenly, at last,
-just then, before long, after a while, moments later, right then, a minute later, some time later, right
-away, in the end, all at once; loud: loud, soft, strange, sad, squeaky, tiny, funny, odd; wet: wet, dusty,
-dirty, muddy, sticky, cold, sandy, torn; good: good, wise, kind, smart, brave, nice, great, sweet; petname:
-Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow,
-Lucky, Pickle; pet: kitten, puppy, rabbit, squirrel, mouse, hedgehog, lamb, sparrow, turtle, piglet, raccoon,
-crow; kitten: milk, fish, cream; puppy: meat, ham, rice; rabbit: lettuce, clover, cabbage; squirrel: nuts,
-acorns, seeds; mouse: cheese, bread, crumbs; hedgehog: berries, worms, melon; lamb: hay, grass, clover;
-sparrow: seeds, worms, millet; turtle: lettuce, berries, cucumber; piglet: corn, potatoes, turnips; raccoon:
-fish, berries, eggs; crow: corn, nuts, meat; place: park, beach, farm, forest, lake, zoo, market, meadow;
-park: bench, fountain, slide, oak tree, statue, flower bed; beach: rowboat, lighthouse, sand dune, palm tree,
-pier, tide pool; farm: barn, tractor, haystack, henhouse, well, pigpen; forest: fallen log, stump, pine tree,
+just then, before long, after a while, moments later, right then, a minute later, some time later, very soon,
+in the end, all at once; loud: loud, soft, strange, sad, squeaky, tiny, funny, odd; wet: wet, dusty, dirty,
+muddy, sticky, cold, sandy, torn; good: good, wise, kind, smart, brave, nice, great, sweet; petname: Fluffy,
+Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow, Lucky,
+Pickle; pet: kitten, puppy, rabbit, squirrel, mouse, hedgehog, lamb, sparrow, turtle, piglet, raccoon, crow;
+kitten: milk, fish, cream; puppy: meat, ham, rice; rabbit: lettuce, clover, cabbage; squirrel: nuts, acorns,
+seeds; mouse: cheese, bread, crumbs; hedgehog: berries, worms, melon; lamb: hay, grass, clover; sparrow:
+seeds, worms, millet; turtle: lettuce, berries, cucumber; piglet: corn, potatoes, turnips; raccoon: fish,
+berries, eggs; crow: corn, nuts, meat; place: park, beach, farm, forest, lake, zoo, market, meadow; park:
+bench, fountain, slide, oak tree, statue, flower bed; beach: rowboat, lighthouse, sand dune, palm tree, pier,
+tide pool; farm: barn, tractor, haystack, henhouse, well, pigpen; forest: fallen log, stump, pine tree,
 stream, boulder, cave; lake: dock, willow tree, canoe, boathouse, picnic table, waterfall; zoo: ticket booth,
 monkey house, duck pond, snack bar, aquarium, lion cage; market: fruit stand, flower stall, bakery, clock
 tower, bus stop, toy shop; meadow: maple tree, creek, windmill, beehive, scarecrow, stone wall
@@ -151,7 +151,8 @@ GRAMMAR = """
 story:
 - Once upon a time,(| in a <little> <village> (by|near) the <sea>,) there (was|lived) a <kid>. <about>
   <later>
-- One day, {name} (and {name2} <duo>|ate <snack> with {name4} and {name5}. <Then> {he} <solo>)
+- One day, {name} (and {name2} <duo>|ate <snack> with {name4} and {name5}. (Then|Later|Soon|After that,) {he}
+  <solo>)
 - {name} and {name2} were best friends. <both> <when>, they <duo>
 - On a dark and stormy night, {name} <storm>
 - {name} was <few> years old and (loved|liked|enjoyed) {hobby}. <about> <later>
@@ -159,54 +160,53 @@ story:
 kid = <nature> (girl named {name=girl}|boy named {name=boy})
 later:
 - <more> (|// )<when>, ({he}|{name}) <solo>
-- (|// )<when>, {he} and {his} <friend> {name2} <duo>
+- (|// )<when>, {he} and {his} <nature> <friend> {name2} <duo>
 when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday> (morning|afternoon)|On <weekday>
 number = <few>|<teen>|<tens>-<few>
 herd = <number> <odd> <tiny> <colour> <animals>
 riches = <number> <tiny> <new> <colour> <treasure>
-snack = <number> <tasty> <food>
+snack = (<few>|<teen>) <tasty> <food>
 clothes = <new> <colour> <garment>
 worker = <nature> <job>
 by = (under|behind|beside|near|by) a <new> <colour>
-said = (said|whispered|murmured|mumbled) <softly>
+said = (said|whispered|murmured|mumbled|called|cried|laughed|sighed) <softly>
 about:
 - {He} wore a <clothes> and <new> <colour> <footwear>.
 - {He} liked <tasty> <food>, <drink> and <new> <colour> <treasure>.
 - {He} wanted to be a <worker> and have <herd>.
 - {He} had <herd> and a <new> <colour> <toy>.
 more:
-- {He} often played with {name4}, {name5} and <herd>.
+- {He} often played with {name4}, {name5}, {name6} and <herd>.
 - {His} (best|old|new) friends were {name4}, {name5}, {name6} and a <worker>.
-- {He} knew {name4}, {name5} and a <odd> <tiny> <creature>.
+- {He} knew {name4}, {name5}, {name6} and a <odd> <tiny> <creature>.
 both:
-- They (both|always) (liked|loved) {hobby} and <food>. They often saw {name4}, {name5} and <herd>.
+- They (both|always) (liked|loved) {hobby} and <food>. They often saw {name4}, {name5}, {name6} and <herd>.
 - {name} had a <clothes> and <herd>, and {name2} had <new> <colour> <footwear>.
 - They had <riches>, a <new> <colour> <toy> and <herd>.
 solo:
 - lost {his} <new> {colour} {toy}. {He} looked <by> <furniture> and <by> <outside>, but {he} only saw
-  <riches>. "<Oh>, try the {room}," {his} {elder} <said>. {He} <ran> <happily> there.(| //) <By> <box> lay
-  the {toy}, <wet> but safe! {name} <cheered> <happily> and showed it to <herd>. <end>
-- broke {his} {elder}'s <new> {fragile} with a <new> <colour> <toy>. {He} felt <very> <sad> and hid it <by>
-  <furniture>.(| //) <Then> {he} <ran> to {his} {elder}. "<Oh>, I broke your {fragile}," {he} <said>. "<Oh>,
-  it is <good> to tell the truth," {his} {elder} <said>. They fixed it with <riches> and painted <herd> on
-  it. <end>
-- grew <very> afraid of {fear}. "<Oh>, think of <herd>," {his} {elder} <said> and gave {him} a <new> {colour}
-  {toy}.(| //) {name} ate <snack>, held the {toy} and thought of <herd>. <Then> {he} <cheered> <happily>.
-  {He} was not afraid of {fear} anymore! <end>
+  <riches>. "<Oh>, try the {room}," {his} <nature> {elder} <said>. {He} <ran> <happily> there.(| //) <By>
+  <box> lay the {toy}, <wet> but safe! {name} <cheered> <happily> and showed it to <herd>. <end>
+- broke {his} {elder}'s <new> <colour> {fragile} with a <new> <colour> <toy>. {He} felt <very> <sad> and hid
+  it <by> <furniture>.(| //) <Then> {he} told {his} {elder} about it. "<Oh>, it is <good> to tell the truth,"
+  {his} {elder} <said>. They fixed it with <riches> and painted <herd> on it. <end>
+- grew <very> afraid of {fear}. "<Oh>, think of <herd>," {his} <nature> {elder} <said> and gave {him} a <new>
+  {colour} {toy}.(| //) {name} ate <snack>, held the {toy} and thought of <herd>. <Then> {he} <cheered>
+  <happily>. {He} was not afraid of {fear} anymore! <end>
 - saw a <nature> {job} {skill}. {He} <happily> tried it in a <clothes>, but {he} fell over <riches>. "<Oh>,
   try again," the {job} <said>.(| //) {name} ate <snack> and practiced <by> <outside>. On <weekday>, {he}
   could {skill}! "<Oh>, it is <good> to keep trying," the {job} <said> and gave {him} <riches>. <end>
 - planted <number> <colour> {plant} seeds <by> {outside}, but nothing grew. {He} felt <very> <sad>. "<Oh>, it
-  is <good> to wait," {his} {elder} <said>.(| //) {name} <happily> told the seeds about <herd>. On <weekday>,
-  the {plant} was taller than the {outside}! {name} gave {his} {elder} <snack> and <riches>. <end>
-- <ran> <happily> to the {place}. Near the {spot:place} was a <odd> <tiny> <colour> {pet}. "<Oh>, are you
-  hungry?" {name} <said>. {He} gave it <snack>, but it felt <very> <sad>.(| //) <Then> {name} <ran> home and
-  got some {treat:pet} in a <new> <colour> <chest>. {He} called the {pet} {petname}. Every <weekday>,
-  {petname} got some {treat} and <snack>. <end>
-- found a <new> <colour> map of the {place}. {He} put on a <clothes> and <ran> <happily> to the {spot:place}
-  there. {He} dug with a <colour> {tool}, but {he} only found a <wet> <box>. {name} felt <very> <sad> and ate
-  <snack>.(| //) <Then> the {tool} hit <riches>! {name} <cheered> <happily> and hid them <by> <furniture>.
-  <end>
+  is <good> to wait," {his} <nature> {elder} <said>.(| //) {name} <happily> told the seeds about <herd>. On
+  <weekday>, the {plant} was taller than the {outside}! {name} gave {his} {elder} <snack> and <riches>. <end>
+- <ran> <happily> to the <little> {place}. Near the <new> {spot:place} was a <odd> <tiny> <colour> {pet}.
+  "<Oh>, are you hungry?" {name} <said>. {He} gave it <snack>, but it looked <very> <sad>.(| //) <Then>
+  {name} <ran> home and got some {treat:pet} in a <new> <colour> <chest>. {He} called the {pet} {petname}.
+  Every <weekday>, {petname} got some {treat} and played with <riches>. <end>
+- found a <new> <colour> map of the <little> {place}. {He} put on a <clothes> and <ran> <happily> to the
+  <new> {spot:place} there. {He} dug with a <colour> {tool}, but {he} only found a <wet> <box>. {name} felt
+  <very> <sad> and ate <snack>.(| //) <Then> the {tool} hit <riches>! {name} <cheered> <happily> and hid them
+  <by> <furniture>. <end>
 - fell asleep <by> <furniture> and dreamed of a <odd> <tiny> {creature}. <dream> <end>
 - met a <nature> {job} with <snack>. <Oops>! They fell <by> <outside>. The {job} felt <very> <sad>. "<Oh>, I
   will help you," {name} <said>. {He} put them <happily> in a <new> <colour> <chest>.(| //) The {job}
@@ -218,51 +218,52 @@ dream:
   <box>!
 end:
 - That evening, {he} ate <snack> with {name7}, {name8} and {name9}.
-- {name} <happily> painted <herd> for {name7} and {name8}.
+- {name} <happily> painted <herd> for {name7}, {name8} and {name9}.
 - {He} told {name7}, {name8} and a <worker> about it and <cheered> <happily>.
-- That night, {he} dreamed of {name7} and <herd> <moon>.
-- {name} felt <very> <happy> and gave {name7} and {name8} <snack>.
+- That night, {he} dreamed of {name7}, {name8} and <herd> <moon>.
+- {name} felt <very> <happy> and gave {name7}, {name8} and {name9} <snack>.
 duo:
-- <ran> <happily> to the {place} with a <new> {colour} {toy}. {name} would not share it, and {name2} felt
-  <very> <sad>. {He2} sat near the {spot:place} and counted <herd>.(| //) <Then> {name} <ran> to the {spot}.
-  "<Oh>, take the {toy} until <weekday>," {he} <said>. "<Oh>, it is <good> to share," {name2} <said> and gave
-  {him} <snack>. <ends>
-- <ran> <happily> to the {place}. {name2} felt <very> <sad>, for {his2} <new> {colour} {toy} was lost. They
-  asked a <worker> and looked near the {spot:place}, but they only found <riches>.(| //) <Then> {name} saw a
-  <odd> <tiny> <colour> {pet} near the {spot2:place}. It had the {toy}! "<Oh>, let us swap," {he} <said> and
-  gave it some {treat:pet} and <snack>. {name2} <cheered> <happily>. <ends>
-- <ran> <happily> to the {place}. {name2} fell over a <wet> <colour> <box>. "<Oh>, I will help you," {name}
-  <said>. {He} gave {him2} a <clothes> and <happily> told {him2} about <herd>.(| //) <Then> {name2} felt
-  <very> <happy>. They <ran> <happily> to the {spot:place} and ate <snack>. "<Oh>, you are a <good> friend,"
-  {name2} <said>. <ends>
-- <ran> <happily> to the {place} and found <riches> in a <new> {colour} {chest}. "<Oh>, let us keep it,"
-  {name2} <said>. "<Oh>, it is not ours," {name} <said>.(| //) Near the {spot:place}, they met a <nature>
+- <ran> <happily> to the <little> {place} with a <new> {colour} {toy}. {name} would not share it, and {name2}
+  felt <very> <sad>. {He2} sat near the <new> {spot:place} and counted <herd>.(| //) <Then> {name} <ran> to
+  the {spot}. "<Oh>, take the {toy} until <weekday>," {he} <said>. "<Oh>, it is <good> to share," {name2}
+  <said> and gave {him} <snack>. <ends>
+- <ran> <happily> to the <little> {place}. {name2} felt <very> <sad>, for {his2} <new> {colour} {toy} was
+  lost. They asked a <worker> and looked near the <new> {spot:place}, but they only found <riches>.(| //)
+  <Then> {name} saw a <odd> <tiny> <colour> {pet} near the <new> {spot2:place}. It had the {toy}! "<Oh>, let
+  us swap," {he} <said> and gave it some {treat:pet} and <riches>. {name2} <cheered> <happily>. <ends>
+- <ran> <happily> to the <little> {place}. {name2} fell over a <wet> <colour> <box>. "<Oh>, I will help you,"
+  {name} <said>. {He} gave {him2} a <clothes> and <happily> told {him2} about <herd>.(| //) <Then> {name2}
+  felt <very> <happy>. They <ran> <happily> to the <new> {spot:place} and ate <snack>. {name} was a <good>
+  friend. <ends>
+- <ran> <happily> to the <little> {place} and found <riches> in a <new> {colour} {chest}. {name2} wanted to
+  keep it. "<Oh>, it is not ours," {name} <said>.(| //) Near the <new> {spot:place}, they met a <nature>
   {job} who felt <very> <sad>. They gave the {job} the {colour} {chest}. "<Oh>, you are <good>," the {job}
   <said> and gave them <snack> and a <new> <colour> <toy>. <ends>
-- built a <new> {tower} <by> <outside>. {name} wanted to paint it {colour}, but {name2} liked {colour2}.
-  {name2} felt <very> <sad> and <ran> home.(| //) On <weekday>, {name} ate <snack> and <ran> <happily> to
-  {name2}. "<Oh>, let us use {colour} and {colour2}," {he} <said>. {name2} <cheered> <happily>. They put
-  <riches> on the {tower} and showed it to <herd>. <ends>
+- built a <new> {tower} <by> <outside>. {name} wanted to paint it {colour}, but {name2} liked {colour2}, felt
+  <very> <sad> and went home.(| //) On <weekday>, {name} ate <snack> and <ran> <happily> to {name2}. "<Oh>,
+  let us use {colour} and {colour2}," {he} <said>. {name2} <cheered> <happily>. They put <riches> on the
+  {tower} and showed it to <herd>. <ends>
 ends:
-- They ate <snack>, drank <drink> and told {name7} and {name8} about it.
-- On the way home, they saw {name7} and <herd>.
+- They ate <snack>, drank <drink> and told {name7}, {name8} and {name9} about it.
+- On the way home, they saw {name7}, {name8} and <herd>.
 - On <weekday>, they met {name7}, {name8} and <herd>.
-- They <happily> wrote a song about {name7} and <herd>.
+- They <happily> wrote a song about {name7}, {name8} and <herd>.
 - Then they told {name7}, {name8} and a <worker> about it and <cheered> <happily>.
 storm:
 - counted <riches> and heard a <loud> noise <by> <furniture>. "<Oh>, is it a <odd> <tiny> <creature>?" {he}
-  <said>. {He} felt <very> <sad>, but {he} took a <new> {colour} {toy} and went to look.(| //) It was a <odd>
-  <tiny> <colour> {pet}! {name} dried it with a <clothes> and gave it some {treat:pet} and <snack>. {He}
-  called it {petname}. <Then> {petname} slept near the {toy}. <dawn>
+  <said>. {He} took a <new> {colour} {toy} and went to look.(| //) It was a <odd> <tiny> <colour> {pet}!
+  {name} dried it with a <clothes> and gave it some {treat:pet} in a <new> <colour> <chest>. {He} called it
+  {petname}. <Then> {petname} slept near the {toy}. <dawn>
 - drank <drink> and counted <herd>. <Then> {he} slept and dreamed of a <odd> <tiny> {creature}. <dream>
   <dawn>
 - sat <by> <furniture> and told a <new> {colour} {toy} about <herd>. The lights went out! {name} felt <very>
-  <sad>. "<Oh>, do not be afraid," {his} {elder} <said> and lit <number> <new> <colour> candles. They ate
-  <snack>.(| //) <Then> {name} <cheered> <happily>, and {his} {elder} gave the {toy} a <clothes>. <dawn>
+  <sad>. "<Oh>, do not be afraid," {his} <nature> {elder} <said> and lit <number> <new> <colour> candles.
+  They ate <snack>.(| //) <Then> {name} <cheered> <happily>, and {his} {elder} gave the {toy} a <clothes>.
+  <dawn>
 dawn:
-- When the sun came up, {he} ate <snack> with {name7} and {name8}.
+- When the sun came up, {he} ate <snack> with {name7}, {name8} and {name9}.
 - The next day was <sunny>, and {he} saw {name7}, {name8} and <herd>.
-- {name} felt <very> <happy> and wrote a song about {name7} and <herd>.
+- {name} felt <very> <happy> and wrote a song about {name7}, {name8} and <herd>.
 - Soon the storm was over, and <herd> ate <snack>.
 """
 
