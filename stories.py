@@ -391,6 +391,8 @@ def parse(story, grammar):
     """The chain behind a text, from a search of all chains; ValueError if there is none or a second one."""
     text, chains = unfinish(story), []
     stack = [(0, (grammar.story, None), {}, None)]  # position, what is to come, variables, chain
+    if finish(text) != story:  # "a" before a vowel, or the like
+        stack = []
     while stack:
         at, todo, bound, chain = stack.pop()
         while todo and type(todo[0]) is str and text.startswith(todo[0], at):
@@ -408,7 +410,7 @@ def parse(story, grammar):
             stack.append((at, functools.reduce(lambda rest, node: (node, rest), reversed(option), rest),
                           {**bound, node.name: option[0]} if binds else bound,
                           ((i, len(options)), chain) if len(options) > 1 else chain))
-    if len(chains) != 1 or finish(text) != story:
+    if len(chains) != 1:
         raise ValueError(f"{story[:60]!r}… has {len(chains)} derivations, expected one")
     chain, link = [], chains[0]
     while link:

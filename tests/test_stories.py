@@ -140,7 +140,8 @@ def test_a_parsed_story_gives_back_its_only_chain():
 @pytest.mark.parametrize("change", [
     lambda text: text + " ", lambda text: text[:-1], lambda text: text.replace(".", "!", 1), str.lower,
     lambda text: text.replace(" a ", " an ", 1), lambda text: "", lambda text: text + " " + text,
-    lambda text: text.replace(". ", ". // ", 1),
+    lambda text: text.replace(". ", ". // ", 1), lambda text: re.sub(r"\ban\b", "a", text),
+    lambda text: text.replace("\n\n", " // "),
     lambda text: re.sub(r"\b(she|he)\b", lambda match: {"he": "she", "she": "he"}[match[0]], text)])
 def test_what_the_grammar_cannot_say_is_refused(change):
     for text, _ in SAMPLE[:20]:
