@@ -61,8 +61,15 @@ def assert_close(a, b, what=""):
     assert error <= 1e-5 * size, f"{what}: off by {error}, of {size}"
 
 
+def hidden_size(args):
+    """Meta's rule for SwiGLU; reference.py takes whatever size the weights have."""
+    size = int((args.get("ffn_dim_multiplier") or 1) * (8 * args["dim"] // 3))
+    return -(-size // args["multiple_of"]) * args["multiple_of"]
+
+
 def assert_parity(changes, inputs, targets, seed=3):
     model, weights, args = make(changes, seed)
+    assert len(weights["layers.0.feed_forward.w1.weight"]) == hidden_size(args)
     logits = model(inputs)
     for row, row_logits in zip(inputs, logits, strict=True):
         assert_close(row_logits, reference.forward(weights, args, row), "logits")
