@@ -9,29 +9,28 @@ A story is a chain of choices, each uniform among the options open at that point
 two chains give the same text (`parse` searches for a second one), so a text is as likely as its chain: the
 bits of the choices, divided by the bytes of the text, are the floor that no model can beat on average.
 
-How to read the grammar: "name = text", or "name:" and its options, one per dash; stories are what `story`
+How to read the grammar: "rule = text", or "rule:" and its options, one per dash; stories are what `story`
 can become. Lists of words stand apart.
 
     (ran|walked)     one of these
-    <happy>          one of the words, or options, of that name, anew every time
-    {toy}            one of the words of that name, the same throughout the story
-    {toy2}           another one of them
-    {name=girl}      the same as {name}, chosen from the words named girl
-    {spot:place}     chosen from the words that are named as this story's {place} is
+    <soon>           one of the options of that rule
+    <food>           a word of that list that is not yet in the story
+    {toy} {toy2}     a word of that list, the same throughout the story, and another one
+    {name=girl}      the same as {name}, chosen from the list girl
+    {spot:place}     chosen from the list that is named as this story's {place}
     {he} {him2}      the pronoun of {name}, of {name2}
     //               a new paragraph
 
-A name with a capital, as in <Oh>, gives its word one. "a" becomes "an" before a vowel.
+Sentences and speech get their capital, and "a" before a vowel its "n", at the end.
 """
 
-import collections
 import functools
 import json
 import math
-import os
 import random
 import re
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import cli
@@ -45,226 +44,118 @@ NUM_SHARDS = 20  # the first is validation
 # words and grammar
 
 WORDS = """
-girl: Lily, Anna, Mia, Ella, Lucy, Amy, Sara, Molly, Emma, Grace, Zoe, Ruby, Nora, Kate, Jane, Sue, Ivy,
-Clara, Alice, Maya, Eva, Tina, Poppy, Hannah, Julia, Betty, Fiona, Leah, Nina, Olive, Lola, Maria, Emily,
-Sophie, Chloe, Bella, Abby, Paula, Rita, Tess, Wendy, Vera, Ada, Bonnie, Carla, Dora, Elsa, Flora, Gina,
-Heidi, Iris, Jenny, Kim, Laura, Marta, Naomi, Polly, Rosa, Sally, Tanya, Uma, Violet, Willa, Yara; boy:
-George, Tom, Ben, Sam, Max, Tim, Jack, Leo, Adam, Finn, Oscar, Henry, Noah, Luke, Peter, Billy, Dan, Eli,
-Fred, Hugo, Jake, Kevin, Liam, Mark, Nick, Owen, Paul, Ravi, Sid, Theo, Felix, Zack, Alex, Bobby, Carl,
-David, Eric, Frank, Gus, Harry, Ian, Jim, Karl, Lars, Mike, Ned, Otto, Pablo, Ralph, Simon, Toby, Victor,
-Will, Yuri, Andy, Bruno, Chris, Dylan, Ethan, Gabe, Hans, Ivan, Joey, Kofi; woman: mom, grandma, aunt; man:
-dad, grandpa, uncle; nature: kind, clever, brave, shy, cheerful, curious, gentle, quiet, funny, smart,
-friendly, playful, polite, lively, careful, fearless, proud, jolly, busy, calm, young, famous, patient,
-helpful, strong, sleepy, hungry, thirsty, nervous, grumpy, wise, noisy; friend: friend, cousin, neighbor,
-classmate, teammate, playmate, buddy, pal; hobby: painting, singing, dancing, reading, swimming, climbing
-trees, riding bikes, flying kites, baking bread, picking flowers, telling jokes, playing chess, watching
-birds, catching frogs, skipping rope, jumping in puddles; job: baker, farmer, teacher, doctor, painter,
-sailor, gardener, singer, pilot, firefighter, carpenter, dancer, tailor, fisherman, cook, nurse, shoemaker,
-musician, postman, miller, barber, plumber, beekeeper, potter, blacksmith, zookeeper, inventor, juggler,
-poet, captain, shepherd, actor; odd: lazy, hungry, sleepy, silly, grumpy, brave, lonely, clever, polite,
-proud, greedy, noisy, shy, magic, jolly, funny, friendly, sneaky, dizzy, lucky, fearless, bold, bossy, busy,
-calm, charming, cheeky, clumsy, crafty, cuddly, curious, dreamy, eager, famous, fierce, fluffy, gentle,
-giggly, graceful, handsome, lively, moody, nervous, patient, perky, playful, quick, quiet, restless, rude,
-serious, slow, stubborn, thirsty, timid, wise, jumpy, merry, nosy, tame, witty, sad, cute, wild; tiny: big,
-little, tiny, fat, thin, small, huge, mini, short, round, long, giant, slim, broad, large, wee; colour: red,
-blue, green, yellow, orange, purple, pink, brown, white, black, gray, silver, gold, violet, tan, turquoise,
-navy, teal, lilac, beige, scarlet, amber, crimson, aqua, indigo, maroon, coral, rosy, bronze, emerald, ivory,
-copper; animals: cats, dogs, ducks, frogs, horses, cows, pigs, sheep, geese, bears, lions, foxes, owls,
-whales, crabs, bees, snails, camels, monkeys, penguins, dragons, elephants, zebras, tigers, rabbits, mice,
-seals, parrots, swans, turtles, dolphins, donkeys, ants, beavers, beetles, butterflies, chickens, cranes,
-doves, eagles, fish, goats, lizards, llamas, moles, ponies, sharks, wolves, moths, otters, pandas, pigeons,
-robins, roosters, shrimp, skunks, spiders, squirrels, toads, trolls, unicorns, worms, yaks, hens; creature:
-dragon, whale, elephant, lion, tiger, bear, gnome, wizard, knight, pirate, mermaid, snail, spider, owl,
-camel, penguin, dolphin, bee, crab, parrot, mole, king, queen, clown, dinosaur, zebra, giraffe, kangaroo,
-hippo, seal, swan, peacock; new: wide, pretty, wonderful, new, fancy, strange, crooked, narrow, light, rough,
-dusty, clean, plain, simple, lovely, cheap, funny, odd, perfect, splendid, beautiful, charming, curious,
-dainty, elegant, fine, dull, magic, mighty, noble, precious, quaint, rare, neat, weird, dear, bent, cold,
-sturdy, nice, grand, special, secret, smooth, flat, heavy, worn, faded, costly, modern, ancient, antique,
-ordinary, patched, painted, glossy, shiny, gleaming, dirty, ugly, handmade, royal, forgotten, sparkling;
-treasure: coins, shells, marbles, rings, stamps, pearls, beads, letters, buttons, stones, medals, keys,
-candies, photographs, spoons, feathers, stars, hearts, stickers, corks, ropes, bottles, twigs, petals,
-ribbons, candles, crayons, pencils, brushes, postcards, balloons, bells, acorns, badges, bolts, cards,
-charms, combs, corals, dice, flags, gems, hooks, jewels, lanterns, magnets, mirrors, mugs, nails, necklaces,
-needles, paintings, pebbles, pens, pins, pipes, plates, puzzles, spools, seashells, tickets, tops, vases,
-watches; tasty: tasty, sweet, fresh, ripe, warm, juicy, crunchy, big, small, tiny, salty, sour, yummy, hot,
-cold, soft, hard, round, green, golden, crisp, creamy, dry, spicy, huge, perfect, fine, good, strange, old,
-delicious, frozen; food: apples, pears, plums, grapes, cherries, peaches, carrots, sandwiches, cookies,
-muffins, bananas, nuts, raisins, crackers, pancakes, eggs, strawberries, pretzels, tomatoes, waffles, buns,
-biscuits, noodles, tarts, blueberries, sausages, radishes, meatballs, dumplings, walnuts, rolls, figs,
-apricots, cupcakes, donuts, lemons, melons, mushrooms, olives, onions, oranges, pickles, pies, potatoes,
-pumpkins, turnips, cakes, beans, beets, chestnuts, chips, dates, kiwis, leeks, mangoes, meringues, omelets,
-parsnips, pastries, peas, peppers, pizzas, toffees, truffles; drink: milk, lemonade, cocoa, tea, apple juice,
-cold water, hot soup, grape juice; few: two, three, four, five, six, seven, eight, nine; teen: ten, eleven,
-twelve, thirteen, fourteen, fifteen, sixteen, seventeen; tens: twenty, thirty, forty, fifty, sixty, seventy,
-eighty, ninety; weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday; sunny: sunny, warm,
-windy, cool, bright, cloudy, quiet, misty, breezy, fine, lovely, mild, clear, fresh, calm, beautiful; little:
-little, quiet, tiny, pretty, lonely, sleepy, busy, faraway, snowy, sunny, merry, cozy, dusty, shady, foggy,
-green; village: village, town, valley, city, cottage, farmhouse, house, cabin; sea: sea, river, hills, woods,
-mountains, mill, railway, harbor, castle, desert, church, bridge, canal, cliffs, swamp, airport; toy: ball,
-doll, drum, robot, kite, puppet, whistle, flute, yo-yo, toy train, toy truck, toy boat, toy plane, toy
-rocket, toy horse, toy bus, teddy bear, spinning top, jump rope, magic wand, paper crown, rag doll, rubber
-frog, wooden duck, music box, trumpet, pinwheel, toy car, toy tiger, toy castle, marble, puzzle; garment:
-hat, coat, scarf, sweater, jacket, cap, shirt, raincoat, cape, vest, belt, hood, poncho, apron, shawl,
-blouse; footwear: boots, shoes, socks, sandals, slippers, mittens, gloves, pants; furniture: bed, sofa,
-table, chair, desk, piano, cupboard, bookcase, bench, stove, armchair, bathtub, dresser, stool, wardrobe,
-carpet; outside: fence, hedge, mailbox, swing, woodpile, doghouse, wheelbarrow, rose bush, apple tree, car,
-gate, barrel, bicycle, trash can, wall, ladder; room: kitchen, attic, cellar, garage, hallway, bathroom,
-bedroom, barn; box: box, basket, blanket, pillow, bucket, suitcase, towel, newspaper, rug, backpack, cushion,
-sheet, sack, book, umbrella, quilt; chest: box, bag, basket, chest, drawer, crate, bin, sack; fragile: cup,
-vase, plate, bowl, lamp, clock, teapot, mirror; tool: shovel, spade, rake, hoe, pick, spoon, stick, fork;
-tower: fort, raft, tower, castle, bridge, playhouse, scarecrow, wagon; plant: bean, pumpkin, tomato,
-sunflower, melon, daisy, poppy, tulip; skill: swim, whistle, juggle, skate, ski, knit, sew, yodel, ride a
-bike, play the piano, row a boat, walk on stilts, climb a rope, write poems, bake bread, tap dance; fear: the
-dark, thunder, spiders, big dogs, deep water, loud noises, high places, bees, ghosts, the dentist, strangers,
-snakes; moon: on the moon, in the clouds, under the sea, on a rainbow, in a castle, on a island, in the snow,
-on a train, in the desert, at a party, on the roof, in a teapot, in the jungle, on a mountain, at school, in
-a boat; ran: ran, walked, hurried, skipped, raced, rushed, marched, hopped, dashed, strolled, jogged,
-trotted, sprinted, wandered, galloped, tiptoed; cheered: cheered, clapped, laughed, giggled, danced, smiled,
-sang, whistled, grinned, jumped, beamed, chuckled, hopped, twirled, waved, bowed; happily: happily, gladly,
-merrily, quickly, slowly, cheerfully, bravely, quietly, eagerly, boldly, briskly, lazily, proudly, calmly,
-noisily, politely, gently, softly, joyfully, lightly, playfully, swiftly, silently, carefully, wildly,
-gracefully, clumsily, dreamily, busily, patiently, secretly, smoothly; happy: happy, glad, proud, cheerful,
-pleased, merry, thankful, joyful, delighted, excited, lucky, calm, jolly, strong, brave, grateful; very:
-very, so, quite, rather, really, truly, a bit, a little, terribly, awfully, extremely, ever so, unusually,
-deeply, simply, pretty; sad: sad, lonely, sorry, upset, unhappy, gloomy, hurt, ashamed, worried, miserable,
-tired, small, bad, sick, hopeless, confused; softly: softly, gently, kindly, calmly, warmly, quietly,
-sweetly, slowly, tenderly, patiently, politely, bravely, seriously, with a smile, with a wink, with a nod;
-oh: oh, well, hey, look, listen, ah, gosh, hmm, you know, goodness, dear me, now, wow, say, aha, oh my; oops:
-oops, oh no, crash, bang, bump, boom, oh dear, whoosh; then: then, soon, later, finally, suddenly, at last,
-just then, before long, after a while, moments later, right then, a minute later, some time later, very soon,
-in the end, all at once; loud: loud, soft, strange, sad, squeaky, tiny, funny, odd; wet: wet, dusty, dirty,
-muddy, sticky, cold, sandy, torn; good: good, wise, kind, smart, brave, nice, great, sweet; petname: Fluffy,
-Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow, Lucky,
-Pickle; pet: kitten, puppy, rabbit, squirrel, mouse, hedgehog, lamb, sparrow, turtle, piglet, raccoon, crow;
-kitten: milk, fish, cream; puppy: meat, ham, rice; rabbit: lettuce, clover, cabbage; squirrel: nuts, acorns,
-seeds; mouse: cheese, bread, crumbs; hedgehog: berries, worms, melon; lamb: hay, grass, clover; sparrow:
-seeds, worms, millet; turtle: lettuce, berries, cucumber; piglet: corn, potatoes, turnips; raccoon: fish,
-berries, eggs; crow: corn, nuts, meat; place: park, beach, farm, forest, lake, zoo, market, meadow; park:
-bench, fountain, slide, oak tree, statue, flower bed; beach: rowboat, lighthouse, sand dune, palm tree, pier,
-tide pool; farm: barn, tractor, haystack, henhouse, well, pigpen; forest: fallen log, stump, pine tree,
-stream, boulder, cave; lake: dock, willow tree, canoe, boathouse, picnic table, waterfall; zoo: ticket booth,
-monkey house, duck pond, snack bar, aquarium, lion cage; market: fruit stand, flower stall, bakery, clock
-tower, bus stop, toy shop; meadow: maple tree, creek, windmill, beehive, scarecrow, stone wall
+girl: Lily, Anna, Mia, Ella, Lucy, Amy, Sara, Molly, Emma, Zoe, Ruby, Nora, Kate, Jane, Alice, Clara, Maya,
+Eva, Tina, Hannah, Julia, Betty, Fiona, Leah, Nina, Lola, Maria, Emily, Sophie, Chloe, Bella, Abby, Paula,
+Rita, Tess, Wendy, Vera, Ada, Carla, Dora, Elsa, Gina, Heidi, Jenny, Laura, Marta, Naomi, Polly, Rosa, Sally,
+Tanya, Susie, Annie, Lisa, Helen, Nancy, Ellie, Linda, Mandy, Becky, Cora, Millie, Ida, Lena; boy: George,
+Tom, Ben, Sam, Max, Tim, Leo, Adam, Finn, Oscar, Henry, Noah, Luke, Peter, Billy, Dan, Eli, Fred, Hugo, Jake,
+Kevin, Liam, Owen, Paul, Theo, Felix, Zack, Alex, Bobby, Carl, David, Eric, Harry, Ian, Jim, Karl, Mike, Ned,
+Otto, Pablo, Ralph, Simon, Toby, Victor, Andy, Bruno, Chris, Dylan, Ethan, Hans, Ivan, Joey, Jack, Martin,
+Robert, Thomas, Daniel, Jonas, Lucas, Oliver, Philip, Ronny, Walter, Willy; food: apples, pears, plums,
+grapes, cherries, peaches, carrots, sandwiches, cookies, muffins, bananas, nuts, raisins, crackers, pancakes,
+eggs, tomatoes, waffles, buns, noodles, donuts, melon, oranges, peas, beans, potatoes, cake, bread, cheese,
+rice, honey, jam, yogurt, ham, chicken, corn, popcorn, pudding, salad, toast, jelly, pizza, pasta, chocolate,
+candy, pie, dumplings, cupcakes, biscuits, rolls, walnuts, sausages, soup, fish, lemons, berries, pretzels,
+fruit, mushrooms, cereal, turkey, brownies, burgers, tacos; animal: frog, bee, duck, rabbit, snail, beetle,
+spider, ladybug, ant, goose, swan, owl, robin, dove, hen, cat, dog, lizard, toad, worm, moth, butterfly,
+mole, fox, deer, goat, pony, cow, horse, pig, cricket, pigeon, donkey, otter, beaver, calf, parrot, bat,
+eagle, stork, sheep, seagull, rat, hawk, heron, fly, rooster, crow, turtle, chipmunk, badger, piglet, bird,
+foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, gecko, bull; thing: rope, lamp,
+key, bell, button, shell, stone, feather, ribbon, coin, marble, pencil, crayon, brush, book, map, cup, spoon,
+bowl, plate, hat, glove, shoe, jar, bottle, candle, watch, ring, mirror, comb, hammer, nail, stick, leaf,
+acorn, flower, card, letter, stamp, ticket, flag, pebble, necklace, mitten, star, towel, basket, sticker;
+toy: ball, doll, drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus,
+wagon, trumpet, teddy bear, dinosaur, dragon, jump rope, yo-yo, music box, puzzle, balloon, crown, wand,
+mask, whale; colour: red, blue, green, yellow, orange, purple, pink, brown, white, black, gray, silver; big:
+big, little, tiny, small, fat, thin, old, young, busy, shy, sleepy, hungry, happy, funny, lazy, lonely,
+proud, silly, noisy, clever, brave, gentle, quiet, sad, curious, playful, wet, cute; furniture: bed, sofa,
+table, door, curtain, rug, piano, desk, couch, bookcase, chair, bathtub, dresser, stove, stairs, window;
+petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie,
+Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy; limb: knee, hand, foot, arm,
+elbow, leg, toe, finger; elder: mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle; cloth: scarf, towel,
+napkin, ribbon; weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday; fragile: cup, vase,
+plate, bowl, lamp, clock, teapot, mirror; pet: kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb,
+sparrow; kitten: milk, cream, tuna; puppy: meat, bones; bunny: clover, cabbage; squirrel: acorns, seeds;
+mouse: cheese, crumbs, oats; hedgehog: slugs, worms; lamb: hay, grass; sparrow: seeds, crumbs; place: park,
+beach, farm, forest, lake, zoo, market, meadow, river, pond, school, garden, village, hill, playground,
+harbor; spot: bench, fence, gate, oak tree, well, path, fountain, rose bush, wall, hedge, swing, bridge,
+statue, sign, barrel, ladder
 """
 
 GRAMMAR = """
 story:
-- Once upon a time,(| in a <little> <village> (by|near) the <sea>,) there (was|lived) a <kid>. <about>
-  <later>
-- One day, {name} (and {name2} <duo>|ate <snack> with {name4} and {name5}. (Then|Later|Soon|After that,) {he}
-  <solo>)
-- {name} and {name2} were best friends. <both> <when>, they <duo>
+- Once upon a time, there (was|lived) a <kind> <kid> who <fond>. {he} <met> <kids>. (|// )<when>, {he} <solo>
+- One day, {name} (<had> <meal> with <kids>. <next> {he} <solo>|and {name2} <had> <meal> with <kids>. <next>
+  they <duo>)
+- {name} and {name2} were best friends. They <fond> and <met> <kids>. (|// )<when>, they <duo>
 - On a dark and stormy night, {name} <storm>
-- {name} was <few> years old and (loved|liked|enjoyed) {hobby}. <about> <later>
-- In a <little> <village> (by|near) the <sea>, there (was|lived) a <kid>. <about> <later>
-kid = <nature> (girl named {name=girl}|boy named {name=boy})
-later:
-- <more> (|// )<when>, ({he}|{name}) <solo>
-- (|// )<when>, {he} and {his} <nature> <friend> {name2} <duo>
-when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday> (morning|afternoon)|On <weekday>
-number = <few>|<teen>|<tens>-<few>
-herd = <number> <odd> <tiny> <colour> <animals>
-riches = <number> <tiny> <new> <colour> <treasure>
-snack = (<few>|<teen>) <tasty> <food>
-clothes = <new> <colour> <garment>
-worker = <nature> <job>
-by = (under|behind|beside|near|by) a <new> <colour>
-said = (said|whispered|murmured|mumbled|called|cried|laughed|sighed) <softly>
-about:
-- {He} wore a <clothes> and <new> <colour> <footwear>.
-- {He} liked <tasty> <food>, <drink> and <new> <colour> <treasure>.
-- {He} wanted to be a <worker> and have <herd>.
-- {He} had <herd> and a <new> <colour> <toy>.
-more:
-- {He} often played with {name4}, {name5}, {name6} and <herd>.
-- {His} (best|old|new) friends were {name4}, {name5}, {name6} and a <worker>.
-- {He} knew {name4}, {name5}, {name6} and a <odd> <tiny> <creature>.
-both:
-- They (both|always) (liked|loved) {hobby} and <food>. They often saw {name4}, {name5}, {name6} and <herd>.
-- {name} had a <clothes> and <herd>, and {name2} had <new> <colour> <footwear>.
-- They had <riches>, a <new> <colour> <toy> and <herd>.
+- {name} was <six> years old and <fond>. {he} <met> <kids>. (|// )<when>, {he} (<solo>|and {his} <pal>
+  {name2} <duo>)
 solo:
-- lost {his} <new> {colour} {toy}. {He} looked <by> <furniture> and <by> <outside>, but {he} only saw
-  <riches>. "<Oh>, try the {room}," {his} <nature> {elder} <said>. {He} <ran> <happily> there.(| //) <By>
-  <box> lay the {toy}, <wet> but safe! {name} <cheered> <happily> and showed it to <herd>. <end>
-- broke {his} {elder}'s <new> <colour> {fragile} with a <new> <colour> <toy>. {He} felt <very> <sad> and hid
-  it <by> <furniture>.(| //) <Then> {he} told {his} {elder} about it. "<Oh>, it is <good> to tell the truth,"
-  {his} {elder} <said>. They fixed it with <riches> and painted <herd> on it. <end>
-- grew <very> afraid of {fear}. "<Oh>, think of <herd>," {his} <nature> {elder} <said> and gave {him} a <new>
-  {colour} {toy}.(| //) {name} ate <snack>, held the {toy} and thought of <herd>. <Then> {he} <cheered>
-  <happily>. {He} was not afraid of {fear} anymore! <end>
-- saw a <nature> {job} {skill}. {He} <happily> tried it in a <clothes>, but {he} fell over <riches>. "<Oh>,
-  try again," the {job} <said>.(| //) {name} ate <snack> and practiced <by> <outside>. On <weekday>, {he}
-  could {skill}! "<Oh>, it is <good> to keep trying," the {job} <said> and gave {him} <riches>. <end>
-- planted <number> <colour> {plant} seeds <by> {outside}, but nothing grew. {He} felt <very> <sad>. "<Oh>, it
-  is <good> to wait," {his} <nature> {elder} <said>.(| //) {name} <happily> told the seeds about <herd>. On
-  <weekday>, the {plant} was taller than the {outside}! {name} gave {his} {elder} <snack> and <riches>. <end>
-- <ran> <happily> to the <little> {place}. Near the <new> {spot:place} was a <odd> <tiny> <colour> {pet}.
-  "<Oh>, are you hungry?" {name} <said>. {He} gave it <snack>, but it looked <very> <sad>.(| //) <Then>
-  {name} <ran> home and got some {treat:pet} in a <new> <colour> <chest>. {He} called the {pet} {petname}.
-  Every <weekday>, {petname} got some {treat} and played with <riches>. <end>
-- found a <new> <colour> map of the <little> {place}. {He} put on a <clothes> and <ran> <happily> to the
-  <new> {spot:place} there. {He} dug with a <colour> {tool}, but {he} only found a <wet> <box>. {name} felt
-  <very> <sad> and ate <snack>.(| //) <Then> the {tool} hit <riches>! {name} <cheered> <happily> and hid them
-  <by> <furniture>. <end>
-- fell asleep <by> <furniture> and dreamed of a <odd> <tiny> {creature}. <dream> <end>
-- met a <nature> {job} with <snack>. <Oops>! They fell <by> <outside>. The {job} felt <very> <sad>. "<Oh>, I
-  will help you," {name} <said>. {He} put them <happily> in a <new> <colour> <chest>.(| //) The {job}
-  <cheered> <happily> and gave {him} <riches>. On <weekday>, they drank <drink> and fed <herd>. <end>
-dream:
-- It wore a <clothes> and looked for a {colour} {toy} <moon>. "<Oh>, I will help you," {name} <said>. {He}
-  <ran> <happily> past <herd> and found the {toy} <by> <outside>.(| //) The {creature} <cheered> <happily>
-  and gave {him} {few} <new> <colour> {treasure}. When {name} woke up, there were {few} {treasure} <by>
-  <box>!
-end:
-- That evening, {he} ate <snack> with {name7}, {name8} and {name9}.
-- {name} <happily> painted <herd> for {name7}, {name8} and {name9}.
-- {He} told {name7}, {name8} and a <worker> about it and <cheered> <happily>.
-- That night, {he} dreamed of {name7}, {name8} and <herd> <moon>.
-- {name} felt <very> <happy> and gave {name7}, {name8} and {name9} <snack>.
+- lost {his} {colour} {toy}. {he} looked <near> the <furniture> and asked <kids>, but {he} only found
+  <things>. "<oh>, <look>," {his} {elder} <said>.(| //) <suddenly> {name} saw something {colour} <near> the
+  <furniture>. It was the {toy}! {he} <cheered>. <later> {he} <end>.
+- <went>. <near> the {spot}, {he} <saw> a <big> {pet}. {name} gave it <meal>, but it (only sniffed|turned
+  away|would not eat|looked away). {name} <very> <sad>, ran home and <fed>.(| //) {he} (called|named) it
+  {petname}. <later> {he} (showed|took) {petname} to <kids>, and they <cheered>.
+- was playing with a {colour} {toy}. <suddenly> it (hit|fell on|knocked over) {his} {elder}'s {colour2}
+  {fragile}, and the {fragile} broke. {name} <very> <sad> and could not eat {his} <meal>.(| //) <soon> {he}
+  told {his} {elder} the truth. "<oh>, <forgive>," {his} {elder} <said>. They (glued|mended|fixed) the
+  {fragile}. <later> {he} <end>.
 duo:
-- <ran> <happily> to the <little> {place} with a <new> {colour} {toy}. {name} would not share it, and {name2}
-  felt <very> <sad>. {He2} sat near the <new> {spot:place} and counted <herd>.(| //) <Then> {name} <ran> to
-  the {spot}. "<Oh>, take the {toy} until <weekday>," {he} <said>. "<Oh>, it is <good> to share," {name2}
-  <said> and gave {him} <snack>. <ends>
-- <ran> <happily> to the <little> {place}. {name2} felt <very> <sad>, for {his2} <new> {colour} {toy} was
-  lost. They asked a <worker> and looked near the <new> {spot:place}, but they only found <riches>.(| //)
-  <Then> {name} saw a <odd> <tiny> <colour> {pet} near the <new> {spot2:place}. It had the {toy}! "<Oh>, let
-  us swap," {he} <said> and gave it some {treat:pet} and <riches>. {name2} <cheered> <happily>. <ends>
-- <ran> <happily> to the <little> {place}. {name2} fell over a <wet> <colour> <box>. "<Oh>, I will help you,"
-  {name} <said>. {He} gave {him2} a <clothes> and <happily> told {him2} about <herd>.(| //) <Then> {name2}
-  felt <very> <happy>. They <ran> <happily> to the <new> {spot:place} and ate <snack>. {name} was a <good>
-  friend. <ends>
-- <ran> <happily> to the <little> {place} and found <riches> in a <new> {colour} {chest}. {name2} wanted to
-  keep it. "<Oh>, it is not ours," {name} <said>.(| //) Near the <new> {spot:place}, they met a <nature>
-  {job} who felt <very> <sad>. They gave the {job} the {colour} {chest}. "<Oh>, you are <good>," the {job}
-  <said> and gave them <snack> and a <new> <colour> <toy>. <ends>
-- built a <new> {tower} <by> <outside>. {name} wanted to paint it {colour}, but {name2} liked {colour2}, felt
-  <very> <sad> and went home.(| //) On <weekday>, {name} ate <snack> and <ran> <happily> to {name2}. "<Oh>,
-  let us use {colour} and {colour2}," {he} <said>. {name2} <cheered> <happily>. They put <riches> on the
-  {tower} and showed it to <herd>. <ends>
-ends:
-- They ate <snack>, drank <drink> and told {name7}, {name8} and {name9} about it.
-- On the way home, they saw {name7}, {name8} and <herd>.
-- On <weekday>, they met {name7}, {name8} and <herd>.
-- They <happily> wrote a song about {name7}, {name8} and <herd>.
-- Then they told {name7}, {name8} and a <worker> about it and <cheered> <happily>.
+- <went>. {name} had a {colour} {toy}, and {name2} wanted (to play with it|to hold it|to try it|a turn).
+  "<oh>, <mine>," {name} (said|cried|called|shouted). {name2} <very> <sad> and watched <animals> <near> the
+  {spot}.(| //) <soon> {name} gave {him2} the {colour} {toy}. "<oh>, <yours>," {he} <said>. <later> they
+  <end>.
+- <went>. {name2} <very> <sad>, for {his2} {colour} {toy} was (gone|lost|missing). They looked <near> the
+  {spot}, but they only saw <animals>.(| //) <suddenly> {name} <saw> a <big> {pet} <near> the {spot2}. It had
+  the {toy}! They <fed>, and it let go. {name2} <cheered>. <later> they <end>.
+- <went>. {name2} (fell|tripped|slipped|stumbled) <near> the {spot} and hurt {his2} {limb}. "<oh>,
+  <comfort>," {name} <said>. {he} tied a {colour} {cloth} around the {limb} and told {him2} about
+  <animals>.(| //) <soon> {name2} <very> <glad> and <cheered>. <later> they <end>.
 storm:
-- counted <riches> and heard a <loud> noise <by> <furniture>. "<Oh>, is it a <odd> <tiny> <creature>?" {he}
-  <said>. {He} took a <new> {colour} {toy} and went to look.(| //) It was a <odd> <tiny> <colour> {pet}!
-  {name} dried it with a <clothes> and gave it some {treat:pet} in a <new> <colour> <chest>. {He} called it
-  {petname}. <Then> {petname} slept near the {toy}. <dawn>
-- drank <drink> and counted <herd>. <Then> {he} slept and dreamed of a <odd> <tiny> {creature}. <dream>
-  <dawn>
-- sat <by> <furniture> and told a <new> {colour} {toy} about <herd>. The lights went out! {name} felt <very>
-  <sad>. "<Oh>, do not be afraid," {his} <nature> {elder} <said> and lit <number> <new> <colour> candles.
-  They ate <snack>.(| //) <Then> {name} <cheered> <happily>, and {his} {elder} gave the {toy} a <clothes>.
-  <dawn>
-dawn:
-- When the sun came up, {he} ate <snack> with {name7}, {name8} and {name9}.
-- The next day was <sunny>, and {he} saw {name7}, {name8} and <herd>.
-- {name} felt <very> <happy> and wrote a song about {name7}, {name8} and <herd>.
-- Soon the storm was over, and <herd> ate <snack>.
+- <had> <meal> with {his} {elder}. <suddenly> {he} heard a noise. {he} <very> <afraid> and held {his}
+  {colour} {toy}. "Is it <a> <animal>, <a> <animal> or <a> <animal>?" {he} (asked|whispered|cried|called).
+  {his} {elder} opened the door, and in (ran|came|jumped|hopped) a <big> {pet}.(| //) {name} <fed> and
+  (called|named) it {petname}. <soon> {petname} slept <near> the {toy}. <dawn> {he} <end>.
+- was playing with a {colour} {toy} when the lights went (out|off). {he} <very> <afraid> and hid <near> the
+  <furniture>. "<oh>, <comfort>," {his} {elder} <said>. They ate <meal> and told stories about <animals>.(|
+  //) <soon> {name} <very> <glad> and fell asleep with the {colour} {toy}. <dawn> {he} <end>.
+fond = (loved|liked|enjoyed) <meal>|<knew> a (song|story|poem|riddle) about <animals>|(kept|saved|collected)
+  <things>
+end = <had> <meal> with <kids>|told <kids> <news> over <meal>|(<saw>|drew|painted|sang of|made up a song
+  about) <animals> with <kids>
+meal = (|<food>, )<food>, <food> and <food>; kids = (|<name>, |<name>, <name>, )<name>, <name> and <name>
+animals = (|<a> <animal>, )<a> <animal>, <a> <animal> and <a> <animal>; a = a|a <big>
+things = (|<one> <thing>, )<one> <thing>, <one> <thing> and <one> <thing>; one = a|a <colour>
+kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; pal = friend|cousin|neighbor|classmate
+kind =
+  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm
+six = three|four|five|six|seven|eight|nine|ten; met = (often|always|sometimes) (played with|met|visited|saw)
+when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>
+sunny = sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful; had =
+  had|ate|shared|enjoyed
+soon = Soon|Then|After a while,|A little later,|After that,|A few minutes later,|Before long,|At last,
+suddenly = Suddenly,|Just then,|All at once,|At that moment,|A moment later,|Right then,|Then|Soon
+next = Then|After that,|Later,|Soon after that,; later = That evening,|The next day,|On <weekday>,|<next>
+dawn = In the morning,|The next day,|When the storm was over,|When the sun came up,
+very = (was|felt) (very|so|really|quite); sad = sad|upset|unhappy|worried|gloomy|sorry|miserable|down
+afraid = afraid|scared|frightened|worried|nervous|anxious|uneasy|sad; near = near|beside|behind|by
+glad = happy|cheerful|glad|brave|calm|safe|merry|strong; knew = knew|made up|liked|loved
+cheered = laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; news = about it|everything|the story|the
+  news
+went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}
+saw = saw|found|spotted|noticed|met|watched; oh = Oh|Well|Look|Hey|Listen|You know|Hmm|See
+said = said|whispered|answered|replied|said softly|said gently|said kindly|murmured
+fed = (gave|brought|fetched|got) it some {treat:pet}
+look = we will find it|let us look together|I can help you|it can't be far|I know where it is|don't cry
+comfort = I can help you|don't be afraid|it will be over soon|I am here|you are very brave|take my hand|all
+  is well
+forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
+  forgive you
+mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I need it
+yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with you|don't be
+  sad
 """
 
 # -----------------------------------------------------------------------------
@@ -273,156 +164,118 @@ dawn:
 PRONOUNS = {"he": "she", "him": "her", "his": "her"}
 
 
-class Choice(NamedTuple):  # (a|b), <list>, <rule>
-    options: tuple  # of sequences: tuples of str, Choice and Variable
-
-
-class Variable(NamedTuple):  # {name=source}, {name:source}
-    name: str
+class Variable(NamedTuple):  # <list>, {name}, {name=source}, {name:source}
+    name: str  # "" for a word that does not come again
     source: str  # the list to choose from, or the variable whose word names that list
     dependent: bool
     pronoun: str  # "he", "him", "his", or "" where the word itself is meant
-    capital: bool
-
-
-class Grammar(NamedTuple):
-    story: Choice
-    lists: dict  # name -> {word: sequence}
 
 
 def read_grammar(grammar=GRAMMAR, words=WORDS):
-    """The Grammar that two such texts describe."""
+    """What a story can become, and the lists, name -> words, as two such texts describe them.
+
+    Text is a str; a choice is a tuple of options, each a tuple of texts, choices and Variables.
+    """
     entries = (entry.split(": ") for entry in " ".join(words.split()).split("; "))
-    lists = {name: {word: (word,) for word in text.split(", ")} for name, text in entries}
-    lists["name"], lists["elder"] = lists["girl"] | lists["boy"], lists["woman"] | lists["man"]
-    rules, name = {}, ""
-    for line in re.sub(r"\n +", " ", grammar.strip()).splitlines():
-        if line.startswith("- "):
-            rules[name].append(line[2:])
-        else:
-            name, _, text = line.rstrip(":").partition(" = ")
-            rules[name] = [text] if text else []
+    lists = {name: text.split(", ") for name, text in entries}
+    lists["name"] = lists["girl"] + lists["boy"]
+    entries = re.split(r"; |\n(?!- )", grammar.strip().replace("\n  ", " "))
+    rules = dict(re.split(" = |:\n- ", entry, maxsplit=1) for entry in entries)
 
     @functools.cache
-    def named(name):
-        if name in rules:
-            return Choice(tuple((read(option),) for option in rules[name]))
-        return Choice(tuple(lists[name].values()))
-
-    def read(text):
-        return choice(iter(re.findall(r"[(|)]|<\w+>|{[\w=:]+}|[^(|)<{]+", text)))
+    def rule(name):
+        return choice(iter(re.findall(r"[(|)]|<\w+>|{[\w=:]+}|[^(|)<{]+", rules[name].replace("\n- ", "|"))))
 
     def choice(tokens):  # up to the closing parenthesis
-        options = [[]]
+        options = [()]
         for token in tokens:
             if token == ")":
                 break
             if token == "|":
-                options.append([])
+                options.append(())
             else:
-                options[-1].append(choice(tokens) if token == "(" else node(token))
-        return Choice(tuple(map(tuple, options)))
+                options[-1] += (choice(tokens) if token == "(" else node(token),)
+        return tuple(options)
 
     def node(token):
         if token[0] == "<":
-            return capitalized(named(token[1:-1].lower())) if token[1].isupper() else named(token[1:-1])
+            return rule(token[1:-1]) if token[1:-1] in rules else Variable("", token[1:-1], False, "")
         if token[0] != "{":
             return token
-        name, mark, source = re.fullmatch(r"{(\w+)([=:]?)(\w*)}", token).groups()
-        base, number = re.fullmatch(r"(\D+)(\d*)", name.lower()).groups()
-        pronoun = base if base in PRONOUNS else ""
-        return Variable(("name" if pronoun else base) + number, source or base, mark == ":", pronoun,
-                        name[0].isupper())
+        base, number, mark, source = re.fullmatch(r"{([a-z]+)(\d*)([=:]?)(\w*)}", token).groups()
+        if base in PRONOUNS:
+            return Variable("name" + number, "name", False, base)
+        return Variable(base + number, source or base, mark == ":", "")
 
-    return Grammar(named("story"), lists)
-
-
-def capitalized(node):
-    if type(node) is str:
-        return node[:1].upper() + node[1:]
-    return Choice(tuple((capitalized(first), *rest) for first, *rest in node.options))
+    return rule("story"), lists
 
 
-def open_options(node, bound, grammar):
-    """The sequences that a Choice or Variable can become, given the words of the variables met so far."""
-    if type(node) is Choice:
-        return node.options
+def open_options(node, bound, lists):
+    """The options of a choice or Variable, given the words of the variables met so far."""
+    if type(node) is tuple:
+        return node
     word = bound.get(node.name)
     if word is None:
-        words = dict(grammar.lists[bound[node.source] if node.dependent else node.source])
-        for used in bound.values():
-            words.pop(used, None)
-        return tuple(words.values())
+        source = bound[node.source] if node.dependent else node.source
+        used = set(bound.values())
+        return tuple([(word,) for word in lists[source] if word not in used])
     if node.pronoun:
-        word = PRONOUNS[node.pronoun] if word in grammar.lists["girl"] else node.pronoun
-    return ((capitalized(word) if node.capital else word,),)
+        word = PRONOUNS[node.pronoun] if word in lists["girl"] else node.pronoun
+    return ((word,),)
 
 
-def finish(text):
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text).replace(" // ", "\n\n")
+def bind(node, option, bound):
+    """The words of the variables after node has become that option."""
+    return bound if type(node) is tuple else {node.name or len(bound): option[0], **bound}
 
 
-def unfinish(text):
-    return re.sub(r"\b([Aa])n (?=[aeiou])", r"\1 ", text).replace("\n\n", " // ")
-
-
-def generate(grammar, rng):
-    """A random story and its chain: for every choice, the option taken and the number of open options."""
-    text, chain, bound = [], [], {}
-
-    def write(sequence):
-        for node in sequence:
-            if type(node) is str:
-                text.append(node)
-                continue
-            options, taken = open_options(node, bound, grammar), 0
-            if len(options) > 1:
-                taken = int(rng.random() * len(options))  # randrange differs between versions of Python
-                chain.append((taken, len(options)))
-            if type(node) is Variable and node.name not in bound:
-                bound[node.name], = options[taken]
-            write(options[taken])
-
-    write((grammar.story,))
-    return finish("".join(text)), chain
+def tell(grammar, take):
+    """The story in which take(n) says which of n open options is taken, and its chain of (taken, n)."""
+    (start, lists), text, chain, bound = grammar, "", [], {}
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        if type(node) is str:
+            text += node
+            continue
+        options, taken = open_options(node, bound, lists), 0
+        if len(options) > 1:
+            taken = take(len(options))
+            chain.append((taken, len(options)))
+        bound = bind(node, options[taken], bound)
+        todo.extend(reversed(options[taken]))
+    text = re.sub(r"\ba (?=[aeiou])", "an ", text).replace(" // ", "\n\n")
+    return re.sub(r'(^|\. |[!?] |\n\n|(?<!\S)")[a-z]', lambda match: match[0].upper(), text), chain
 
 
 def parse(story, grammar):
     """The chain behind a text, from a search of all chains; ValueError if there is none or a second one."""
-    text, chains = unfinish(story), []
-    stack = [(0, (grammar.story, None), {}, None)]  # position, what is to come, variables, chain
-    if finish(text) != story:  # "a" before a vowel, or the like
-        stack = []
+    text = re.sub(r"\ban (?=[aeiou])", "a ", story.lower()).replace("\n\n", " // ")
+    start, lists = grammar
+    chains, stack = [], [(0, (start,), {}, ())]  # position, what is to come, variables, chain
     while stack:
         at, todo, bound, chain = stack.pop()
-        while todo and type(todo[0]) is str and text.startswith(todo[0], at):
-            at, todo = at + len(todo[0]), todo[1]
-        if not todo and at == len(text):
-            chains.append(chain)
-        if not todo or type(todo[0]) is str:
-            continue
-        node, rest = todo
-        options = open_options(node, bound, grammar)
-        binds = type(node) is Variable and node.name not in bound
-        for i, option in enumerate(options):
-            if option and type(option[0]) is str and not text.startswith(option[0], at):
-                continue
-            stack.append((at, functools.reduce(lambda rest, node: (node, rest), reversed(option), rest),
-                          {**bound, node.name: option[0]} if binds else bound,
-                          ((i, len(options)), chain) if len(options) > 1 else chain))
+        if not todo:
+            chains += [list(chain)] * (at == len(text))
+        elif type(todo[0]) is str:
+            if text.startswith(todo[0].lower(), at):
+                stack.append((at + len(todo[0]), todo[1:], bound, chain))
+        else:
+            options = open_options(todo[0], bound, lists)
+            for i, option in enumerate(options):
+                if not option or type(option[0]) is not str or text.startswith(option[0].lower(), at):
+                    link = ((i, len(options)),) if len(options) > 1 else ()
+                    stack.append((at, option + todo[1:], bind(todo[0], option, bound), chain + link))
+    chains = [chain for chain in chains  # the search is blind to capitals and articles
+              if tell(grammar, lambda n, steps=iter(chain): next(steps)[0])[0] == story]
     if len(chains) != 1:
         raise ValueError(f"{story[:60]!r}… has {len(chains)} derivations, expected one")
-    chain, link = [], chains[0]
-    while link:
-        chain.append(link[0])
-        link = link[1]
-    return chain[::-1]
+    return chains[0]
 
 
 def bits(chains):
     """The bits of all choices: log2(n) for one of n."""
-    counts = collections.Counter(n for chain in chains for _, n in chain)
-    return sum(counts[n] * math.log2(n) for n in sorted(counts))
+    return math.fsum(math.log2(n) for chain in chains for _, n in chain)
 
 
 # -----------------------------------------------------------------------------
@@ -438,47 +291,40 @@ def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
     """
     if num_stories < NUM_SHARDS:
         raise ValueError(f"num_stories is {num_stories}, expected at least {NUM_SHARDS}, one for each shard")
-    folder, entropy_path = os.path.join(data_dir, SHARDS), os.path.join(data_dir, "entropy.json")
-    if os.path.exists(folder) and not os.path.exists(entropy_path):
-        raise ValueError(f"{folder} exists without {entropy_path}, so its shards are not ours to replace; "
+    folder, facts = Path(data_dir, SHARDS), Path(data_dir, "entropy.json")
+    if folder.exists() and not facts.exists():
+        raise ValueError(f"{folder} exists without {facts}, so its shards are not ours to replace; "
                          f"choose another --data_dir")
-    part = folder + ".part"
+    part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
+    part.mkdir(parents=True)
     stories = distinct_stories(num_stories)
-    bounds = [num_stories * i // NUM_SHARDS for i in range(NUM_SHARDS + 1)]
     for i in range(NUM_SHARDS):
-        shard = [{"story": text} for text, _ in stories[bounds[i]:bounds[i + 1]]]
-        write_json(os.path.join(part, f"data{i:02d}.json"), shard)
-    entropy = {"val": measure(stories[:bounds[1]]), "train": measure(stories[bounds[1]:])}
+        shard = stories[num_stories * i // NUM_SHARDS:num_stories * (i + 1) // NUM_SHARDS]
+        text = json.dumps([{"story": text} for text, _ in shard], indent=0)
+        (part / f"data{i:02d}.json").write_text(text)
+    num_val = num_stories // NUM_SHARDS
+    entropy = {"val": measure(stories[:num_val]), "train": measure(stories[num_val:])}
     shutil.rmtree(folder, ignore_errors=True)
-    write_json(entropy_path, entropy)
-    os.replace(part, folder)
-    for split, facts in entropy.items():
-        print(f"{split}: {facts['stories']:,} stories, {facts['bytes']:,} bytes, "
-              f"{facts['bits_per_byte']:.4f} bits per byte")
+    facts_part = facts.with_suffix(".part")
+    facts_part.write_text(json.dumps(entropy, indent=0))
+    facts_part.replace(facts)
+    part.rename(folder)
+    for split, e in entropy.items():
+        print(f"{split}: {e['stories']:,} stories, {e['bytes']:,} bytes, {e['bits_per_byte']:.4f} bits/byte")
 
 
 def distinct_stories(count, grammar=None, seed=1337):
     """A list of count different (text, chain): one that was drawn before is drawn again."""
     grammar, rng, stories = grammar or read_grammar(), random.Random(seed), {}
-    while len(stories) < count:
-        stories.setdefault(*generate(grammar, rng))
+    while len(stories) < count:  # randrange differs between versions of Python
+        stories.setdefault(*tell(grammar, lambda n: int(rng.random() * n)))
     return list(stories.items())
 
 
 def measure(stories):
     size, total = sum(len(text.encode()) for text, _ in stories), bits(chain for _, chain in stories)
-    return {"stories": len(stories), "bytes": size, "bits": round(total, 3),
-            "bits_per_byte": round(total / size, 6)}
-
-
-def write_json(path, value):
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+    return {"stories": len(stories), "bytes": size, "bits": total, "bits_per_byte": total / size}
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ import re
 import pytest
 
 import stories
-from stories import bits, distinct_stories, generate, parse, read_grammar
+from stories import bits, distinct_stories, parse, read_grammar, tell
 
-GRAMMAR = read_grammar()
-BOYS, GIRLS = (set(GRAMMAR.lists[name]) for name in ("boy", "girl"))
+STORY, LISTS = GRAMMAR = read_grammar()
+BOYS, GIRLS = (set(LISTS[name]) for name in ("boy", "girl"))
 SAMPLE = distinct_stories(2000)
 TINY_WORDS = """girl: Ann, Uma; boy: Bob, Ed; woman: aunt; man: dad; pet: cat, owl; cat: fish, milk, cream;
 owl: mice, worms; toy: ball, top"""
 TINY = """
 story:
-- {name} and {name2} had a {pet}.(| // {He} gave it {treat:pet} and told {him2}.) <end>
+- {name} and {name2} had a {pet}.(| // {he} gave it {treat:pet} and told {him2}.) <end>
 - Every {toy}, a {toy2} and the {toy}. <kid>!
 kid = {name=girl}|Nobody
 end = The {pet}!|(Good|Bad|Odd) {pet}.
@@ -151,9 +151,9 @@ def test_what_the_grammar_cannot_say_is_refused(change):
 
 
 def test_a_text_with_two_chains_is_refused():
-    for grammar, text in (("story = (a|a)", "a"), ("story = (a|ab)(c|bc)", "abc"),
+    for grammar, text in (("story = (a|a)", "A"), ("story = (a|ab)(c|bc)", "Abc"),
                           ("story = <few>(| {girl})\nfew = Ann|Ann Uma", "Ann Uma"),
-                          ("story = {pet}(| and {pet2})(| and {pet2})", "cat and owl")):
+                          ("story = {pet}(| and {pet2})(| and {pet2})", "Cat and owl")):
         with pytest.raises(ValueError, match="2 derivations"):
             parse(text, read_grammar(grammar, TINY_WORDS))
 
@@ -173,7 +173,7 @@ def test_all_chains_of_a_tiny_grammar_are_counted_by_hand():
 
 def test_drawn_chains_are_as_frequent_as_their_bits_say():
     grammar, rng, counts = read_grammar(TINY, TINY_WORDS), random.Random(0), collections.Counter()
-    chains = [generate(grammar, rng)[1] for _ in range(20_000)]
+    chains = [tell(grammar, lambda n: int(rng.random() * n))[1] for _ in range(20_000)]
     counts.update(tuple(chain) for chain in chains)
     for chain, count in counts.items():
         expected = len(chains) / math.prod(n for _, n in chain)
@@ -181,13 +181,13 @@ def test_drawn_chains_are_as_frequent_as_their_bits_say():
 
 
 def test_no_option_or_word_occurs_twice_in_its_list():
-    def check(node):
-        assert len(set(node.options)) == len(node.options)
-        for option in node.options:
+    def check(options):
+        assert len(set(options)) == len(options)
+        for option in options:
             for part in option:
-                if isinstance(part, stories.Choice):
+                if type(part) is tuple:
                     check(part)
-    check(GRAMMAR.story)
+    check(STORY)
     for entry in " ".join(stories.WORDS.split()).split("; "):
         words = entry.split(": ")[1].split(", ")
         assert len(set(words)) == len(words)
@@ -197,16 +197,18 @@ def test_no_option_or_word_occurs_twice_in_its_list():
 # the English
 
 
-def test_pronouns_fit_the_only_child_of_a_story():
+def test_pronouns_fit_the_children_of_a_story():
     checked = collections.Counter()
     for text, _ in SAMPLE:
-        words = set(re.findall(r"\w+", text))
-        for children, others, wrong in ((BOYS, GIRLS, {"she", "She", "her", "Her"}),
-                                        (GIRLS, BOYS, {"he", "He", "him", "his", "His"})):
-            if words & children and not words & others:
+        words = re.findall(r"\w+", text)
+        names = [word for word in words if word in BOYS | GIRLS]
+        children = {name for name in names if names.count(name) > 1}  # the others are only named
+        for group, wrong in ((BOYS, {"she", "She", "her", "Her"}),
+                             (GIRLS, {"he", "He", "him", "his", "His"})):
+            if children and children <= group:
                 checked[min(wrong)] += 1
-                assert not words & wrong, text
-    assert len(checked) == 2 and min(checked.values()) >= 20
+                assert not set(words) & wrong, text
+    assert len(checked) == 2 and min(checked.values()) >= 500
 
 
 def test_articles_fit_the_next_word():
@@ -230,12 +232,12 @@ def test_sentences_quotes_and_paragraphs_are_well_formed():
 
 
 def test_the_food_of_an_animal_fits_it():
-    foods = {pet: set(GRAMMAR.lists[pet]) for pet in GRAMMAR.lists["pet"]}
+    foods = {pet: set(LISTS[pet]) for pet in LISTS["pet"]}
     fed = 0
     for text, _ in SAMPLE:
         pets = set(foods) & set(text.split())
-        food = re.search(r"got some (\w+) in|gave it some (\w+) ", text)
+        food = re.search(r"(?:gave|brought|fetched|got) it some (\w+)", text)
         if food and len(pets) == 1:
             fed += 1
-            assert (food[1] or food[2]) in foods[pets.pop()], text
+            assert food[1] in foods[pets.pop()], text
     assert fed >= 20
