@@ -9,15 +9,14 @@ A story is a chain of choices, each uniform among the options open at that point
 two chains give the same text (`parse` searches for a second one), so a text is as likely as its chain: the
 bits of the choices, divided by the bytes of the text, are the floor that no model can beat on average.
 
-How to read the grammar: "rule = text", or "rule:" and its options, one per dash; stories are what `story`
-can become. Lists of words stand apart.
+How to read the grammar: "rule = text", or "rule:" and its options, one per dash; `story` is the first rule.
 
     (ran|walked)     one of these
     <soon>           one of the options of that rule
     <food>           a word of that list that is not yet in the story
     {toy} {toy2}     a word of that list, the same throughout the story, and another one
     {name=girl}      the same as {name}, chosen from the list girl
-    {spot:place}     chosen from the list that is named as this story's {place}
+    {treat:pet}      chosen from the list that is named as this story's {pet}
     {he} {him2}      the pronoun of {name}, of {name2}
     //               a new paragraph
 
@@ -60,26 +59,24 @@ fruit, mushrooms, cereal, turkey, brownies, burgers, tacos; animal: frog, bee, d
 spider, ladybug, ant, goose, swan, owl, robin, dove, hen, cat, dog, lizard, toad, worm, moth, butterfly,
 mole, fox, deer, goat, pony, cow, horse, pig, cricket, pigeon, donkey, otter, beaver, calf, parrot, bat,
 eagle, stork, sheep, seagull, rat, hawk, heron, fly, rooster, crow, turtle, chipmunk, badger, piglet, bird,
-foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, gecko, bull; thing: rope, lamp,
-key, bell, button, shell, stone, feather, ribbon, coin, marble, pencil, crayon, brush, book, map, cup, spoon,
-bowl, plate, hat, glove, shoe, jar, bottle, candle, watch, ring, mirror, comb, hammer, nail, stick, leaf,
-acorn, flower, card, letter, stamp, ticket, flag, pebble, necklace, mitten, star, towel, basket, sticker;
-toy: ball, doll, drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus,
-wagon, trumpet, teddy bear, dinosaur, dragon, jump rope, yo-yo, music box, puzzle, balloon, crown, wand,
-mask, whale; colour: red, blue, green, yellow, orange, purple, pink, brown, white, black, gray, silver; big:
-big, little, tiny, small, fat, thin, old, young, busy, shy, sleepy, hungry, happy, funny, lazy, lonely,
-proud, silly, noisy, clever, brave, gentle, quiet, sad, curious, playful, wet, cute; furniture: bed, sofa,
-table, door, curtain, rug, piano, desk, couch, bookcase, chair, bathtub, dresser, stove, stairs, window;
-petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie,
-Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy; limb: knee, hand, foot, arm,
-elbow, leg, toe, finger; elder: mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle; cloth: scarf, towel,
-napkin, ribbon; weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday; fragile: cup, vase,
-plate, bowl, lamp, clock, teapot, mirror; pet: kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb,
-sparrow; kitten: milk, cream, tuna; puppy: meat, bones; bunny: clover, cabbage; squirrel: acorns, seeds;
-mouse: cheese, crumbs, oats; hedgehog: slugs, worms; lamb: hay, grass; sparrow: seeds, crumbs; place: park,
-beach, farm, forest, lake, zoo, market, meadow, river, pond, school, garden, village, hill, playground,
-harbor; spot: bench, fence, gate, oak tree, well, path, fountain, rose bush, wall, hedge, swing, bridge,
-statue, sign, barrel, ladder
+foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, gecko, bull; toy: ball, doll,
+drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus, wagon, trumpet, teddy
+bear, dinosaur, dragon, jump rope, yo-yo, music box, puzzle, balloon, crown, wand, mask, tractor, guitar,
+pinwheel, marble, top, bell, horn, book, hat, cap, ring, key, flag, shell, lantern, crayon, pencil, necklace,
+watch, bucket, shovel, mitten, bracelet, banjo, stone, button, coin, feather; colour: red, blue, green,
+yellow, orange, purple, pink, brown, white, black, gray, silver; big: big, little, tiny, small, fat, thin,
+old, young, busy, shy, sleepy, hungry, happy, funny, lazy, lonely, proud, silly, noisy, clever, brave,
+gentle, quiet, sad, curious, playful, wet, cute; furniture: bed, sofa, table, door, curtain, rug, piano,
+desk, couch, bookcase, chair, bathtub, dresser, stove, stairs, window; petname: Fluffy, Spot, Coco, Pip,
+Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow, Lucky, Pickle, Sunny,
+Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy; limb: knee, hand, foot, arm, elbow, leg, toe, finger; elder:
+mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle; cloth: scarf, towel, napkin, ribbon; weekday: Monday,
+Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday; fragile: cup, vase, plate, bowl, lamp, clock, teapot,
+mirror; pet: kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb, sparrow; kitten: milk, cream, tuna;
+puppy: meat, bones; bunny: clover, cabbage; squirrel: acorns, seeds; mouse: cheese, crumbs, oats; hedgehog:
+slugs, worms; lamb: hay, grass; sparrow: seeds, crumbs; place: park, beach, farm, forest, lake, zoo, market,
+meadow, river, pond, school, garden, village, hill, playground, harbor; spot: bench, fence, gate, oak tree,
+well, path, fountain, rose bush, wall, hedge, swing, bridge, statue, sign, barrel, ladder
 """
 
 GRAMMAR = """
@@ -121,41 +118,38 @@ storm:
 - was playing with a {colour} {toy} when the lights went (out|off). {he} <very> <afraid> and hid <near> the
   <furniture>. "<oh>, <comfort>," {his} {elder} <said>. They ate <meal> and told stories about <animals>.(|
   //) <soon> {name} <very> <glad> and fell asleep with the {colour} {toy}. <dawn> {he} <end>.
-fond = (loved|liked|enjoyed) <meal>|<knew> a (song|story|poem|riddle) about <animals>|(kept|saved|collected)
-  <things>
-end = <had> <meal> with <kids>|told <kids> <news> over <meal>|(<saw>|drew|painted|sang of|made up a song
-  about) <animals> with <kids>
-meal = (|<food>, )<food>, <food> and <food>; kids = (|<name>, |<name>, <name>, )<name>, <name> and <name>
-animals = (|<a> <animal>, )<a> <animal>, <a> <animal> and <a> <animal>; a = a|a <big>
-things = (|<one> <thing>, )<one> <thing>, <one> <thing> and <one> <thing>; one = a|a <colour>
-kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; pal = friend|cousin|neighbor|classmate
-kind =
-  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm
-six = three|four|five|six|seven|eight|nine|ten; met = (often|always|sometimes) (played with|met|visited|saw)
-when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>
-sunny = sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful; had =
-  had|ate|shared|enjoyed
-soon = Soon|Then|After a while,|A little later,|After that,|A few minutes later,|Before long,|At last,
-suddenly = Suddenly,|Just then,|All at once,|At that moment,|A moment later,|Right then,|Then|Soon
-next = Then|After that,|Later,|Soon after that,; later = That evening,|The next day,|On <weekday>,|<next>
-dawn = In the morning,|The next day,|When the storm was over,|When the sun came up,
-very = (was|felt) (very|so|really|quite); sad = sad|upset|unhappy|worried|gloomy|sorry|miserable|down
-afraid = afraid|scared|frightened|worried|nervous|anxious|uneasy|sad; near = near|beside|behind|by
-glad = happy|cheerful|glad|brave|calm|safe|merry|strong; knew = knew|made up|liked|loved
-cheered = laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; news = about it|everything|the story|the
-  news
-went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}
-saw = saw|found|spotted|noticed|met|watched; oh = Oh|Well|Look|Hey|Listen|You know|Hmm|See
-said = said|whispered|answered|replied|said softly|said gently|said kindly|murmured
-fed = (gave|brought|fetched|got) it some {treat:pet}
-look = we will find it|let us look together|I can help you|it can't be far|I know where it is|don't cry
-comfort = I can help you|don't be afraid|it will be over soon|I am here|you are very brave|take my hand|all
-  is well
-forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
-  forgive you
-mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I need it
-yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with you|don't be
-  sad
+end = <had> <meal> with <kids>|told <kids> <news> over <meal>|(saw|watched|fed|drew|painted|sang about|talked
+  about|read about) <animals> with <kids>
+fond = (loved|liked|enjoyed) <meal>|(knew|made up|liked|loved) a (song|story|poem|riddle) about
+  <animals>|(kept|had|collected) <things>
+meal = (|<food>, )<food>, <food> and <food>; kids = (|<name>, |<name>, <name>, )<name>, <name> and <name>;
+  animals = (|<a> <animal>, )<a> <animal>, <a> <animal> and <a> <animal>; a = a|a <big>; things = (|<one>
+  <toy>, )<one> <toy>, <one> <toy> and <one> <toy>; one = a|a <colour>
+kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; pal = friend|cousin|neighbor|classmate;
+  kind =
+  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm;
+  six = three|four|five|six|seven|eight|nine|ten; met = (often|always|sometimes) (played
+  with|met|visited|saw)
+when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>; sunny =
+  sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful; dawn = In the morning,|The
+  next day,|When the storm was over,|When the sun came up,; next = Then|After that,|Later,|Soon after that,;
+  later = That evening,|The next day,|On <weekday>,|<next>; soon = Soon|Then|After a while,|A little
+  later,|After that,|A few minutes later,|Before long,|At last,; suddenly = Suddenly,|Just then,|All at
+  once,|At that moment,|A moment later,|Right then,|Then|Soon
+very = (was|felt) (very|so|really|quite); sad = sad|upset|unhappy|gloomy|miserable|down|glum|low; afraid =
+  afraid|scared|frightened|worried|nervous|anxious|uneasy|startled; glad =
+  happy|cheerful|glad|brave|calm|safe|merry|strong; cheered =
+  laughed|smiled|cheered|clapped|giggled|danced|sang|beamed
+went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}; near = near|beside|behind|by;
+  saw = saw|found|spotted|noticed; had = had|ate|shared|enjoyed; news = about it|everything|the story|the
+  news; fed = (gave|brought|fetched|got) it some {treat:pet}; said = said|whispered|answered|replied|said
+  softly|said gently|said kindly|murmured; oh = Oh|Well|Look|Hey|Listen|You know|Hmm|Ah
+look = we will find it|let us search together|I can help you|it can't be far|don't cry|it must be here;
+  comfort = I can help you|don't be afraid|it will be over soon|I am here|you are very brave|take my hand|all
+  is well; forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never
+  mind|I forgive you; mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I
+  need it; yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with
+  you|don't be sad
 """
 
 # -----------------------------------------------------------------------------
@@ -231,8 +225,7 @@ def bind(node, option, bound):
 
 def tell(grammar, take):
     """The story in which take(n) says which of n open options is taken, and its chain of (taken, n)."""
-    (start, lists), text, chain, bound = grammar, "", [], {}
-    todo = [start]
+    (*todo, lists), text, chain, bound = grammar, "", [], {}
     while todo:
         node = todo.pop()
         if type(node) is str:
@@ -250,6 +243,10 @@ def tell(grammar, take):
 
 def parse(story, grammar):
     """The chain behind a text, from a search of all chains; ValueError if there is none or a second one."""
+    def retell(chain):  # as the search is blind to capitals and articles
+        steps = iter(chain)
+        return tell(grammar, lambda n: next(steps)[0])[0]
+
     text = re.sub(r"\ban (?=[aeiou])", "a ", story.lower()).replace("\n\n", " // ")
     start, lists = grammar
     chains, stack = [], [(0, (start,), {}, ())]  # position, what is to come, variables, chain
@@ -266,8 +263,7 @@ def parse(story, grammar):
                 if not option or type(option[0]) is not str or text.startswith(option[0].lower(), at):
                     link = ((i, len(options)),) if len(options) > 1 else ()
                     stack.append((at, option + todo[1:], bind(todo[0], option, bound), chain + link))
-    chains = [chain for chain in chains  # the search is blind to capitals and articles
-              if tell(grammar, lambda n, steps=iter(chain): next(steps)[0])[0] == story]
+    chains = [chain for chain in chains if retell(chain) == story]
     if len(chains) != 1:
         raise ValueError(f"{story[:60]!r}… has {len(chains)} derivations, expected one")
     return chains[0]
@@ -293,16 +289,14 @@ def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
         raise ValueError(f"num_stories is {num_stories}, expected at least {NUM_SHARDS}, one for each shard")
     folder, facts = Path(data_dir, SHARDS), Path(data_dir, "entropy.json")
     if folder.exists() and not facts.exists():
-        raise ValueError(f"{folder} exists without {facts}, so its shards are not ours to replace; "
-                         f"choose another --data_dir")
+        raise ValueError(f"{folder} without {facts.name} is not ours to replace; choose another --data_dir")
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     stories = distinct_stories(num_stories)
     for i in range(NUM_SHARDS):
         shard = stories[num_stories * i // NUM_SHARDS:num_stories * (i + 1) // NUM_SHARDS]
-        text = json.dumps([{"story": text} for text, _ in shard], indent=0)
-        (part / f"data{i:02d}.json").write_text(text)
+        (part / f"data{i:02d}.json").write_text(json.dumps([{"story": text} for text, _ in shard], indent=0))
     num_val = num_stories // NUM_SHARDS
     entropy = {"val": measure(stories[:num_val]), "train": measure(stories[num_val:])}
     shutil.rmtree(folder, ignore_errors=True)
