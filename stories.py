@@ -63,20 +63,20 @@ foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, ge
 drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus, wagon, trumpet, teddy
 bear, dinosaur, dragon, jump rope, yo-yo, music box, puzzle, balloon, crown, wand, mask, tractor, guitar,
 pinwheel, marble, top, bell, horn, book, hat, cap, ring, key, flag, shell, lantern, crayon, pencil, necklace,
-watch, bucket, shovel, mitten, bracelet, banjo, stone, button, coin, feather; colour: red, blue, green,
-yellow, orange, purple, pink, brown, white, black, gray, silver; big: big, little, tiny, small, fat, thin,
-old, young, busy, shy, sleepy, hungry, happy, funny, lazy, lonely, proud, silly, noisy, clever, brave,
-gentle, quiet, sad, curious, playful, wet, cute; furniture: bed, sofa, table, door, curtain, rug, piano,
-desk, couch, bookcase, chair, bathtub, dresser, stove, stairs, window; petname: Fluffy, Spot, Coco, Pip,
-Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow, Lucky, Pickle, Sunny,
-Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy; limb: knee, hand, foot, arm, elbow, leg, toe, finger; elder:
-mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle; cloth: scarf, towel, napkin, ribbon; weekday: Monday,
-Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday; fragile: cup, vase, plate, bowl, lamp, clock, teapot,
-mirror; pet: kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb, sparrow; kitten: milk, cream, tuna;
-puppy: meat, bones; bunny: clover, cabbage; squirrel: acorns, seeds; mouse: cheese, crumbs, oats; hedgehog:
-slugs, worms; lamb: hay, grass; sparrow: seeds, crumbs; place: park, beach, farm, forest, lake, zoo, market,
-meadow, river, pond, school, garden, village, hill, playground, harbor; spot: bench, fence, gate, oak tree,
-well, path, fountain, rose bush, wall, hedge, swing, bridge, statue, sign, barrel, ladder
+watch, bucket, shovel, bracelet, banjo, stone; colour: red, blue, green, yellow, orange, purple, pink, brown,
+white, black, gray, silver; big: big, little, tiny, small, fat, thin, old, young, busy, shy, sleepy, hungry,
+happy, funny, lazy, lonely, proud, silly, noisy, clever, brave, gentle, quiet, sad, curious, playful, wet,
+cute; furniture: bed, sofa, table, door, curtain, rug, piano, desk, couch, bookcase, chair, bathtub, dresser,
+stove, stairs, window; petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch,
+Bubbles, Muffin, Cookie, Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy; limb:
+knee, hand, foot, arm, elbow, leg, toe, finger; elder: mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle;
+cloth: scarf, towel, napkin, ribbon; weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday;
+fragile: cup, vase, plate, bowl, lamp, clock, teapot, mirror; pet: kitten, puppy, bunny, squirrel, mouse,
+hedgehog, lamb, sparrow; kitten: milk, cream, tuna; puppy: meat, bones; bunny: clover, cabbage; squirrel:
+acorns, seeds; mouse: cheese, crumbs, oats; hedgehog: slugs, worms; lamb: hay, grass; sparrow: seeds, crumbs;
+place: park, beach, farm, forest, lake, zoo, market, meadow, river, pond, school, garden, village, hill,
+playground, harbor; spot: bench, fence, gate, oak tree, well, path, fountain, rose bush, wall, hedge, swing,
+bridge, statue, sign, barrel, ladder
 """
 
 GRAMMAR = """
@@ -92,7 +92,7 @@ solo:
 - lost {his} {colour} {toy}. {he} looked <near> the <furniture> and asked <kids>, but {he} only found
   <things>. "<oh>, <look>," {his} {elder} <said>.(| //) <suddenly> {name} saw something {colour} <near> the
   <furniture>. It was the {toy}! {he} <cheered>. <later> {he} <end>.
-- <went>. <near> the {spot}, {he} <saw> a <big> {pet}. {name} gave it <meal>, but it (only sniffed|turned
+- <went>. <near> the {spot}, {he} <found> a <big> {pet}. {name} gave it <meal>, but it (only sniffed|turned
   away|would not eat|looked away). {name} <very> <sad>, ran home and <fed>.(| //) {he} (called|named) it
   {petname}. <later> {he} (showed|took) {petname} to <kids>, and they <cheered>.
 - was playing with a {colour} {toy}. <suddenly> it (hit|fell on|knocked over) {his} {elder}'s {colour2}
@@ -105,8 +105,8 @@ duo:
   {spot}.(| //) <soon> {name} gave {him2} the {colour} {toy}. "<oh>, <yours>," {he} <said>. <later> they
   <end>.
 - <went>. {name2} <very> <sad>, for {his2} {colour} {toy} was (gone|lost|missing). They looked <near> the
-  {spot}, but they only saw <animals>.(| //) <suddenly> {name} <saw> a <big> {pet} <near> the {spot2}. It had
-  the {toy}! They <fed>, and it let go. {name2} <cheered>. <later> they <end>.
+  {spot}, but they only saw <animals>.(| //) <suddenly> {name} <found> a <big> {pet} <near> the {spot2}. It
+  had the {toy}! They <fed>, and it let go. {name2} <cheered>. <later> they <end>.
 - <went>. {name2} (fell|tripped|slipped|stumbled) <near> the {spot} and hurt {his2} {limb}. "<oh>,
   <comfort>," {name} <said>. {he} tied a {colour} {cloth} around the {limb} and told {him2} about
   <animals>.(| //) <soon> {name2} <very> <glad> and <cheered>. <later> they <end>.
@@ -118,38 +118,40 @@ storm:
 - was playing with a {colour} {toy} when the lights went (out|off). {he} <very> <afraid> and hid <near> the
   <furniture>. "<oh>, <comfort>," {his} {elder} <said>. They ate <meal> and told stories about <animals>.(|
   //) <soon> {name} <very> <glad> and fell asleep with the {colour} {toy}. <dawn> {he} <end>.
-end = <had> <meal> with <kids>|told <kids> <news> over <meal>|(saw|watched|fed|drew|painted|sang about|talked
-  about|read about) <animals> with <kids>
-fond = (loved|liked|enjoyed) <meal>|(knew|made up|liked|loved) a (song|story|poem|riddle) about
-  <animals>|(kept|had|collected) <things>
-meal = (|<food>, )<food>, <food> and <food>; kids = (|<name>, |<name>, <name>, )<name>, <name> and <name>;
-  animals = (|<a> <animal>, )<a> <animal>, <a> <animal> and <a> <animal>; a = a|a <big>; things = (|<one>
-  <toy>, )<one> <toy>, <one> <toy> and <one> <toy>; one = a|a <colour>
-kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; pal = friend|cousin|neighbor|classmate;
-  kind =
-  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm;
-  six = three|four|five|six|seven|eight|nine|ten; met = (often|always|sometimes) (played
-  with|met|visited|saw)
-when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>; sunny =
-  sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful; dawn = In the morning,|The
-  next day,|When the storm was over,|When the sun came up,; next = Then|After that,|Later,|Soon after that,;
-  later = That evening,|The next day,|On <weekday>,|<next>; soon = Soon|Then|After a while,|A little
-  later,|After that,|A few minutes later,|Before long,|At last,; suddenly = Suddenly,|Just then,|All at
-  once,|At that moment,|A moment later,|Right then,|Then|Soon
-very = (was|felt) (very|so|really|quite); sad = sad|upset|unhappy|gloomy|miserable|down|glum|low; afraid =
-  afraid|scared|frightened|worried|nervous|anxious|uneasy|startled; glad =
-  happy|cheerful|glad|brave|calm|safe|merry|strong; cheered =
-  laughed|smiled|cheered|clapped|giggled|danced|sang|beamed
-went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}; near = near|beside|behind|by;
-  saw = saw|found|spotted|noticed; had = had|ate|shared|enjoyed; news = about it|everything|the story|the
-  news; fed = (gave|brought|fetched|got) it some {treat:pet}; said = said|whispered|answered|replied|said
-  softly|said gently|said kindly|murmured; oh = Oh|Well|Look|Hey|Listen|You know|Hmm|Ah
-look = we will find it|let us search together|I can help you|it can't be far|don't cry|it must be here;
-  comfort = I can help you|don't be afraid|it will be over soon|I am here|you are very brave|take my hand|all
-  is well; forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never
-  mind|I forgive you; mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I
-  need it; yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with
-  you|don't be sad
+end = <had> <meal> with <kids>|told <kids> <news> over <meal>|<saw> <animals> with <kids>
+fond = (loved|liked|enjoyed) <meal>|<knew> a (song|story|poem|riddle) about <animals>|(kept|had|collected)
+  <things>
+meal = (|<food>, )<food>, <food> and <food>; kids = (|<name>, |<name>, <name>, )<name>, <name> and <name>
+animals = (|<a> <animal>, )<a> <animal>, <a> <animal> and <a> <animal>; a = a|a <big>
+things = (|<one> <toy>, )<one> <toy>, <one> <toy> and <one> <toy>; one = a|a <colour>
+kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; six =
+  three|four|five|six|seven|eight|nine|ten
+kind =
+  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm
+met = (often|always|sometimes) (played with|met|visited|saw); pal = friend|cousin|neighbor|classmate
+went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}; near = near|beside|behind|by
+had = had|ate|shared|enjoyed; knew = knew|made up|liked|loved; news = about it|everything|the story|the news
+saw = saw|watched|fed|drew|painted|sang about|talked about|read about; found = saw|found|spotted|noticed
+fed = (gave|brought|fetched|got) it some {treat:pet}; very = (was|felt) (very|so|really|quite)
+sad = sad|upset|unhappy|gloomy|miserable|down|glum|troubled; glad =
+  happy|cheerful|glad|brave|calm|safe|merry|strong
+afraid = afraid|scared|frightened|worried|nervous|anxious|uneasy|startled
+cheered = laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; oh = Oh|Well|Look|Hey|Listen|You
+  know|Hmm|Ah
+said = said|whispered|answered|replied|said softly|said gently|said kindly|murmured
+when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>
+sunny = sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful
+soon = Soon|Then|After a while,|A little later,|After that,|A few minutes later,|Before long,|At last,
+suddenly = Suddenly,|Just then,|All at once,|At that moment,|A moment later,|Right then,|Then|Soon
+next = Then|After that,|Later,|Soon after that,; later = That evening,|The next day,|On <weekday>,|<next>
+dawn = In the morning,|The next day,|When the storm was over,|When the sun came up,
+look = we will find it|let us search together|I can help you|it can't be far|don't cry|it must be here
+comfort = I can help you|don't be afraid|it will be over soon|I am here|you are very brave|take my hand
+forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
+  forgive you
+mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I need it
+yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with you|don't be
+  sad
 """
 
 # -----------------------------------------------------------------------------
@@ -218,11 +220,6 @@ def open_options(node, bound, lists):
     return ((word,),)
 
 
-def bind(node, option, bound):
-    """The words of the variables after node has become that option."""
-    return bound if type(node) is tuple else {node.name or len(bound): option[0], **bound}
-
-
 def tell(grammar, take):
     """The story in which take(n) says which of n open options is taken, and its chain of (taken, n)."""
     (*todo, lists), text, chain, bound = grammar, "", [], {}
@@ -235,7 +232,8 @@ def tell(grammar, take):
         if len(options) > 1:
             taken = take(len(options))
             chain.append((taken, len(options)))
-        bound = bind(node, options[taken], bound)
+        if type(node) is Variable:
+            bound = {node.name or len(bound): options[taken][0], **bound}
         todo.extend(reversed(options[taken]))
     text = re.sub(r"\ba (?=[aeiou])", "an ", text).replace(" // ", "\n\n")
     return re.sub(r'(^|\. |[!?] |\n\n|(?<!\S)")[a-z]', lambda match: match[0].upper(), text), chain
@@ -258,11 +256,12 @@ def parse(story, grammar):
             if text.startswith(todo[0].lower(), at):
                 stack.append((at + len(todo[0]), todo[1:], bound, chain))
         else:
-            options = open_options(todo[0], bound, lists)
+            node, options = todo[0], open_options(todo[0], bound, lists)
             for i, option in enumerate(options):
                 if not option or type(option[0]) is not str or text.startswith(option[0].lower(), at):
+                    met = {node.name or len(bound): option[0], **bound} if type(node) is Variable else bound
                     link = ((i, len(options)),) if len(options) > 1 else ()
-                    stack.append((at, option + todo[1:], bind(todo[0], option, bound), chain + link))
+                    stack.append((at, option + todo[1:], met, chain + link))
     chains = [chain for chain in chains if retell(chain) == story]
     if len(chains) != 1:
         raise ValueError(f"{story[:60]!r}… has {len(chains)} derivations, expected one")
