@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,15 @@ class ModelArgs:
             known = [field.name for field in dataclasses.fields(cls)]
             if unknown := sorted(fields.keys() - known):
                 raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
-            return cls(**fields)
+            args = cls(**fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        shape = args.dim, args.n_layers, args.n_heads, args.n_kv_heads
+        if (args.use_scaled_rope and "rope_scale_factor" not in fields
+                and shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))):
+            args.rope_scale_factor = 32.0
+            print(f"{path}: the shape of Llama 3.2, so rope_scale_factor is 32", file=sys.stderr)
+        return args
 
 
 PRESETS = {  # the demo's shape, then Meta's published ones
@@ -352,11 +359,12 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds the weights there")
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    output = state.setdefault("output.weight", state.get("tok_embeddings.weight"))
-    args.tie_word_embeddings |= output is state.get("tok_embeddings.weight")
+    state.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
+    if "output.weight" not in state and "tok_embeddings.weight" in state:
+        state["output.weight"] = state["tok_embeddings.weight"]
     with torch.device("meta"):
         model = Transformer(args)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -365,6 +373,7 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
         raise ValueError(f"{path}: tensors don't fit params.json: " + "; ".join(
             f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'absent')}"
             for name in dict(wrong)))
+    args.tie_word_embeddings |= torch.equal(state["output.weight"], state["tok_embeddings.weight"])
     for name in list(state):
         state[name] = state[name].to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
@@ -578,11 +587,11 @@ MAGIC, VERSION, HEADER_BYTES = 20240801, 7, 1024
 def shard_tokens(path):
     """The number of tokens in a .bin shard; ValueError names the file and what is wrong with it."""
     with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
+        header = f.read(HEADER_BYTES)
         size = f.seek(0, os.SEEK_END)
-    if len(header) < HEADER_BYTES // 4:
+    if len(header) < HEADER_BYTES:
         raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
-    magic, version, count = (int(n) for n in header[:3])
+    magic, version, count = np.frombuffer(header, dtype="<i4")[:3].tolist()
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION}: "
                          "tokenize anew")
@@ -601,6 +610,9 @@ class DistributedShardedDataLoader:
     """
 
     def __init__(self, filename_pattern, B, T, process_rank, num_processes, shuffle=False, seed=0):
+        if B < 1 or T < 1 or not 0 <= process_rank < num_processes:
+            raise ValueError(f"B is {B}, T {T}, rank {process_rank} of {num_processes}; expected B and T of "
+                             "at least 1, and a rank below the number of processes")
         self.filename_pattern, self.B, self.T, self.shuffle = filename_pattern, B, T, shuffle
         self.rank, self.num_processes = process_rank, num_processes
         self.files = sorted(glob.glob(str(filename_pattern)))

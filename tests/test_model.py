@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 import llama31
-from llama31 import PRESETS, DistributedShardedDataLoader, KVCache, Llama, ModelArgs, Transformer
+from llama31 import PRESETS, KVCache, Llama, ModelArgs, Transformer
 
 TINY = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=97, multiple_of=16, max_seq_len=64)
 
@@ -50,6 +49,17 @@ def test_params_json_that_is_none_is_named(tmp_path, text, said):
     (tmp_path / "params.json").write_text(text)
     with pytest.raises(ValueError, match=said):
         ModelArgs.from_json(tmp_path / "params.json")
+
+
+@pytest.mark.parametrize("preset", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
+def test_llama_32_has_its_rope_scale_factor_though_its_params_json_omits_it(tmp_path, preset):
+    ours = ("rope_scale_factor", "tie_word_embeddings")
+    fields = {name: value for name, value in PRESETS[preset].items() if name not in ours}
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps(fields))
+    assert ModelArgs.from_json(path).rope_scale_factor == PRESETS[preset].get("rope_scale_factor", 8)
+    path.write_text(json.dumps({**fields, "rope_scale_factor": 4}))
+    assert ModelArgs.from_json(path).rope_scale_factor == 4
 
 
 def test_hidden_dim_follows_metas_rule():
@@ -122,63 +132,21 @@ def test_a_checkpoint_directory_loads_strictly(tmp_path, tied):
     tokens = torch.arange(8)[None]
     assert torch.equal(llama.model(tokens), model(tokens))
     assert (llama.model.output.weight is llama.model.tok_embeddings.weight) == tied
+    state = {name: w.clone() for name, w in state.items()}
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    assert Llama.build(tmp_path, device="cpu").model.args.tie_word_embeddings == tied
+    if tied:
+        (tmp_path / "params.json").write_text(json.dumps(TINY))  # not declared, but equal, then absent
+        assert Llama.build(tmp_path, device="cpu").model.args.tie_word_embeddings
+        del state["output.weight"]
+        torch.save(state, tmp_path / "consolidated.00.pth")
+        assert torch.equal(Llama.build(tmp_path, device="cpu").model(tokens), model(tokens))
     torch.save({k: v for k, v in state.items() if "w2" not in k}, tmp_path / "consolidated.00.pth")
     with pytest.raises(ValueError, match="w2.weight is missing"):
         Llama.build(tmp_path, device="cpu")
     (tmp_path / "consolidated.00.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         Llama.build(tmp_path, device="cpu")
-
-
-def write_shard(path, tokens, magic=20240801, version=7, count=None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u4").tobytes())
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("ranks, B", [(1, 1), (2, 3), (3, 2), (4, 5)])
-def test_every_window_comes_once_an_epoch_over_all_ranks(tmp_path, shuffle, ranks, B):
-    T, sizes, windows = 4, [17, 5, 4, 30], []
-    for i, n in enumerate(sizes):
-        tokens = np.arange(1000 * i, 1000 * i + n)
-        write_shard(tmp_path / f"{i}.bin", tokens)
-        windows += [tokens[k * T:k * T + T + 1].tolist() for k in range((n - 1) // T)]
-    loaders = [DistributedShardedDataLoader(tmp_path / "*.bin", B, T, r, ranks, shuffle) for r in range(ranks)]
-    assert loaders[0].ntok_total == sum(sizes)
-    seen = []
-    while len(seen) < 3 * len(windows):
-        for loader in loaders:
-            x, y = loader.next_batch()
-            assert x.dtype == y.dtype == torch.int64 and x.shape == (B, T)
-            seen += [[*a, b[-1]] for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-    for epoch in range(3):
-        part = seen[epoch * len(windows):(epoch + 1) * len(windows)]
-        assert sorted(part) == sorted(windows) and (shuffle or part == windows)
-    again = DistributedShardedDataLoader(tmp_path / "*.bin", 1, T, 0, 1, shuffle)
-    again.load_state_dict({"counter": 2 * len(windows) + 1})
-    assert torch.cat(again.next_batch(), 1)[0, :T + 1].tolist()[:T] == seen[2 * len(windows) + 1][:T]
-
-
-@pytest.mark.parametrize("damage, said", [
-    (dict(magic=3), "magic 3"), (dict(version=6), "version 6"), (dict(count=40), "says 40 tokens"),
-    (dict(count=2), "says 2 tokens"), (dict(count=-1), "says -1 tokens")])
-def test_a_bad_shard_is_named_with_its_numbers(tmp_path, damage, said):
-    write_shard(tmp_path / "a.bin", range(9), **damage)
-    with pytest.raises(ValueError, match=f"a.bin.*{said}"):
-        DistributedShardedDataLoader(tmp_path / "*.bin", 1, 4, 0, 1)
-
-
-def test_too_little_data_and_a_shard_that_shrinks_are_errors(tmp_path):
-    write_shard(tmp_path / "a.bin", range(9))
-    with pytest.raises(ValueError, match="9 tokens.*T \\+ 1 = 10"):
-        DistributedShardedDataLoader(tmp_path / "*.bin", 1, 9, 0, 1)
-    with pytest.raises(FileNotFoundError, match="no file matches"):
-        DistributedShardedDataLoader(tmp_path / "*.none", 1, 9, 0, 1)
-    loader = DistributedShardedDataLoader(tmp_path / "*.bin", 1, 4, 0, 1)
-    write_shard(tmp_path / "a.bin", range(3))
-    with pytest.raises(ValueError, match="shrunk"):
-        loader.next_batch()
 
 
 def test_scaled_rope_has_three_bands():

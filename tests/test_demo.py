@@ -1,0 +1,57 @@
+"""The demo: made once, then sampled; made anew only when asked; nothing of others is touched."""
+
+import functools
+
+import pytest
+
+import llama31
+import stories
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The demo with a small corpus and few steps; returns the list of its trainings."""
+    trainings = []
+
+    def train(**flags):
+        trainings.append(flags)
+        real_train(**{**flags, "steps": 2, "eval_interval": 2, "eval_steps": 1, "batch_size": 1})
+
+    real_train = llama31.train
+    monkeypatch.setattr(llama31, "train", train)
+    monkeypatch.setattr(stories, "write", functools.partial(stories.write, num_stories=800))
+    return trainings
+
+
+def test_the_demo_trains_once_then_samples_and_trains_anew_when_asked(quick, tmp_path, capsys):
+    out_dir = tmp_path / "demo"
+    llama31.demo(out_dir=out_dir)
+    for prompt in llama31.PROMPTS:
+        assert prompt in capsys.readouterr().out or prompt != llama31.PROMPTS[0]
+    assert len(quick) == 1 and {path.name for path in out_dir.iterdir()} == {
+        "data", "log.jsonl", "loss.png", "step_000002"}
+    llama31.demo(out_dir=out_dir)
+    assert len(quick) == 1
+    llama31.demo(out_dir=out_dir, retrain=True)
+    assert len(quick) == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkeypatch):
+    out_dir = tmp_path / "demo"
+    llama31.demo(out_dir=out_dir)
+    before = (out_dir / "log.jsonl").read_text()
+
+    def fail(**flags):
+        raise ValueError("no space left")
+
+    monkeypatch.setattr(llama31, "train", fail)
+    with pytest.raises(ValueError, match="no space left"):
+        llama31.demo(out_dir=out_dir, retrain=True)
+    assert (out_dir / "log.jsonl").read_text() == before and llama31.checkpoints_of_run(out_dir)
+
+
+def test_a_folder_with_other_files_is_refused(quick, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds no demo but other files"):
+        llama31.demo(out_dir=tmp_path)
+    assert not quick and (tmp_path / "letter.txt").read_text() == "dear"
