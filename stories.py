@@ -82,7 +82,7 @@ bridge, statue, sign, barrel, ladder
 GRAMMAR = """
 story:
 - Once upon a time, there (was|lived) a <kind> <kid> who <fond>. {he} <met> <kids>. (|// )<when>, {he} <solo>
-- One day, {name} (<had> <meal> with <kids>. <next> {he} <solo>|and {name2} <had> <meal> with <kids>. <next>
+- One day, {name} (<had> <meal> with <kids>. <soon> {he} <solo>|and {name2} <had> <meal> with <kids>. <soon>
   they <duo>)
 - {name} and {name2} were best friends. They <fond> and <met> <kids>. (|// )<when>, they <duo>
 - On a dark and stormy night, {name} <storm>
@@ -90,12 +90,12 @@ story:
   {name2} <duo>)
 solo:
 - lost {his} {colour} {toy}. {he} looked <near> the <furniture> and asked <kids>, but {he} only found
-  <things>. "<oh>, <look>," {his} {elder} <said>.(| //) <suddenly> {name} saw something {colour} <near> the
+  <things>. "<oh>, <comfort>," {his} {elder} <said>.(| //) <soon> {name} saw something {colour} <near> the
   <furniture>. It was the {toy}! {he} <cheered>. <later> {he} <end>.
 - <went>. <near> the {spot}, {he} <found> a <big> {pet}. {name} gave it <meal>, but it (only sniffed|turned
   away|would not eat|looked away). {name} <very> <sad>, ran home and <fed>.(| //) {he} (called|named) it
   {petname}. <later> {he} (showed|took) {petname} to <kids>, and they <cheered>.
-- was playing with a {colour} {toy}. <suddenly> it (hit|fell on|knocked over) {his} {elder}'s {colour2}
+- was playing with a {colour} {toy}. <soon> it (hit|fell on|knocked over) {his} {elder}'s {colour2}
   {fragile}, and the {fragile} broke. {name} <very> <sad> and could not eat {his} <meal>.(| //) <soon> {he}
   told {his} {elder} the truth. "<oh>, <forgive>," {his} {elder} <said>. They (glued|mended|fixed) the
   {fragile}. <later> {he} <end>.
@@ -105,15 +105,15 @@ duo:
   {spot}.(| //) <soon> {name} gave {him2} the {colour} {toy}. "<oh>, <yours>," {he} <said>. <later> they
   <end>.
 - <went>. {name2} <very> <sad>, for {his2} {colour} {toy} was (gone|lost|missing). They looked <near> the
-  {spot}, but they only saw <animals>.(| //) <suddenly> {name} <found> a <big> {pet} <near> the {spot2}. It
-  had the {toy}! They <fed>, and it let go. {name2} <cheered>. <later> they <end>.
+  {spot}, but they only saw <animals>.(| //) <soon> {name} <found> a <big> {pet} <near> the {spot2}. It had
+  the {toy}! They <fed>, and it let go. {name2} <cheered>. <later> they <end>.
 - <went>. {name2} (fell|tripped|slipped|stumbled) <near> the {spot} and hurt {his2} {limb}. "<oh>,
   <comfort>," {name} <said>. {he} tied a {colour} {cloth} around the {limb} and told {him2} about
   <animals>.(| //) <soon> {name2} <very> <glad> and <cheered>. <later> they <end>.
 storm:
-- <had> <meal> with {his} {elder}. <suddenly> {he} heard a noise. {he} <very> <afraid> and held {his}
-  {colour} {toy}. "Is it <a> <animal>, <a> <animal> or <a> <animal>?" {he} (asked|whispered|cried|called).
-  {his} {elder} opened the door, and in (ran|came|jumped|hopped) a <big> {pet}.(| //) {name} <fed> and
+- <had> <meal> with {his} {elder}. <soon> {he} heard a noise. {he} <very> <afraid> and held {his} {colour}
+  {toy}. "Is it <a> <animal>, <a> <animal> or <a> <animal>?" {he} (asked|whispered|cried|called). {his}
+  {elder} opened the door, and in (ran|came|jumped|hopped) a <big> {pet}.(| //) {name} <fed> and
   (called|named) it {petname}. <soon> {petname} slept <near> the {toy}. <dawn> {he} <end>.
 - was playing with a {colour} {toy} when the lights went (out|off). {he} <very> <afraid> and hid <near> the
   <furniture>. "<oh>, <comfort>," {his} {elder} <said>. They ate <meal> and told stories about <animals>.(|
@@ -141,12 +141,11 @@ cheered = laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; oh = Oh|Wel
 said = said|whispered|answered|replied|said softly|said gently|said kindly|murmured
 when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>
 sunny = sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful
-soon = Soon|Then|After a while,|A little later,|After that,|A few minutes later,|Before long,|At last,
-suddenly = Suddenly,|Just then,|All at once,|At that moment,|A moment later,|Right then,|Then|Soon
-next = Then|After that,|Later,|Soon after that,; later = That evening,|The next day,|On <weekday>,|<next>
-dawn = In the morning,|The next day,|When the storm was over,|When the sun came up,
-look = we will find it|let us search together|I can help you|it can't be far|don't cry|it must be here
-comfort = I can help you|don't be afraid|it will be over soon|I am here|you are very brave|take my hand
+soon = Soon|Then|After a while,|A little later,|After that,|A moment later,|Before long,|A few minutes later,
+later = That evening,|The next day,|On <weekday>,|<soon>; dawn = In the morning,|The next day,|When the sun
+  came up,
+comfort = I can help you|don't cry|don't worry|all will be well|let me help|take my hand|be brave|it will be
+  fine
 forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
   forgive you
 mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I need it
@@ -162,9 +161,7 @@ PRONOUNS = {"he": "she", "him": "her", "his": "her"}
 
 class Variable(NamedTuple):  # <list>, {name}, {name=source}, {name:source}
     name: str  # "" for a word that does not come again
-    source: str  # the list to choose from, or the variable whose word names that list
-    dependent: bool
-    pronoun: str  # "he", "him", "his", or "" where the word itself is meant
+    source: str  # the list to choose from; "{pet}" stands for the word of that variable
 
 
 def read_grammar(grammar=GRAMMAR, words=WORDS):
@@ -175,6 +172,8 @@ def read_grammar(grammar=GRAMMAR, words=WORDS):
     entries = (entry.split(": ") for entry in " ".join(words.split()).split("; "))
     lists = {name: text.split(", ") for name, text in entries}
     lists["name"] = lists["girl"] + lists["boy"]
+    lists |= {f"{he} {child}": [she if child in lists["girl"] else he]
+              for child in lists["name"] for he, she in PRONOUNS.items()}
     entries = re.split(r"; |\n(?!- )", grammar.strip().replace("\n  ", " "))
     rules = dict(re.split(" = |:\n- ", entry, maxsplit=1) for entry in entries)
 
@@ -195,13 +194,13 @@ def read_grammar(grammar=GRAMMAR, words=WORDS):
 
     def node(token):
         if token[0] == "<":
-            return rule(token[1:-1]) if token[1:-1] in rules else Variable("", token[1:-1], False, "")
+            return rule(token[1:-1]) if token[1:-1] in rules else Variable("", token[1:-1])
         if token[0] != "{":
             return token
         base, number, mark, source = re.fullmatch(r"{([a-z]+)(\d*)([=:]?)(\w*)}", token).groups()
         if base in PRONOUNS:
-            return Variable("name" + number, "name", False, base)
-        return Variable(base + number, source or base, mark == ":", "")
+            return Variable("", f"{base} {{name{number}}}")
+        return Variable(base + number, f"{{{source}}}" if mark == ":" else source or base)
 
     return rule("story"), lists
 
@@ -210,14 +209,10 @@ def open_options(node, bound, lists):
     """The options of a choice or Variable, given the words of the variables met so far."""
     if type(node) is tuple:
         return node
-    word = bound.get(node.name)
-    if word is None:
-        source = bound[node.source] if node.dependent else node.source
-        used = set(bound.values())
-        return tuple([(word,) for word in lists[source] if word not in used])
-    if node.pronoun:
-        word = PRONOUNS[node.pronoun] if word in lists["girl"] else node.pronoun
-    return ((word,),)
+    if node.name in bound:
+        return ((bound[node.name],),)
+    used, words = set(bound.values()), lists[node.source.format_map(bound)]
+    return tuple([(word,) for word in words if word not in used or len(words) == 1])
 
 
 def tell(grammar, take):
