@@ -44,113 +44,119 @@ NUM_SHARDS = 20  # the first is validation
 
 WORDS = """
 girl: Lily, Anna, Mia, Ella, Lucy, Amy, Sara, Molly, Emma, Zoe, Ruby, Nora, Kate, Jane, Alice, Clara, Maya,
-Eva, Tina, Hannah, Julia, Betty, Fiona, Leah, Nina, Lola, Maria, Emily, Sophie, Chloe, Bella, Abby, Paula,
-Rita, Tess, Wendy, Vera, Ada, Carla, Dora, Elsa, Gina, Heidi, Jenny, Laura, Marta, Naomi, Polly, Rosa, Sally,
-Tanya, Susie, Annie, Lisa, Helen, Nancy, Ellie, Linda, Mandy, Becky, Cora, Millie, Ida, Lena; boy: George,
-Tom, Ben, Sam, Max, Tim, Leo, Adam, Finn, Oscar, Henry, Noah, Luke, Peter, Billy, Dan, Eli, Fred, Hugo, Jake,
-Kevin, Liam, Owen, Paul, Theo, Felix, Zack, Alex, Bobby, Carl, David, Eric, Harry, Ian, Jim, Karl, Mike, Ned,
-Otto, Pablo, Ralph, Simon, Toby, Victor, Andy, Bruno, Chris, Dylan, Ethan, Hans, Ivan, Joey, Jack, Martin,
-Robert, Thomas, Daniel, Jonas, Lucas, Oliver, Philip, Ronny, Walter, Willy; food: apples, pears, plums,
+Eva, Tina, Hannah, Julia, Betty, Fiona, Leah, Nina, Lola, Maria, Emily, Sophie, Chloe, Bella, Abby; boy:
+George, Tom, Ben, Sam, Max, Tim, Leo, Adam, Finn, Oscar, Henry, Noah, Luke, Peter, Billy, Dan, Eli, Fred,
+Hugo, Jake, Kevin, Liam, Owen, Paul, Theo, Felix, Zack, Alex, Bobby, Carl, David, Jack; friend: Paula, Rita,
+Tess, Wendy, Vera, Ada, Carla, Dora, Elsa, Gina, Heidi, Jenny, Laura, Marta, Naomi, Polly, Rosa, Sally,
+Tanya, Susie, Annie, Lisa, Helen, Nancy, Ellie, Linda, Mandy, Becky, Cora, Millie, Ida, Lena, Eric, Harry,
+Ian, Jim, Karl, Mike, Ned, Otto, Pablo, Ralph, Simon, Toby, Victor, Andy, Bruno, Chris, Dylan, Ethan, Hans,
+Ivan, Joey, Martin, Robert, Thomas, Daniel, Jonas, Lucas, Oliver, Philip, Ronny, Walter, Willy, Ali, Amir,
+Anton, Bert, Boris, Ken, Gus, Igor, Kurt, Lars, Marco, Nils, Omar, Ravi, Rory, Sven, Tony, Una, Yuki, Zara,
+Olga, Mina, Kim, Jill, Inga, Hilda, Greta, Faye, Edith, Dina, Berta, Alma; food: apples, pears, plums,
 grapes, cherries, peaches, carrots, sandwiches, cookies, muffins, bananas, nuts, raisins, crackers, pancakes,
-eggs, tomatoes, waffles, buns, noodles, donuts, melon, oranges, peas, beans, potatoes, cake, bread, cheese,
-rice, honey, jam, yogurt, ham, chicken, corn, popcorn, pudding, salad, toast, jelly, pizza, pasta, chocolate,
-candy, pie, dumplings, cupcakes, biscuits, rolls, walnuts, sausages, soup, fish, lemons, berries, pretzels,
-fruit, mushrooms, cereal, turkey, brownies, burgers, tacos; animal: frog, bee, duck, rabbit, snail, beetle,
-spider, ladybug, ant, goose, swan, owl, robin, dove, hen, cat, dog, lizard, toad, worm, moth, butterfly,
-mole, fox, deer, goat, pony, cow, horse, pig, cricket, pigeon, donkey, otter, beaver, calf, parrot, bat,
-eagle, stork, sheep, seagull, rat, hawk, heron, fly, rooster, crow, turtle, chipmunk, badger, piglet, bird,
-foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, gecko, bull; toy: ball, doll,
-drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus, wagon, trumpet, teddy
-bear, dinosaur, dragon, jump rope, yo-yo, music box, puzzle, balloon, crown, wand, mask, tractor, guitar,
-pinwheel, marble, top, bell, horn, book, hat, cap, ring, key, flag, shell, lantern, crayon, pencil, necklace,
-watch, bucket, shovel, bracelet, banjo, stone; colour: red, blue, green, yellow, orange, purple, pink, brown,
-white, black, gray, silver; big: big, little, tiny, small, fat, thin, old, young, busy, shy, sleepy, hungry,
-happy, funny, lazy, lonely, proud, silly, noisy, clever, brave, gentle, quiet, sad, curious, playful, wet,
-cute; furniture: bed, sofa, table, door, curtain, rug, piano, desk, couch, bookcase, chair, bathtub, dresser,
-stove, stairs, window; petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch,
-Bubbles, Muffin, Cookie, Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy; limb:
-knee, hand, foot, arm, elbow, leg, toe, finger; elder: mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle;
-cloth: scarf, towel, napkin, ribbon; weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday;
-fragile: cup, vase, plate, bowl, lamp, clock, teapot, mirror; pet: kitten, puppy, bunny, squirrel, mouse,
-hedgehog, lamb, sparrow; kitten: milk, cream, tuna; puppy: meat, bones; bunny: clover, cabbage; squirrel:
-acorns, seeds; mouse: cheese, crumbs, oats; hedgehog: slugs, worms; lamb: hay, grass; sparrow: seeds, crumbs;
-place: park, beach, farm, forest, lake, zoo, market, meadow, river, pond, school, garden, village, hill,
-playground, harbor; spot: bench, fence, gate, oak tree, well, path, fountain, rose bush, wall, hedge, swing,
-bridge, statue, sign, barrel, ladder
+eggs, tomatoes, waffles, buns, noodles, donuts, melon, oranges, peas, beans, potatoes, cake, bread, rice,
+jam, yogurt, ham, chicken, corn, popcorn, pudding, salad, toast, jelly, pizza, pasta, chocolate, candy, pie,
+dumplings, cupcakes, biscuits, rolls, walnuts, sausages, soup, fish, lemons, berries, pretzels, fruit,
+mushrooms, cereal, turkey, brownies, burgers, tacos, figs, olives; animal: frog, bee, duck, rabbit, snail,
+beetle, spider, ladybug, ant, goose, swan, owl, robin, dove, hen, cat, dog, lizard, toad, worm, moth,
+butterfly, mole, fox, deer, goat, pony, cow, horse, pig, cricket, pigeon, donkey, otter, beaver, calf,
+parrot, bat, eagle, stork, sheep, seagull, rat, hawk, heron, fly, rooster, crow, turtle, chipmunk, badger,
+piglet, bird, foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, gecko, bull;
+thing: crown, mask, marble, bell, book, hat, cap, ring, key, flag, shell, lantern, crayon, pencil, necklace,
+watch, bracelet, stone, spoon, button, coin, feather, brush, comb, sock, glove, box, bottle, candle, card,
+map, stamp, leaf, brick, net, rope, basket, blanket, pillow, nail, cork, pin, stick, belt, tie, fork, mug,
+jar; toy: ball, doll, drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus,
+wagon, trumpet, teddy bear, dinosaur, dragon, yo-yo, puzzle, balloon, tractor, guitar, pinwheel, top, horn,
+bucket, shovel, banjo, scooter; colour: red, blue, green, yellow, orange, purple, pink, brown, white, black,
+gray, silver, golden, striped, spotted; big: big, little, tiny, small, fat, thin, old, young, busy, shy,
+sleepy, hungry, happy, funny, lazy, lonely, proud, silly, noisy, clever, brave, gentle, quiet, sad, curious,
+playful, wet, cute; new: new, old, shiny, dusty, pretty, dirty, broken, plain, nice, muddy, wooden, huge,
+lost, lovely, strange, tiny; furniture: bed, sofa, table, door, curtain, rug, piano, desk, couch, bookcase,
+chair, bathtub, dresser, stove, stairs, window; petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button,
+Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty,
+Star, Honey, Happy; limb: knee, hand, foot, arm, elbow, leg, toe, finger; elder: mom, dad, mommy, daddy,
+grandma, grandpa, aunt, uncle; cloth: scarf, towel, napkin, ribbon; weekday: Monday, Tuesday, Wednesday,
+Thursday, Friday, Saturday, Sunday; fragile: cup, vase, plate, bowl, lamp, clock, teapot, mirror; pet:
+kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb, sparrow; kitten: milk, cream, tuna; puppy: meat,
+bones; bunny: clover, cabbage; squirrel: acorns, seeds; mouse: cheese, crumbs, oats; hedgehog: slugs, worms;
+lamb: hay, grass; sparrow: seeds, crumbs; place: park, beach, farm, forest, lake, zoo, market, meadow, river,
+pond, school, garden, village, hill, playground, harbor; spot: bench, fence, gate, oak tree, well, path,
+fountain, rose bush, wall, hedge, swing, bridge, statue, sign, barrel, ladder
 """
 
 GRAMMAR = """
 story:
-- Once upon a time, there (was|lived) a <kind> <kid> who <fond>. {he} <met> <kids>. (|// )<when>, {he} <solo>
-- One day, {name} (<had> <meal> with <kids>. <soon> {he} <solo>|and {name2} <had> <meal> with <kids>. <soon>
-  they <duo>)
-- {name} and {name2} were best friends. They <fond> and <met> <kids>. (|// )<when>, they <duo>
+- Once upon a time, there (was|lived) a <kind> <kid> who <fond>. {he} <met> <friends>. (|// )<when>, {name}
+  <solo>
+- One day, {name} (<had> <meal> with <friends>. <soon> {name} <solo>|and {name2} <had> <meal> with <friends>.
+  <soon> {name} and {name2} <duo>)
+- {name} and {name2} were best friends. {name} <fond>, and {name2} <fond>. (|// )<when>, {name} and {name2}
+  <duo>
 - On a dark and stormy night, {name} <storm>
-- {name} was <six> years old and <fond>. {he} <met> <kids>. (|// )<when>, {he} (<solo>|and {his} <pal>
+- {name} was <six> years old and <fond>. {he} <met> <friends>. (|// )<when>, {name} (<solo>|and {his} <pal>
   {name2} <duo>)
 solo:
-- lost {his} {colour} {toy}. {he} looked <near> the <furniture> and asked <kids>, but {he} only found
-  <things>. "<oh>, <comfort>," {his} {elder} <said>.(| //) <soon> {name} saw something {colour} <near> the
-  <furniture>. It was the {toy}! {he} <cheered>. <later> {he} <end>.
-- <went>. <near> the {spot}, {he} <found> a <big> {pet}. {name} gave it <meal>, but it (only sniffed|turned
-  away|would not eat|looked away). {name} <very> <sad>, ran home and <fed>.(| //) {he} (called|named) it
-  {petname}. <later> {he} (showed|took) {petname} to <kids>, and they <cheered>.
-- was playing with a {colour} {toy}. <soon> it (hit|fell on|knocked over) {his} {elder}'s {colour2}
-  {fragile}, and the {fragile} broke. {name} <very> <sad> and could not eat {his} <meal>.(| //) <soon> {he}
-  told {his} {elder} the truth. "<oh>, <forgive>," {his} {elder} <said>. They (glued|mended|fixed) the
-  {fragile}. <later> {he} <end>.
+- lost {his} {colour} {toy}. {name} looked <near> the <furniture>, <near> the <furniture> and <near> the
+  <furniture>, but {he} only found <things>. "<oh>, <comfort>," {his} {elder} <said>.(| //) <soon> {name} saw
+  something {colour} <near> the <furniture>. It was the {toy}! {name} <cheered>. <later> {name} (showed|took)
+  the {toy} to <friends>.
+- <went>. <near> the <spot>, {name} <found> a <big> {pet}. {name} gave the {pet} <meal>, but the {pet} (only
+  sniffed|turned away|would not eat|looked away). {name} <very> <sad>, ran home and <fed>.(| //) {name}
+  (called|named) the {pet} {petname}. <later> {name} (showed|took) {petname} to <friends>, and {petname}
+  <slept>.
+- was playing with a {colour} {toy}. <soon> the {toy} (hit|fell on|knocked over) {his} {elder}'s <colour>
+  {fragile}, and the {fragile} broke. {name} <very> <sad> and could not eat {his} <meal>.(| //) <soon> {name}
+  told {his} {elder} the truth. "<oh>, <forgive>," {his} {elder} <said>. {name} and {his} {elder}
+  (glued|mended|fixed) the {fragile}. <later> {name} <end>.
 duo:
-- <went>. {name} had a {colour} {toy}, and {name2} wanted (to play with it|to hold it|to try it|a turn).
-  "<oh>, <mine>," {name} (said|cried|called|shouted). {name2} <very> <sad> and watched <animals> <near> the
-  {spot}.(| //) <soon> {name} gave {him2} the {colour} {toy}. "<oh>, <yours>," {he} <said>. <later> they
+- <went>. {name} had a {colour} {toy}, and {name2} wanted (to play with|to hold|to try|to have) the {toy}.
+  "<oh>, <mine>," {name} (said|cried|called|shouted). {name2} <very> <sad> and watched <animals>.(| //)
+  <soon> {name} gave {name2} the {colour} {toy}. "<oh>, <yours>," {name} <said>. <later> {name} and {name2}
   <end>.
 - <went>. {name2} <very> <sad>, for {his2} {colour} {toy} was (gone|lost|missing). They looked <near> the
-  {spot}, but they only saw <animals>.(| //) <soon> {name} <found> a <big> {pet} <near> the {spot2}. It had
-  the {toy}! They <fed>, and it let go. {name2} <cheered>. <later> they <end>.
-- <went>. {name2} (fell|tripped|slipped|stumbled) <near> the {spot} and hurt {his2} {limb}. "<oh>,
-  <comfort>," {name} <said>. {he} tied a {colour} {cloth} around the {limb} and told {him2} about
-  <animals>.(| //) <soon> {name2} <very> <glad> and <cheered>. <later> they <end>.
+  <spot>, but they only saw <animals>.(| //) <soon> {name} <found> a <big> {pet} <near> the <spot>. The {pet}
+  had the {toy}! {name} <fed>, and {name2} got the {toy}. <later> {name} and {name2} <end>.
+- <went>. {name2} (fell|tripped|slipped|stumbled) <near> the <spot> and hurt {his2} {limb}. "<oh>,
+  <comfort>," {name} <said>. {name} tied a <colour> {cloth} around the {limb} and told {name2} about
+  <animals>.(| //) <soon> {name2} <very> <glad> and <cheered>. <later> {name} and {name2} <end>.
 storm:
-- <had> <meal> with {his} {elder}. <soon> {he} heard a noise. {he} <very> <afraid> and held {his} {colour}
-  {toy}. "Is it <a> <animal>, <a> <animal> or <a> <animal>?" {he} (asked|whispered|cried|called). {his}
-  {elder} opened the door, and in (ran|came|jumped|hopped) a <big> {pet}.(| //) {name} <fed> and
-  (called|named) it {petname}. <soon> {petname} slept <near> the {toy}. <dawn> {he} <end>.
-- was playing with a {colour} {toy} when the lights went (out|off). {he} <very> <afraid> and hid <near> the
-  <furniture>. "<oh>, <comfort>," {his} {elder} <said>. They ate <meal> and told stories about <animals>.(|
-  //) <soon> {name} <very> <glad> and fell asleep with the {colour} {toy}. <dawn> {he} <end>.
-end = <had> <meal> with <kids>|told <kids> <news> over <meal>|<saw> <animals> with <kids>
-fond = (loved|liked|enjoyed) <meal>|<knew> a (song|story|poem|riddle) about <animals>|(kept|had|collected)
-  <things>
-meal = (|<food>, )<food>, <food> and <food>; kids = (|<name>, |<name>, <name>, )<name>, <name> and <name>
-animals = (|<a> <animal>, )<a> <animal>, <a> <animal> and <a> <animal>; a = a|a <big>
-things = (|<one> <toy>, )<one> <toy>, <one> <toy> and <one> <toy>; one = a|a <colour>
-kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; six =
-  three|four|five|six|seven|eight|nine|ten
-kind =
-  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm
-met = (often|always|sometimes) (played with|met|visited|saw); pal = friend|cousin|neighbor|classmate
-went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}; near = near|beside|behind|by
-had = had|ate|shared|enjoyed; knew = knew|made up|liked|loved; news = about it|everything|the story|the news
-saw = saw|watched|fed|drew|painted|sang about|talked about|read about; found = saw|found|spotted|noticed
-fed = (gave|brought|fetched|got) it some {treat:pet}; very = (was|felt) (very|so|really|quite)
-sad = sad|upset|unhappy|gloomy|miserable|down|glum|troubled; glad =
-  happy|cheerful|glad|brave|calm|safe|merry|strong
-afraid = afraid|scared|frightened|worried|nervous|anxious|uneasy|startled
-cheered = laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; oh = Oh|Well|Look|Hey|Listen|You
-  know|Hmm|Ah
-said = said|whispered|answered|replied|said softly|said gently|said kindly|murmured
-when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>
-sunny = sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful
-soon = Soon|Then|After a while,|A little later,|After that,|A moment later,|Before long,|A few minutes later,
-later = That evening,|The next day,|On <weekday>,|<soon>; dawn = In the morning,|The next day,|When the sun
-  came up,
-comfort = I can help you|don't cry|don't worry|all will be well|let me help|take my hand|be brave|it will be
-  fine
-forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
-  forgive you
-mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I need it
-yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with you|don't be
-  sad
+- <had> <meal> with {his} {elder}. <soon> {name} heard a noise. {name} <very> <afraid> and held {his}
+  {colour} {toy}. "Is it a <big> <animal>, a <big> <animal> or a <big> <animal>?" {name}
+  (asked|whispered|cried|called). {his} {elder} opened the door, and in (ran|came|jumped|hopped) a <big>
+  {pet}.(| //) {name} <fed> and (called|named) the {pet} {petname}. <soon> {petname} slept <near> the {toy}.
+  <dawn> {name} and {petname} <saw> <animals>.
+- was playing with a {colour} {toy} when the lights went (out|off). {name} <very> <afraid> and hid <near> the
+  <furniture>. "<oh>, <comfort>," {his} {elder} <said>. {name} and {his} {elder} ate <meal> and told stories
+  about <animals>.(| //) <soon> {name} <very> <glad> and fell asleep with the {toy}. <dawn> {name} <end>.
+end = <had> <meal> with <friends>|told <friends> <news> over <meal>|<saw> <animals> with <friends>; fond =
+  (loved|liked|enjoyed) <meal>|<knew> a (song|story|poem|riddle) about <animals>|(kept|had|collected)
+  <things>; meal = (|<food>, )<food>, <food>, <food> and <food>; friends = (|<friend>, |<friend>, <friend>,
+  )<friend>, <friend>, <friend> and <friend>; animals = (|a <big> <animal>, )a <big> <animal>, a <big>
+  <animal> and a <big> <animal>; things = (|a <new> <thing>, )a <new> <thing>, a <new> <thing> and a <new>
+  <thing>; kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; six =
+  three|four|five|six|seven|eight|nine|ten; kind =
+  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm;
+  met = (often|always|sometimes) (played with|met|visited|saw); pal = friend|cousin|neighbor|classmate; went
+  = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}; near = near|beside|behind|by;
+  had = had|ate|shared|enjoyed; knew = knew|made up|liked|loved; news = about it|everything|the story|the
+  news; saw = saw|watched|fed|drew|painted|sang about|talked about|read about; found =
+  saw|found|spotted|noticed; fed = (gave|brought|fetched|got) it some {treat:pet}; very = (was|felt)
+  (very|so|really|quite); sad = sad|upset|unhappy|gloomy|miserable|down|glum|troubled; glad =
+  happy|cheerful|glad|brave|calm|safe|merry|strong; afraid =
+  afraid|scared|frightened|worried|nervous|anxious|uneasy|startled; cheered =
+  laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; slept = slept|played|hopped|jumped|rolled
+  over|fell asleep|sat still|looked happy; oh = Oh|Well|Look|Hey|Listen|You know|Hmm|Ah; said =
+  said|whispered|answered|replied|said softly|said gently|said kindly|murmured; when = One <sunny>
+  (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>; sunny =
+  sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful; soon = Soon|Then|After a
+  while,|A little later,|After that,|A moment later,|Before long,|A few minutes later,; later = That
+  evening,|The next day,|On <weekday>,|<soon>; dawn = In the morning,|The next day,|When the sun came up,;
+  comfort = I can help you|don't cry|don't worry|all will be well|let me help|take my hand|be brave|it will
+  be fine|I am here|you are not alone|stay calm|come here|trust me|give me a hug|you are so brave|wait for
+  me; forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
+  forgive you|that was brave of you|it was very old; mine = it is mine|you can't have it|I had it first|I
+  want it myself|you will break it|I need it|go away|leave it alone; yours = it is your turn|I am sorry|let
+  us play together|it is good to share|it is more fun with you|don't be sad|please forgive me|I was not nice
 """
 
 # -----------------------------------------------------------------------------

@@ -35,10 +35,10 @@ def folder(tmp_path_factory):
 
 
 def torchrun(folder, processes, out_dir, *flags):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [*launcher, ROOT / "llama31.py", f"--train_data={folder}/train.bin", f"--val_data={folder}/val.bin",
-             f"--ckpt_dir={folder}/ckpt", f"--out_dir={out_dir}", "--seq_len=16", "--total_batch_tokens=128",
-             "--steps=20", "--lr=1e-3", "--eval_interval=10", "--eval_steps=0", "--device=cpu", *flags]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+             ROOT / "llama31.py", f"--train_data={folder}/train.bin", f"--val_data={folder}/val.bin",
+             f"--ckpt_dir={folder}/ckpt", f"--out_dir={out_dir}", "--seq_len=16", "--steps=20", "--device=cpu",
+             "--eval_interval=10", "--eval_steps=0", *flags]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
     return result, out_dir
 
@@ -51,14 +51,16 @@ def records(out_dir):
 def test_several_processes_have_the_losses_of_one(folder, tmp_path, processes):
     runs = []
     for n, batch_size in ((1, 4), (processes, 2)):
-        result, out_dir = torchrun(folder, n, tmp_path / str(n), f"--batch_size={batch_size}", "--dtype=float32")
+        result, out_dir = torchrun(folder, n, tmp_path / str(n), f"--batch_size={batch_size}", "--lr=1e-3",
+                                   "--total_batch_tokens=128", "--dtype=float32")
         assert result.returncode == 0, result.stderr[-2000:]
         runs.append(records(out_dir))
     assert len(runs[0]) == 20
     for one, several in zip(*runs, strict=True):
         for field in ("loss", "grad_norm", "val_loss", "val_bpb"):
             assert one.get(field) == pytest.approx(several.get(field), rel=1e-4), field
-    one, several = (torch.load(tmp_path / str(n) / "step_000020" / "consolidated.00.pth") for n in (1, processes))
+    one, several = (torch.load(tmp_path / str(n) / "step_000020" / "consolidated.00.pth", weights_only=True)
+                    for n in (1, processes))
     assert all((one[name] - several[name]).abs().max() < 1e-4 for name in one)
     assert Llama.build(tmp_path / str(processes) / "step_000020", device="cpu").tokenizer.n_words == 513
 
@@ -66,5 +68,5 @@ def test_several_processes_have_the_losses_of_one(folder, tmp_path, processes):
 def test_a_rank_that_fails_ends_the_job_with_its_own_error(folder, tmp_path):
     result, _ = torchrun(folder, 2, tmp_path, "--lr=1e30", "--grad_clip=0", "--batch_size=4")
     assert result.returncode != 0 and "expected a finite one" in result.stderr
-    result, _ = torchrun(folder, 2, tmp_path / "b", "--batch_size=3")
+    result, _ = torchrun(folder, 2, tmp_path / "b", "--batch_size=3", "--total_batch_tokens=128")
     assert result.returncode != 0 and "expected a multiple of" in result.stderr
