@@ -356,6 +356,20 @@ class Transformer(nn.Module):
 # Checkpoints
 
 
+def load_file(path):
+    """The dictionary that torch.save wrote to a file; FileNotFoundError, or ValueError if it is damaged."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of many kinds, as are the ways to be damaged
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: damaged, or not from torch.save; get it again ({reason})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: found a {type(state).__name__}, expected a dictionary of tensors")
+    return state
+
+
 def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
     """The Transformer of a checkpoint directory with one consolidated.00.pth; dtype None: as stored.
 
@@ -363,12 +377,7 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
     """
     args = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
     path = Path(ckpt_dir, "consolidated.00.pth")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds the weights there")
-    try:
-        state = dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    state = load_file(path)
     state.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
     if "output.weight" not in state and "tok_embeddings.weight" in state:
         state["output.weight"] = state["tok_embeddings.weight"]
@@ -386,7 +395,6 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
     model.load_state_dict(state, assign=True)
     model.tie()
     return model.eval()
-
 
 
 def save_checkpoint(path, model, tokenizer_path, training_state):
@@ -409,13 +417,15 @@ def save_checkpoint(path, model, tokenizer_path, training_state):
 
 def newest_checkpoint(folder):
     """The checkpoint directory last written anywhere under a folder, None where there is none."""
-    found = [path for path in Path(folder).rglob("params.json") if path.parent.suffix != ".part"]
+    found = [path for path in Path(folder).rglob("params.json")
+             if all(parent.suffix != ".part" for parent in path.parents)]
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
 
 
 def checkpoints_of_run(out_dir):
     """The checkpoint directories that training has left in out_dir, by step."""
-    return sorted(Path(out_dir).glob("step_*[0-9]"), key=lambda path: int(path.name.removeprefix("step_")))
+    found = [path for path in Path(out_dir).glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 # -----------------------------------------------------------------------------
 # Sampling
@@ -424,10 +434,14 @@ PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "
 
 
 def choose_device(device=None):
-    """The torch.device asked for; None: cuda, else mps, else cpu."""
+    """The torch.device asked for; None: cuda, else mps, else cpu. ValueError where it is not there."""
     if device is None:
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device} can't be used: {str(error).splitlines()[0]}") from None
     return torch.device(device)
 
 
@@ -448,13 +462,13 @@ def check_vocabulary(tokenizer, args):
 
 
 def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=None):
-    """One token id drawn from logits (V,); temperature 0 takes the largest.
+    """One token id drawn from logits (V,); temperature 0, or next to it, takes the largest.
 
     Each limit looks at the whole distribution, and the likeliest token always stays. top_p: only the fewest
     tokens that together hold at least that probability. top_k: only so many of the likeliest, 0 for all.
     min_p: only those at least that fraction as likely as the likeliest.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return int(logits.argmax())
     logits = logits.float().cpu()
     probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
@@ -519,7 +533,7 @@ class Llama:
                 ("max_gen_len", max_gen_len, max_gen_len >= 0, "at least 0"),
                 ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
                 ("top_p", top_p, 0 <= top_p <= 1, "0 to 1"), ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
-                ("top_k", top_k, top_k >= 0, "at least 0")):
+                ("top_k", top_k, top_k >= 0, "at least 0"), ("seed", seed, 0 <= seed < 2**62, "0 to 2**62")):
             if not fits:
                 raise ValueError(f"{name} is {value}; expected {expected}")
         if stop_tokens is None:
@@ -568,6 +582,8 @@ class Llama:
 
         settings: as in stream. A character that is spread over several tokens comes with the last of them.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"found one text, {prompts[:40]!r}; expected a list of prompts")
         if self.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
         decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
@@ -676,8 +692,9 @@ def join_process_group(device):
     """(rank, world_size, device) of this process, in torchrun's group; without torchrun it is alone."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
-    if device.type == "cuda":
+    if device == torch.device("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -755,7 +772,7 @@ def plot_losses(out_dir, floor):
     records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     evaluated = [record for record in records if "val_bpb" in record]
     last, best = evaluated[-1], min(record["val_bpb"] for record in evaluated)
-    bits_per_byte = last["val_bpb"] / last["val_loss"]  # of a loss of one nat per token
+    bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # of a loss of one nat per token
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([record["step"] for record in records], [record["loss"] * bits_per_byte for record in records],
               color="#9ecae1", linewidth=1, label="train")
@@ -789,10 +806,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     batch_size: windows of seq_len tokens that a process computes at once. total_batch_tokens: those of a
     step, over all processes and accumulated micro-batches; None: one micro-batch. steps: the total; None: as
     many as the epochs take. min_lr: where the cosine ends; None: a tenth of lr. grad_clip: the largest norm,
-    0 for any. eval_steps: batches of an evaluation, 0 for the whole split. sample_interval, save_interval:
+    0 for any. eval_steps: batches of an evaluation, 0 for all whole ones. sample_interval, save_interval:
     in steps, 0 for never; the last step is always saved. keep: how many checkpoints stay. resume: go on from
-    out_dir's newest. doc_mask: documents don't see each other. dtype: of the computation; weights, optimizer
-    and sums are float32. compile: the blocks, with torch.compile.
+    out_dir's newest, if there is one. doc_mask: documents don't see each other. dtype: of the computation;
+    weights, optimizer and sums are float32. compile: the blocks, with torch.compile.
     """
     least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
                  warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
@@ -806,12 +823,12 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     is_master = rank == 0
     out_dir = Path(out_dir)
     saved = checkpoints_of_run(out_dir)
-    if resume and not saved:
-        raise FileNotFoundError(f"{out_dir} has no checkpoint to go on from; train without --resume")
     if not resume and (saved or (out_dir / "log.jsonl").exists()):
         raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts anew")
 
-    source = saved[-1] if resume else ckpt_dir
+    source = saved[-1] if saved else ckpt_dir
+    if ckpt_dir is not None and preset is not None:
+        raise ValueError("found --ckpt_dir and --preset; expected one of them")
     if source is None and (preset not in PRESETS or tokenizer_path is None):
         raise ValueError("expected --ckpt_dir to finetune, or --tokenizer_path and --preset to train from "
                          f"scratch; found preset {preset} (known: {', '.join(PRESETS)})")
@@ -829,7 +846,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
     val_loader = DistributedShardedDataLoader(val_data, batch_size, seq_len, rank, world_size)
-    if shared := set(loader.files) & set(val_loader.files):
+    if shared := set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files)):
         raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
     micro_batch_tokens = batch_size * seq_len * world_size
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
@@ -840,8 +857,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     val_batches = max(1, val_loader.num_windows // (batch_size * world_size))
     eval_steps = min(eval_steps or val_batches, val_batches)
     done = 0
-    if resume:
-        state = torch.load(source / "training_state.pt", map_location="cpu", weights_only=True)
+    if saved:
+        state = load_file(source / "training_state.pt")
         optimizer.load_state_dict(state["optimizer"])
         loader.load_state_dict(state["loader"])
         done = state["step"]
@@ -850,6 +867,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     floor = entropy_floor(Path(val_loader.files[0]).parent)
     dtype = choose_dtype(dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype}; training takes float32 or bfloat16, as float16 underflows")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if compile:
         for layer in model.layers:
@@ -880,13 +899,13 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             (loss * world_size).backward()  # DDP averages over ranks, the loss is a sum over them
             nats += loss.detach()
         [loss] = sum_over_ranks([nats], device)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {step} is {loss}, expected a finite one; {out_dir} keeps "
-                             f"what was saved before. Try a lower lr than {lr}")
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+        if not math.isfinite(loss + grad_norm):
+            raise ValueError(f"step {step} has loss {loss} and gradient norm {grad_norm}, expected finite "
+                             f"ones; {out_dir} keeps what was saved before. Try a lower lr than {lr}")
         optimizer.step()
         optimizer.zero_grad()
-        record = dict(step=step, loss=loss, lr=rate, grad_norm=float(grad_norm),
+        record = dict(step=step, loss=loss, lr=rate, grad_norm=grad_norm,
                       tokens_per_s=round(total_batch_tokens / (time.perf_counter() - start)))
 
         if is_master and (step == steps or save_interval and step % save_interval == 0):
@@ -933,16 +952,13 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         raise ValueError("found --prompt and --prompt_file; expected one of them")
     prompts = PROMPTS if prompt is None else [prompt]
     if prompt_file is not None:
-        prompts = Path(prompt_file).read_text(encoding="utf-8").splitlines()
-        if not prompts:
-            raise ValueError(f"{prompt_file} is empty; expected a prompt on every line")
+        prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype)
     later = [["\n", prompt] for prompt in prompts[1:]]
     pieces = llama.stream_text(prompts, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
                                min_p=min_p, seed=seed)
-    print(prompts[0], end="", flush=True)
-    for first, *others in pieces:
-        print(first, end="", flush=True)
+    for i, (first, *others) in enumerate(pieces):
+        print(first if i else prompts[0] + first, end="", flush=True)
         for text, piece in zip(later, others, strict=True):
             text.append(piece)
     print()
@@ -958,9 +974,10 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     import stories  # here, as these serve the demo alone
     import tiny_stories
     out_dir = Path(out_dir).resolve()
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "data" / "entropy.json").exists():
+        raise ValueError(f"{out_dir} holds no demo but other files; give another --out_dir")
     if retrain or not checkpoints_of_run(out_dir):
-        if out_dir.exists() and not checkpoints_of_run(out_dir) and any(out_dir.iterdir()):
-            raise ValueError(f"{out_dir} holds no demo but other files; give another --out_dir")
+        old = out_dir.with_name(f"{out_dir.name}.old.part")
         part = out_dir.with_name(f"{out_dir.name}.part")  # an earlier demo stays until this one is done
         shutil.rmtree(part, ignore_errors=True)
         data = part / "data"
@@ -970,12 +987,16 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
         train_tokenizer(texts, 2048, data / "tokenizer.model")  # enough for a token per word
         tiny_stories.tokenize(data, data / "tokenizer.model", num_workers=1)  # 1 s, workers start slower
         fast_bfloat16 = choose_device().type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
-        train(train_data=data / "TinyStories_train*.bin", val_data=data / "TinyStories_val.bin",
+        bins = glob.escape(str(data))
+        train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
               out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
               seq_len=256, steps=1100, lr=5e-3, min_lr=0.0, warmup_steps=30, eval_interval=275,
-              eval_steps=0, shuffle=True, dtype="bfloat16" if fast_bfloat16 else "float32")
-        shutil.rmtree(out_dir, ignore_errors=True)
+              eval_steps=0, save_interval=0, shuffle=True, dtype="bfloat16" if fast_bfloat16 else "float32")
+        shutil.rmtree(old, ignore_errors=True)
+        if out_dir.exists():
+            os.replace(out_dir, old)
         os.replace(part, out_dir)
+        shutil.rmtree(old, ignore_errors=True)
     sample(ckpt_dir=checkpoints_of_run(out_dir)[-1])
 
 

@@ -134,6 +134,7 @@ class Llama:
             args = json.loads(Path(ckpt_dir, "params.json").read_text())
             path = Path(ckpt_dir, "consolidated.00.pth")
             stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            stored.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
             weights = {name: tensor.float() for name, tensor in stored.items()}
             forward(weights, args, [0])  # trips over what is missing or doesn't fit
             if len(weights) != (n := 9 * args["n_layers"] + 2 + ("output.weight" in weights)):

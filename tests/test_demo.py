@@ -52,6 +52,8 @@ def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkey
 
 def test_a_folder_with_other_files_is_refused(quick, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="holds no demo but other files"):
-        llama31.demo(out_dir=tmp_path)
+    (tmp_path / "step_000001").mkdir()
+    for retrain in (False, True):
+        with pytest.raises(ValueError, match="holds no demo but other files"):
+            llama31.demo(out_dir=tmp_path, retrain=retrain)
     assert not quick and (tmp_path / "letter.txt").read_text() == "dear"

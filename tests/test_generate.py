@@ -110,10 +110,11 @@ def test_the_default_stop_tokens_are_the_tokenizers(tokenizer):
     ([[97]], {}, "ids from 97 to 97"),
     ([[-1]], {}, "ids from -1"), ([[1]], dict(temperature=-1), "temperature is -1"),
     ([[1]], dict(temperature=float("nan")), "temperature is nan"), ([[1]], dict(top_p=1.1), "top_p is 1.1"),
-    ([[1]], dict(min_p=-0.1), "min_p is -0.1"), ([[1]], dict(top_k=-1), "top_k is -1")])
+    ([[1]], dict(min_p=-0.1), "min_p is -0.1"), ([[1]], dict(top_k=-1), "top_k is -1"),
+    ([[1]], dict(seed=-1), "seed is -1"), ([[1]], dict(max_gen_len=-1), "max_gen_len is -1")])
 def test_what_does_not_fit_is_named(prompts, settings, said):
     with pytest.raises(ValueError, match=said):
-        random_llama().generate(prompts, 4, **settings)
+        random_llama().generate(prompts, **{"max_gen_len": 4, **settings})
 
 
 def test_streamed_pieces_are_the_text_of_the_generated_tokens(tokenizer):
@@ -163,7 +164,13 @@ def test_without_a_checkpoint_one_line_says_how_to_get_one(tmp_path):
     assert "llama31.py demo" in result.stderr and "--ckpt_dir" in result.stderr
 
 
-@pytest.mark.parametrize("field, value", [("dtype", "int8"), ("tokenizer_path", "no.model")])
+def test_one_text_is_no_list_of_prompts(tokenizer):
+    with pytest.raises(ValueError, match="expected a list of prompts"):
+        random_llama(tokenizer, vocab_size=520).text_completion("a cat")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("dtype", "int8"), ("tokenizer_path", "no.model"), ("device", "nowhere"), ("device", "meta")])
 def test_build_names_a_wrong_argument(ckpt_dir, field, value):
     with pytest.raises((ValueError, FileNotFoundError), match=value):
         Llama.build(ckpt_dir, **{field: value})

@@ -118,7 +118,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(corpus, tmp_path, doc_m
 def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
     run(corpus, tmp_path / "base")
     start = tmp_path / "base" / "step_000006"
-    run(corpus, tmp_path / "fine", ckpt_dir=str(start), tokenizer_path=None, steps=20, lr=1e-5,
+    run(corpus, tmp_path / "fine", ckpt_dir=str(start), preset=None, tokenizer_path=None, steps=20, lr=1e-5,
         dtype="bfloat16")
     a, b = weights(start), weights(tmp_path / "fine" / "step_000020")
     moved = sum(int((a[name] != b[name]).sum()) for name in a) / sum(a[name].numel() for name in a)
@@ -132,7 +132,8 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
 
 
 @pytest.mark.parametrize("flags, said", [
-    (dict(resume=True), "no checkpoint to go on from"), (dict(preset="huge"), "known: demo, llama3.1-8b"),
+    (dict(preset="huge"), "known: demo, llama3.1-8b"), (dict(ckpt_dir="here"), "expected one of them"),
+    (dict(dtype="float16"), "training takes float32 or bfloat16"),
     (dict(total_batch_tokens=48), "multiple of .* = 32"), (dict(tokenizer_path=None), "--tokenizer_path"),
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
@@ -163,10 +164,31 @@ def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
     run(corpus, tmp_path / "base", steps=1)
     other = train_tokenizer(["a b c a b c"], 514, tmp_path / "other.model").model_path
     with pytest.raises(ValueError, match="514 tokens, the model 530"):
-        run(corpus, tmp_path / "more", ckpt_dir=str(tmp_path / "base" / "step_000001"), tokenizer_path=other)
+        run(corpus, tmp_path / "more", ckpt_dir=str(tmp_path / "base" / "step_000001"), preset=None,
+            tokenizer_path=other)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(corpus, tmp_path):
-    with pytest.raises(ValueError, match="loss of step . is nan"):
+    with pytest.raises(ValueError, match="has loss nan|gradient norm (nan|inf)"):
         run(corpus, tmp_path, lr=1e30, grad_clip=0.0, save_interval=1, steps=9)
     assert llama31.checkpoints_of_run(tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight_and_no_checkpoint(corpus, tmp_path, monkeypatch):
+    calls = []
+
+    def clip(parameters, limit):
+        calls.append(limit)
+        return real_clip(parameters, limit) if len(calls) < 3 else torch.tensor(math.inf)
+
+    real_clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(ValueError, match="step 3 has loss .* and gradient norm inf"):
+        run(corpus, tmp_path, save_interval=1, keep=1)
+    assert [path.name for path in llama31.checkpoints_of_run(tmp_path)] == ["step_000002"]
+
+
+def test_resuming_without_a_checkpoint_starts_at_the_first_step(corpus, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 3}\n')  # as a kill before a save leaves it
+    (tmp_path / "step_old").mkdir()
+    assert [record["step"] for record in run(corpus, tmp_path, steps=2, resume=True)] == [1, 2]
