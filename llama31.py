@@ -1000,6 +1000,11 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     sample(ckpt_dir=checkpoints_of_run(out_dir)[-1])
 
 
-if __name__ == "__main__":
+def main():
+    """The command line; without a subcommand, torchrun trains and python samples."""
     cli.run({"sample": sample, "train": train, "demo": demo},
             default="train" if "TORCHELASTIC_RUN_ID" in os.environ else "sample")
+
+
+if __name__ == "__main__":
+    main()
