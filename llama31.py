@@ -870,8 +870,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}; training takes float32 or bfloat16, as float16 underflows")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if compile:
-        for layer in model.layers:
+    if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
+    elif compile:
+        for layer in model.layers:  # one block, compiled once, serves all layers
             layer.compile()
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     if is_master:
@@ -990,7 +992,7 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
         bins = glob.escape(str(data))
         train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
               out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
-              seq_len=256, steps=1100, lr=5e-3, min_lr=0.0, warmup_steps=30, eval_interval=275,
+              seq_len=256, steps=1200, lr=5e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
               eval_steps=0, save_interval=0, shuffle=True, dtype="bfloat16" if fast_bfloat16 else "float32")
         shutil.rmtree(old, ignore_errors=True)
         if out_dir.exists():

@@ -51,6 +51,7 @@ def test_the_rate_warms_up_linearly_and_follows_a_cosine_to_its_floor():
     rates = [llama31.learning_rate_at(step, 110, 1.0, 0.1, 10) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert rates[59] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
+    assert rates[34] == pytest.approx(0.1 + 0.9 * (1 + 0.5 ** 0.5) / 2)  # a quarter down
     assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
 
 
@@ -123,6 +124,19 @@ def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
     a, b = weights(start), weights(tmp_path / "fine" / "step_000020")
     moved = sum(int((a[name] != b[name]).sum()) for name in a) / sum(a[name].numel() for name in a)
     assert moved > 0.9 and all(w.dtype == torch.float32 for w in b.values())
+
+
+def test_without_a_compiler_one_line_says_so_and_training_goes_on(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(llama31.shutil, "which", lambda name: None)
+    assert len(run(corpus, tmp_path, steps=2, compile=True)) == 2
+    assert "no C++ compiler found" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_losses_of_eager_training(corpus, tmp_path):
+    eager, compiled = (run(corpus, tmp_path / str(flag), compile=flag) for flag in (False, True))
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_path):
