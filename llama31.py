@@ -278,7 +278,7 @@ class Transformer(nn.Module):
     def init_weights(self, generator=None):
         """Embeddings of length one, matrices of half that scale, less where a layer adds to the stream.
 
-        At GPT-2's widths this is about its 0.02, with which narrow models are slow to learn copying.
+        At GPT-2's widths this is about its 0.02.
         """
         scale = self.args.dim ** -0.5
         for name, p in self.named_parameters():
