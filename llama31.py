@@ -818,6 +818,11 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     for name, minimum in least.items():
         if flags[name] is not None and not minimum <= flags[name] < math.inf:
             raise ValueError(f"{name} is {flags[name]}; expected at least {minimum}")
+    dtype = choose_dtype(dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype}; training takes float32 or bfloat16, as float16 underflows")
+    if ckpt_dir is not None and preset is not None:
+        raise ValueError("found --ckpt_dir and --preset; expected one of them")
     min_lr = lr / 10 if min_lr is None else min_lr
     rank, world_size, device = join_process_group(device)
     is_master = rank == 0
@@ -827,8 +832,6 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts anew")
 
     source = saved[-1] if saved else ckpt_dir
-    if ckpt_dir is not None and preset is not None:
-        raise ValueError("found --ckpt_dir and --preset; expected one of them")
     if source is None and (preset not in PRESETS or tokenizer_path is None):
         raise ValueError("expected --ckpt_dir to finetune, or --tokenizer_path and --preset to train from "
                          f"scratch; found preset {preset} (known: {', '.join(PRESETS)})")
@@ -866,9 +869,6 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     bos_id = tokenizer.bos_id if doc_mask else None
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     floor = entropy_floor(Path(val_loader.files[0]).parent)
-    dtype = choose_dtype(dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype is {dtype}; training takes float32 or bfloat16, as float16 underflows")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)

@@ -26,12 +26,13 @@ def quick(monkeypatch):
 def test_the_demo_trains_once_then_samples_and_trains_anew_when_asked(quick, tmp_path, capsys):
     out_dir = tmp_path / "demo"
     llama31.demo(out_dir=out_dir)
-    for prompt in llama31.PROMPTS:
-        assert prompt in capsys.readouterr().out or prompt != llama31.PROMPTS[0]
+    printed = capsys.readouterr().out
+    assert all("\n" + prompt in printed for prompt in llama31.PROMPTS)
     assert len(quick) == 1 and {path.name for path in out_dir.iterdir()} == {
         "data", "log.jsonl", "loss.png", "step_000002"}
     llama31.demo(out_dir=out_dir)
-    assert len(quick) == 1
+    printed = capsys.readouterr().out
+    assert len(quick) == 1 and all(prompt in printed for prompt in llama31.PROMPTS)
     llama31.demo(out_dir=out_dir, retrain=True)
     assert len(quick) == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 

@@ -88,20 +88,15 @@ def test_generation_stops_at_stop_tokens_and_at_max_seq_len():
     assert llama.generate([[1, 2]], 0) == [[]]
 
 
-def test_the_default_stop_tokens_are_the_tokenizers(tokenizer):
+def test_the_default_stop_tokens_are_the_tokenizers(tokenizer, monkeypatch):
     llama = random_llama(tokenizer, vocab_size=520)
-    llama.model.output.weight.data[tokenizer.eot_id] = 0
+    row = llama.generate([[1]], 5, temperature=0)[0]
+    assert len(row) == 5
+    monkeypatch.setattr(tokenizer, "stop_tokens", [row[2]])
+    assert llama.generate([[1]], 5, temperature=0) == [row[:row.index(row[2])]]
+    assert llama.generate([[1]], 5, temperature=0, stop_tokens=[]) == [row]
     llama.model.norm.weight.data.zero_()  # all logits equal: the first id, 0, is the largest
     assert llama.generate([[1]], 5, temperature=0) == [[0] * 5]
-    llama.model.norm.weight.data.fill_(1)
-    row = llama.generate([[1]], 5, temperature=0)[0]
-    tokenizer_stops = llama.tokenizer.stop_tokens
-    try:
-        llama.tokenizer.stop_tokens = [row[2]]
-        assert llama.generate([[1]], 5, temperature=0) == [row[:row.index(row[2])]]
-        assert llama.generate([[1]], 5, temperature=0, stop_tokens=[]) == [row]
-    finally:
-        llama.tokenizer.stop_tokens = tokenizer_stops
 
 
 @pytest.mark.parametrize("prompts, settings, said", [
