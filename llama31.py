@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -370,49 +371,122 @@ def load_file(path):
     return state
 
 
-def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
-    """The Transformer of a checkpoint directory with one consolidated.00.pth; dtype None: as stored.
+def split_dim(name):
+    """The dimension along which Meta's model-parallel files split a tensor; None: each holds all of it."""
+    if name.endswith("norm.weight"):
+        return None
+    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
 
-    Strict: ValueError lists missing, unexpected and wrongly shaped tensors, or names an unreadable file.
+
+def merge_pieces(name, pieces):
+    """The whole tensor, of one piece per file; of a single file it is the piece itself, memory-mapped."""
+    dim = split_dim(name)
+    return pieces[0] if len(pieces) == 1 or dim is None else torch.cat(pieces, dim)
+
+
+def open_checkpoint(ckpt_dir):
+    """(ModelArgs, tensor name -> its pieces, one per consolidated.*.pth, memory-mapped) of a directory.
+
+    The output is tied if declared, absent or equal to the embedding. Strict: FileNotFoundError for an absent
+    file; ValueError names an unreadable one, lists missing, unexpected and wrongly shaped tensors, or says
+    that the files are of different models.
     """
     args = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
-    path = Path(ckpt_dir, "consolidated.00.pth")
-    state = load_file(path)
-    state.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
-    if "output.weight" not in state and "tok_embeddings.weight" in state:
-        state["output.weight"] = state["tok_embeddings.weight"]
+    files = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
+    if not files:
+        remedy = (f"`python convert.py from_hf {ckpt_dir} NEW_DIR` converts its *.safetensors"
+                  if any(Path(ckpt_dir).glob("*.safetensors")) else "download it again")
+        raise FileNotFoundError(f"{ckpt_dir}: found no weights, expected consolidated.00.pth; {remedy}")
+    for i, path in enumerate(files):
+        if path.name != f"consolidated.{i:02d}.pth":
+            raise FileNotFoundError(f"{ckpt_dir}: found {path.name}, but no consolidated.{i:02d}.pth; "
+                                    "download it again")
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in Transformer(args).state_dict().items()}
+    for name, shape in shapes.items():
+        if (dim := split_dim(name)) is not None:
+            if shape[dim] % len(files):
+                raise ValueError(f"{ckpt_dir}: found {len(files)} files of weights, among which {name}, "
+                                 f"{shape}, can't be split; is one missing?")
+            shape[dim] //= len(files)
+    states = [load_file(path) for path in files]
+    for path, state in zip(files, states, strict=True):
+        state.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
+        if "output.weight" not in state and "tok_embeddings.weight" in state:
+            state["output.weight"] = state["tok_embeddings.weight"]
+        found = {name: list(p.shape) if torch.is_tensor(p) and p.is_floating_point() else
+                 str(getattr(p, "dtype", type(p).__name__)) for name, p in state.items()}
+        wrong = [f"{name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'absent')}"
+                 for name in sorted(shapes | found) if found.get(name) != shapes.get(name)]
+        if wrong:
+            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise ValueError(f"{path}: its tensors don't fit params.json and {len(files)} of such files: "
+                             + "; ".join(wrong[:4]) + more)
+        for name in shapes:
+            if split_dim(name) is None and not torch.equal(state[name], states[0][name]):
+                raise ValueError(f"{path}: its {name} differs from that of {files[0].name}; expected files "
+                                 "of one model, download them again")
+    args.tie_word_embeddings |= all(torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+                                    for state in states)
+    return args, {name: [state[name] for state in states] for name in shapes}
+
+
+def check_memory(what, num_bytes, device):
+    """ValueError where so many bytes are more than a device has free, and the system tells how many."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:  # mps shares the machine's memory
+        free = psutil.virtual_memory().available
+    if num_bytes > free:
+        raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
+                         "take a smaller dtype, max_seq_len, batch or model")
+
+
+def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
+    """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
+
+    On the CPU and in the stored dtype, weights of a single file stay memory-mapped.
+    """
+    args, pieces = open_checkpoint(ckpt_dir)
+    if args.tie_word_embeddings:
+        del pieces["output.weight"]
+    dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
+    count = sum(piece.numel() for name in pieces for piece in pieces[name])
+    check_memory(f"the weights of {ckpt_dir}", count * dtype.itemsize, torch.device(device))
+    state = {}
+    for name in list(pieces):  # one at a time: what was merged or converted is free before the next
+        state[name] = merge_pieces(name, pieces.pop(name)).to(device, dtype)
     with torch.device("meta"):
         model = Transformer(args)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(getattr(p, "shape", ())) for name, p in state.items()}
-    if wrong := sorted(set(expected.items()) ^ set(found.items())):
-        raise ValueError(f"{path}: tensors don't fit params.json: " + "; ".join(
-            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'absent')}"
-            for name in dict(wrong)))
-    args.tie_word_embeddings |= torch.equal(state["output.weight"], state["tok_embeddings.weight"])
-    for name in list(state):
-        state[name] = state[name].to(device=device, dtype=dtype)
+    if args.tie_word_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
-    model.tie()
+    model.tie()  # assign gives each name a parameter of its own
     return model.eval()
 
 
-def save_checkpoint(path, model, tokenizer_path, training_state):
-    """Writes a checkpoint directory, which appears under its name when complete.
+def save_checkpoint(path, args, state, tokenizer_path=None, training_state=None):
+    """Writes a checkpoint directory, Meta's, which appears under its name when complete.
 
-    It is Meta's (params.json, consolidated.00.pth, tokenizer.model) with what resuming needs inside.
+    state: name -> tensor. training_state: what resuming needs, goes inside too.
     """
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    (part / "params.json").write_text(json.dumps(dataclasses.asdict(model.args), indent=2) + "\n")
-    shutil.copyfile(tokenizer_path, part / "tokenizer.model")
-    for name, state in (("consolidated.00.pth", model.state_dict()), ("training_state.pt", training_state)):
-        with open(part / name, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        (part / "params.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, part / "tokenizer.model")
+        for name, content in (("consolidated.00.pth", state), ("training_state.pt", training_state)):
+            if content is not None:
+                with open(part / name, "wb") as file:
+                    torch.save(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def newest_checkpoint(folder):
@@ -911,8 +985,9 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                       tokens_per_s=round(total_batch_tokens / (time.perf_counter() - start)))
 
         if is_master and (step == steps or save_interval and step % save_interval == 0):
-            save_checkpoint(out_dir / f"step_{step:06d}", model, tokenizer.model_path, dict(
-                step=step, optimizer=optimizer.state_dict(), loader=loader.state_dict()))
+            training_state = dict(step=step, optimizer=optimizer.state_dict(), loader=loader.state_dict())
+            save_checkpoint(out_dir / f"step_{step:06d}", model.args, model.state_dict(),
+                            tokenizer.model_path, training_state)
             for path in checkpoints_of_run(out_dir)[:-keep]:
                 shutil.rmtree(path)
         if step == steps or step % eval_interval == 0:

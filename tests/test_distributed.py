@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=513, multiple_of=16)
     model = Transformer(args)
     model.init_weights(torch.Generator().manual_seed(0))
-    save_checkpoint(folder / "ckpt", model, tokenizer.model_path, {})
+    save_checkpoint(folder / "ckpt", model.args, model.state_dict(), tokenizer.model_path)
     rng = np.random.default_rng(0)
     documents = [[tokenizer.bos_id, *rng.integers(97, 110, 9), tokenizer.eos_id] for _ in range(500)]
     write_datafile(folder / "train.bin", documents)

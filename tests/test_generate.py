@@ -32,7 +32,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def ckpt_dir(tokenizer, tmp_path):
-    save_checkpoint(tmp_path / "ckpt", random_llama(vocab_size=520).model, tokenizer.model_path, {})
+    model = random_llama(vocab_size=520).model
+    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict(), tokenizer.model_path)
     return tmp_path / "ckpt"
 
 
