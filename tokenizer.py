@@ -26,6 +26,7 @@ SPLIT_PATTERN = "|".join([            # Llama 3's, alternative by alternative
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetune_right_pad_id|>", None,
                   "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
                   *[None] * 245]
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}  # in headers
 
 # Meta's guard: tiktoken fails on much longer texts, and gets slow on longer unbroken runs.
 MAX_CHARS = 400_000
@@ -85,6 +86,33 @@ class Tokenizer:
         for piece in split_long(s):
             tokens += self._encoding.encode(piece, allowed_special=names, disallowed_special=())
         return tokens + [self.eos_id] if eos else tokens
+
+    def encode_dialog(self, dialog: list[dict], generation_prompt: bool = True) -> list[int]:
+        """Token ids of a dialog in Llama 3's chat format, the same as Meta's ChatFormat.
+
+        dialog: messages {"role": one of ROLES, "content": str} in any order; a content stays as it is, and
+        nothing in it is special. generation_prompt: an answer's header follows. ValueError: no such dialog.
+        """
+        if not isinstance(dialog, list | tuple):
+            raise ValueError(f"found {type(dialog).__name__} {dialog!r:.60}, expected a list of messages")
+        tokens = [self.bos_id]
+        for message in dialog:
+            tokens += self.encode_message(message)
+        return tokens + self.encode_header("assistant") if generation_prompt else tokens
+
+    def encode_message(self, message: dict) -> list[int]:
+        """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: encode_dialog's."""
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            found = list(message) if isinstance(message, dict) else message
+            raise ValueError(f"found message {found!r:.60}, expected a dict of role and content")
+        return self.encode_header(message["role"]) + self.encode(message["content"]) + [self.eot_id]
+
+    def encode_header(self, role: str) -> list[int]:
+        """Token ids that begin a message of a role. ValueError: no such role."""
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"found role {role!r:.60}, expected one of {', '.join(ROLES)}")
+        return [self.special_tokens["<|start_header_id|>"], *self.encode(ROLES[role]),
+                self.special_tokens["<|end_header_id|>"], *self.encode("\n\n")]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens by name, U+FFFD for what isn't UTF-8. Errors: decode_bytes's."""

@@ -15,6 +15,8 @@ import tokenizer
 from tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
 
 meta = pytest.importorskip("llama_models.llama3.tokenizer")
+datatypes = pytest.importorskip("llama_models.datatypes")
+chat_format = pytest.importorskip("llama_models.llama3.chat_format")
 PATH = Path(meta.__file__).parent / "tokenizer.model"
 TOKENIZER, META = Tokenizer(PATH), meta.Tokenizer(PATH)
 
@@ -85,6 +87,64 @@ def test_byte_lengths_are_those_of_the_text_without_special_tokens():
     ids = TOKENIZER.encode(text, bos=True, eos=True)
     assert sum(TOKENIZER.byte_lengths[i] for i in ids) == len(text.encode())
     assert len(TOKENIZER.byte_lengths) == TOKENIZER.n_words
+
+
+# ---------------------------------------------------------------- chat format
+
+
+@pytest.mark.parametrize("dialog, ids", [
+    ([], [128000]),
+    ([("user", "Hello world")], [128000, 128006, 882, 128007, 271, 9906, 1917, 128009]),
+    ([("system", " You are\n"), ("user", "\n\nHi"), ("assistant", ""), ("tool", "<|eot_id|>")],
+     [128000, 128006, 9125, 128007, 271, 1472, 527, 198, 128009,
+      128006, 882, 128007, 271, 271, 13347, 128009, 128006, 78191, 128007, 271, 128009,
+      128006, 23799, 4690, 128007, 271, 27, 91, 68, 354, 851, 91, 29, 128009]),
+])
+def test_literal_ids_of_dialogs(dialog, ids):
+    dialog = [{"role": role, "content": content} for role, content in dialog]
+    assert TOKENIZER.encode_dialog(dialog, generation_prompt=False) == ids
+    assert TOKENIZER.encode_dialog(dialog) == [*ids, 128006, 78191, 128007, 271]
+
+
+def metas_dialog(tokenizer, dialog):
+    messages = [datatypes.RawMessage(**message) for message in dialog]
+    return chat_format.ChatFormat(tokenizer).encode_dialog_prompt(messages).tokens
+
+
+PIECES = st.sampled_from(list(TOKENIZER.special_tokens)) | st.sampled_from(["user", " ", "\n\n", "\r", "Hi"])
+DIALOGS = st.lists(max_size=6, elements=st.fixed_dictionaries({
+    "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+    "content": st.text() | st.lists(PIECES, max_size=6).map("".join)}))
+
+
+@given(DIALOGS)
+def test_any_dialog_has_metas_ids(dialog):
+    assert TOKENIZER.encode_dialog(dialog) == metas_dialog(META, dialog)
+
+
+@given(DIALOGS)
+def test_a_dialog_is_bos_its_messages_and_the_answers_header(dialog):
+    messages = [i for message in dialog for i in TOKENIZER.encode_message(message)]
+    assert TOKENIZER.encode_dialog(dialog, generation_prompt=False) == [TOKENIZER.bos_id, *messages]
+    assert TOKENIZER.encode_dialog(dialog)[len(messages) + 1:] == TOKENIZER.encode_header("assistant")
+
+
+HI = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize("dialog, found", [
+    ("Hi", "found str 'Hi', expected a list of messages"), (HI, "found dict .*expected a list of messages"),
+    (None, "found NoneType"), ([HI, "Hi"], "found message 'Hi', expected a dict of role and content"),
+    ([[HI]], r"found message \[{'role"), ([HI, {"role": "user"}], r"found message \['role'\], expected"),
+    ([{"content": "Hi"}], r"found message \['content'\]"), ([{**HI, "tool_calls": []}], "'tool_calls'"),
+    ([{**HI, "role": "bot"}], "found role 'bot', expected one of system, user, assistant, tool"),
+    ([{**HI, "role": "User"}], "found role 'User'"), ([{**HI, "role": ["user"]}], r"found role \['user'\]"),
+    ([{**HI, "content": None}], "expected one str, found NoneType"),
+    ([{**HI, "content": [{"type": "text", "text": "a\nb"}]}], "expected one str, found list")])
+def test_a_bad_dialog_is_named_with_what_was_found_and_expected_in_one_line(dialog, found):
+    with pytest.raises(ValueError, match=found) as error:
+        TOKENIZER.encode_dialog(dialog)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- long texts
@@ -232,6 +292,11 @@ def test_a_vocabulary_of_real_stories_encodes_as_in_the_tokenizers_library(tmp_p
 def test_any_text_comes_back_from_a_small_vocabulary(small, text):
     ids = small.encode(text, bos=True, eos=True)
     assert ids[0] == small.bos_id and ids[-1] == small.eos_id and small.decode(ids[1:-1]) == text
+
+
+@given(DIALOGS)
+def test_any_dialog_has_metas_ids_in_a_small_vocabulary(small, dialog):
+    assert small.encode_dialog(dialog) == metas_dialog(meta.Tokenizer(Path(small.model_path)), dialog)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
