@@ -1,0 +1,239 @@
+"""llama31.py against the two implementations that checkpoints come from: Hugging Face's and Meta's own.
+
+Random weights, always float32, and max|a-b| <= 1e-5 max|b| for every tensor.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_parity import assert_close, bands, make, random_tokens, save
+
+import llama31
+
+# -----------------------------------------------------------------------------
+# Hugging Face's LlamaForCausalLM
+
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def hf_named(state, head_dim):
+    """A state dict in Hugging Face's names and row order.
+
+    Meta turns neighbours, (0, 1), (2, 3) …, Hugging Face an element of a head's first half with one of the
+    second: of wq and wk the even rows come first, then the odd ones.
+    """
+    theirs = {}
+    for name, tensor in state.items():
+        layer, part = "", name.removesuffix(".weight")
+        if name.startswith("layers."):
+            _, n, part = part.split(".", 2)
+            layer = f"model.layers.{n}."
+        if part in ("attention.wq", "attention.wk"):
+            tensor = tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        theirs[f"{layer}{HF_NAMES[part]}.weight"] = tensor
+    return theirs
+
+
+def hugging_face(args, state, attention="eager"):
+    """Hugging Face's model with the configuration of a ModelArgs and the weights of a Meta state dict."""
+    transformers = pytest.importorskip("transformers")
+    rope = dict(rope_type="default", rope_theta=args.rope_theta)
+    if args.use_scaled_rope:
+        rope |= dict(rope_type="llama3", factor=args.rope_scale_factor, low_freq_factor=1.0,
+                     high_freq_factor=4.0, original_max_position_embeddings=8192)
+    config = transformers.LlamaConfig(
+        hidden_size=args.dim, intermediate_size=len(state["layers.0.feed_forward.w1.weight"]),
+        num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads, vocab_size=args.vocab_size, rms_norm_eps=args.norm_eps,
+        max_position_embeddings=2**17, rope_parameters=rope, tie_word_embeddings=args.tie_word_embeddings,
+        attn_implementation=attention)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(hf_named(state, args.head_dim), assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def assert_peers(changes, tokens, labels, seed=3, attention="eager"):
+    """Logits, loss and gradients over tokens (B, T); labels: the same with -100 where they don't count."""
+    model = make(changes, seed)[0]
+    state = {name: tensor.clone().requires_grad_() for name, tensor in model.state_dict().items()}
+    theirs = hugging_face(model.args, state, attention)
+    expected = theirs(tokens, labels=labels)
+    with torch.no_grad():
+        assert_close(model(tokens), expected.logits, "logits")
+    loss = model(tokens[:, :-1], labels[:, 1:])
+    assert_close(loss, expected.loss, "loss")
+    loss.backward()
+    expected.loss.backward()
+    gradients = hf_named({name: p.grad for name, p in model.named_parameters()}, model.args.head_dim)
+    named = dict(theirs.named_parameters())
+    assert gradients.keys() == named.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, named[name].grad, name)
+    return model
+
+
+HF_CONFIGURATIONS = {
+    "mha": dict(n_kv_heads=4),
+    "gqa, tied": dict(n_kv_heads=2, tie_word_embeddings=True, norm_eps=1e-3),
+    "mqa, multiplier": dict(n_kv_heads=1, ffn_dim_multiplier=1.3, rope_theta=10000.0),
+    "gqa scaled by 8": dict(n_kv_heads=2, use_scaled_rope=True),
+    "gqa scaled by 32, tied": dict(n_kv_heads=2, use_scaled_rope=True, rope_scale_factor=32,
+                                   tie_word_embeddings=True),
+    "mha scaled by 32": dict(n_heads=2, n_kv_heads=2, use_scaled_rope=True, rope_scale_factor=32)}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("changes", HF_CONFIGURATIONS.values(), ids=HF_CONFIGURATIONS)
+def test_hugging_face_has_our_logits_loss_and_gradients(changes, attention):
+    tokens = random_tokens(3, 60)
+    labels = tokens.clone()
+    labels[0, 3:9], labels[1, 1], labels[2, 20:] = -100, -100, -100
+    assert_peers(changes, tokens, labels, attention=attention)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_hugging_face_has_our_logits_loss_and_gradients_for_any_small_configuration(data):
+    def draw(*options):
+        return data.draw(st.sampled_from(options))
+    n_kv_heads, group, pairs, vocab_size = draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 3, 8), draw(2, 7, 50)
+    changes = dict(
+        n_heads=n_kv_heads * group, n_kv_heads=n_kv_heads, dim=2 * pairs * n_kv_heads * group,
+        n_layers=draw(1, 2, 3), vocab_size=vocab_size, multiple_of=draw(1, 8, 32),
+        ffn_dim_multiplier=draw(None, 0.6, 1.3), norm_eps=draw(1e-5, 1e-2),
+        rope_theta=draw(500000.0, 10000.0, 100.0), use_scaled_rope=draw(False, True),
+        rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True))
+    tokens = random_tokens(draw(1, 2, 3), draw(2, 3, 9, 20), vocab_size=vocab_size,
+                           seed=data.draw(st.integers(0, 1000)))
+    assert_peers(changes, tokens, tokens)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("factor", [8, 32])
+def test_hugging_face_agrees_where_only_positions_past_8192_count(factor, tied):
+    changes = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, use_scaled_rope=True,
+                   rope_scale_factor=factor, tie_word_embeddings=tied)
+    tokens = random_tokens(1, 8320)
+    labels = tokens.clone()
+    labels[:, :8200] = -100
+    model = assert_peers(changes, tokens, labels, attention="sdpa")
+    assert min(bands(dict(dim=32, n_heads=2))) > 0
+    plain = llama31.Transformer(llama31.ModelArgs(**{**vars(model.args), "use_scaled_rope": False}))
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():  # the scaling is seen there
+        assert (model(tokens) - plain(tokens))[:, 8192:].abs().max() > 1e-2
+
+
+# -----------------------------------------------------------------------------
+# Meta's Transformer
+
+NEW = 20  # tokens that Meta's model continues a prompt by
+META_PROMPTS = [[1], [5, 6, 7, 8], [4, 3] * 10, [*range(40)]]
+META_CONFIGURATIONS = {
+    "mha": dict(n_kv_heads=4, vocab_size=104),
+    "gqa": dict(n_kv_heads=2, vocab_size=104, ffn_dim_multiplier=1.3, norm_eps=1e-3),
+    "gqa scaled by 8, tied": dict(n_kv_heads=2, vocab_size=104, use_scaled_rope=True,
+                                  tie_word_embeddings=True),
+    "mha scaled by 8": dict(n_heads=2, n_kv_heads=2, vocab_size=104, use_scaled_rope=True,
+                            rope_theta=10000.0)}
+
+
+def cut_as_fairscale(model, whole):
+    """This process's part of a whole state dict, cut by the constructors of the layers of Meta's model."""
+    from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
+    part = dict(whole)
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("fairscale"):
+            weight = whole[f"{name}.weight"]
+            sizes = (weight.shape if isinstance(module, VocabParallelEmbedding) else
+                     (*weight.shape[::-1], False))  # in_features, out_features, bias
+            with torch.no_grad():
+                cut = type(module)(*sizes, init_method=lambda whole, weight=weight: whole.copy_(weight))
+            part[f"{name}.weight"] = cut.weight.detach()
+    return part
+
+
+def meta_peer(rank, folders):
+    """Runs Meta's model over checkpoints, alone and as one of two processes that hold a part each.
+
+    FOLDER/1 is the checkpoint; FOLDER/2 gets the two files that fairscale makes of it. FOLDER/1.pt and
+    FOLDER/2.pt get lists of (tokens with their greedy continuation, logits at each but the last).
+    """
+    import torch.distributed as dist
+    from fairscale.nn.model_parallel import initialize
+    from llama_models.llama3.args import ModelArgs
+    from llama_models.llama3.model import Transformer
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folders[0]}/store", rank=rank, world_size=2)
+    for size in (1, 2):
+        initialize.initialize_model_parallel(size)
+        for folder in folders:
+            file = folder / str(size) / f"consolidated.{initialize.get_model_parallel_rank():02}.pth"
+            params = json.loads((file.parent / "params.json").read_text())
+            model = Transformer(ModelArgs(**params, max_batch_size=1))
+            if size == 2:
+                whole = torch.load(folder / "1" / "consolidated.00.pth", weights_only=True)
+                torch.save(cut_as_fairscale(model, whole), file)
+            model.load_state_dict(torch.load(file, weights_only=True))
+            results = []
+            for prompt in META_PROMPTS:
+                row, logits = list(prompt), [model(torch.tensor([prompt]), 0)[0]]
+                for _ in range(NEW):
+                    row.append(int(logits[-1][-1].argmax()))
+                    logits.append(model(torch.tensor([row[-1:]]), len(row) - 1)[0])
+                results.append((row, torch.cat(logits)[:-1]))
+            if rank == 0:
+                torch.save(results, folder / f"{size}.pt")
+        initialize.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def meta_folder(tmp_path_factory):
+    """A folder with one of meta_peer's folders for each configuration."""
+    pytest.importorskip("llama_models")
+    pytest.importorskip("fairscale")
+    folder = tmp_path_factory.mktemp("meta")
+    for name, changes in META_CONFIGURATIONS.items():
+        (folder / name / "1").mkdir(parents=True)
+        save(folder / name / "1", changes)
+        (folder / name / "2").mkdir()
+        shutil.copy(folder / name / "1" / "params.json", folder / name / "2")
+    torch.multiprocessing.spawn(meta_peer, ([folder / name for name in META_CONFIGURATIONS],), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("name", META_CONFIGURATIONS)
+def test_metas_transformer_has_our_logits_and_greedy_tokens(name, files, meta_folder):
+    llama = llama31.Llama.build(meta_folder / name / str(files), device="cpu")
+    results = torch.load(meta_folder / name / f"{files}.pt", weights_only=True)
+    for row, logits in results:
+        with torch.inference_mode():
+            assert_close(llama.model(torch.tensor([row[:-1]]))[0], logits)
+    rows = [row for row, _ in results]
+
+    def greedy(prompts):
+        return llama.generate(prompts, NEW, temperature=0, echo=True)
+    assert greedy(META_PROMPTS) == rows == [greedy([prompt])[0] for prompt in META_PROMPTS]
+
+
+@pytest.mark.parametrize("name", META_CONFIGURATIONS)
+def test_files_that_fairscale_cut_are_merged_to_the_whole(name, meta_folder):
+    whole, merged = (llama31.Llama.build(meta_folder / name / files, device="cpu").model.state_dict()
+                     for files in "12")
+    assert whole.keys() == merged.keys() and all(torch.equal(merged[key], whole[key]) for key in whole)
