@@ -12,6 +12,7 @@ import codecs
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -257,6 +258,9 @@ def counted(targets, bos_id=None):
     return kept if bos_id is None else kept & (targets != bos_id)
 
 
+PREFILL_TOKENS = 4096  # read at once, all rows together
+
+
 class Transformer(nn.Module):
     """The whole model; its state dict has Meta's checkpoint keys."""
 
@@ -330,20 +334,29 @@ class Transformer(nn.Module):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at last[b].
 
         start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
-        anything: nothing that counts sees them, and later tokens overwrite them.
-        ValueError where the caches are too short.
+        anything: nothing that counts sees them, and later tokens overwrite them. Long prompts are read in
+        chunks of columns, so that activations stay small. ValueError where the caches are too short.
         """
         (B, T), device = tokens.shape, tokens.device
-        S, room = max(start_pos) + T, caches[0].k.size(1)
-        if S > room:
-            raise ValueError(f"the KV cache holds {room} positions; {S} are needed")
-        positions = torch.tensor(start_pos, device=device)[:, None] + torch.arange(T, device=device)
-        mask = None
-        if S > T and (T > 1 or min(start_pos) < max(start_pos)):
-            mask = (torch.arange(S, device=device) <= positions[..., None])[:, None]  # (B, 1, T, S)
-        cached = [functools.partial(cache.update, positions=positions, S=S) for cache in caches]
-        x = self.trunk(tokens, positions, mask, cached)
-        return self.output(x[torch.arange(B, device=device), torch.tensor(last, device=device)]).float()
+        room = caches[0].k.size(1)
+        if max(start_pos) + T > room:
+            raise ValueError(f"the KV cache holds {room} positions; {max(start_pos) + T} are needed")
+        hidden = [None] * B
+        width = max(1, PREFILL_TOKENS // B)
+        for begin in range(0, T, width):
+            end = min(begin + width, T)
+            S = max(start_pos) + end
+            columns = torch.arange(begin, end, device=device)
+            positions = torch.tensor(start_pos, device=device)[:, None] + columns
+            mask = None
+            if S > end - begin and (end - begin > 1 or min(start_pos) < max(start_pos)):
+                mask = (torch.arange(S, device=device) <= positions[..., None])[:, None]
+            cached = [functools.partial(cache.update, positions=positions, S=S) for cache in caches]
+            x = self.trunk(tokens[:, begin:end], positions, mask, cached)
+            for b in range(B):
+                if begin <= last[b] < end:
+                    hidden[b] = x[b, last[b] - begin]
+        return self.output(torch.stack(hidden)).float()
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it."""
@@ -555,6 +568,20 @@ def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=N
     kept[0] = True
     return int(ids[torch.multinomial(probs * kept, 1, generator=generator)])
 
+
+def split_at_stop(text, stop, final):
+    """(what of a text can be shown, the rest, whether a text of stop was met, which itself is in neither).
+
+    The rest may be the beginning of a stop text, unless the text is final. Of several, the first to be
+    complete counts, so that it doesn't matter how tokens cut the text.
+    """
+    found = [(begin + len(s), begin) for s in stop if (begin := text.find(s)) >= 0]
+    if found:
+        return text[:min(found)[1]], "", True
+    beginnings = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    shown = len(text) - (0 if final else max(beginnings, default=0))
+    return text[:shown], text[shown:], False
+
 # -----------------------------------------------------------------------------
 # Generation
 
@@ -585,24 +612,39 @@ class Llama:
             check_vocabulary(tokenizer, model.args)
         return Llama(model, tokenizer, max_seq_len, max_batch_size)
 
+    def new_caches(self, batch_size, max_seq_len=None):
+        """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
+        args, weight = self.model.args, self.model.tok_embeddings.weight
+        room = self.max_seq_len if max_seq_len is None else max_seq_len
+        num_bytes = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim * weight.itemsize
+        check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, weight.device)
+        return [KVCache(args, batch_size, room, weight.dtype, weight.device) for _ in self.model.layers]
+
     @torch.inference_mode()
-    def stream(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
-               stop_tokens=None):
-        """Yields, a step at a time, the next token of every row; None for a row that has ended.
+    def steps(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
+              stop_tokens=None, caches=None, start_pos=None):
+        """Yields, a step at a time, the logits and each row's next token, None once it has ended.
 
         Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
+        Row i draws from its own generator, seeded with seed + i. stop_tokens None: the tokenizer's; [] never
+        stops. caches: new_caches, or ones that hold the first start_pos[i] tokens of prompt i, which are not
+        read again. At each step the caches hold all tokens before its own; self.stats counts and times them.
         ValueError for an empty prompt, one of max_seq_len or more tokens, or a setting out of range.
         """
-        if not 0 < len(prompt_tokens) <= self.max_batch_size:
-            raise ValueError(f"{len(prompt_tokens)} prompts; expected 1 to {self.max_batch_size}, which is "
-                             "max_batch_size")
-        for i, prompt in enumerate(prompt_tokens):
+        B, lengths = len(prompt_tokens), [len(prompt) for prompt in prompt_tokens]
+        start_pos = [0] * B if start_pos is None else start_pos
+        if not 0 < B <= self.max_batch_size:
+            raise ValueError(f"{B} prompts; expected 1 to {self.max_batch_size}, which is max_batch_size")
+        for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
             if not 0 < len(prompt) < self.max_seq_len:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {self.max_seq_len - 1}"
                                  ", one fewer than max_seq_len")
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
                 raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
                                  f"{self.model.args.vocab_size - 1}")
+            if not 0 <= held < len(prompt):
+                raise ValueError(f"start_pos is {held} for prompt {i}; expected 0 to {len(prompt) - 1}: at "
+                                 "least its last token is to be read")
         for name, value, fits, expected in (
                 ("max_gen_len", max_gen_len, max_gen_len >= 0, "at least 0"),
                 ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
@@ -612,68 +654,120 @@ class Llama:
                 raise ValueError(f"{name} is {value}; expected {expected}")
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
-        B, lengths = len(prompt_tokens), [len(prompt) for prompt in prompt_tokens]
-        width = max(lengths)
-        weight = self.model.tok_embeddings.weight
-        room = min(self.max_seq_len, width + max_gen_len)
-        caches = [KVCache(self.model.args, B, room, weight.dtype, weight.device) for _ in self.model.layers]
+        if caches is None:
+            caches = self.new_caches(B, min(self.max_seq_len, max(lengths) + max_gen_len))
         generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
-        tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompt_tokens],
-                              device=weight.device)
-        logits = self.model.forward_cached(tokens, [0] * B, caches, [n - 1 for n in lengths])
+        unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
+        width = max(map(len, unread))
+        device = self.model.tok_embeddings.weight.device
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)
+        last = [len(row) - 1 for row in unread]
         newest, ended = [0] * B, [False] * B
+        self.stats = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # tokens, seconds
         for step in range(max_gen_len):
+            start = time.perf_counter()
+            logits = self.model.forward_cached(tokens, start_pos, caches, last)
             for i in range(B):
                 if not ended[i]:
                     newest[i] = sample_token(logits[i], temperature, top_p, top_k, min_p, generators[i])
-                    ended[i] = newest[i] in stop_tokens
-                    lengths[i] += not ended[i]
-            yield [None if ended[i] else newest[i] for i in range(B)]
-            ended = [done or lengths[i] >= self.max_seq_len for i, done in enumerate(ended)]
-            if all(ended) or step + 1 == max_gen_len:
+            counts = self.stats["decode" if step else "prefill"]
+            counts[0] += ended.count(False) if step else sum(map(len, unread))
+            counts[1] += time.perf_counter() - start
+            ended = [done or token in stop_tokens for done, token in zip(ended, newest, strict=True)]
+            lengths = [n + (not done) for n, done in zip(lengths, ended, strict=True)]
+            yield logits, [None if done else token for done, token in zip(ended, newest, strict=True)]
+            ended = [done or n >= self.max_seq_len for done, n in zip(ended, lengths, strict=True)]
+            if all(ended):
                 return
             # a row that has ended feeds its last token to its last position again: it doesn't grow
-            tokens = torch.tensor(newest, device=weight.device)[:, None]
-            logits = self.model.forward_cached(tokens, [n - 1 for n in lengths], caches, [0] * B)
+            tokens = torch.tensor(newest, device=device)[:, None]
+            start_pos, last = [n - 1 for n in lengths], [0] * B
+
+    def speed(self):
+        """One line on the last generation: tokens read and generated, and how many per second."""
+        return ", ".join(f"{name} {tokens:,} tokens at {tokens / max(seconds, 1e-9):,.1f}/s"
+                         for name, (tokens, seconds) in self.stats.items())
+
+    def stream(self, prompt_tokens, max_gen_len, **settings):
+        """Yields, a step at a time, the next token of every row, None for one that has ended; see steps."""
+        for _, newest in self.steps(prompt_tokens, max_gen_len, **settings):
+            yield newest
 
     def generate(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
-                 echo=False, stop_tokens=None):
+                 echo=False, stop_tokens=None, logprobs=False):
         """The new tokens of each prompt, with echo after the prompt itself; the stop token is not returned.
 
-        Row i draws from its own generator, seeded with seed + i. stop_tokens None: the tokenizer's; [] never
-        stops. ValueError: see stream.
+        logprobs: (tokens, log-probabilities), those of the raw logits, whatever the sampler's limits; a
+        prompt's first token, which nothing predicts, has 0. The rest as in steps.
         """
-        rows = [list(prompt) if echo else [] for prompt in prompt_tokens]
-        for newest in self.stream(prompt_tokens, max_gen_len, temperature, top_p, top_k, min_p, seed,
-                                  stop_tokens):
-            for row, token in zip(rows, newest, strict=True):
+        rows, row_logprobs = [[] for _ in prompt_tokens], [[] for _ in prompt_tokens]
+        for logits, newest in self.steps(prompt_tokens, max_gen_len, temperature, top_p, top_k, min_p, seed,
+                                         stop_tokens):
+            for i, token in enumerate(newest):
                 if token is not None:
-                    row.append(token)
-        return rows
+                    rows[i].append(token)
+                    if logprobs:
+                        row_logprobs[i].append(float(logits[i].log_softmax(-1)[token]))
+        if echo:
+            rows = [[*prompt, *row] for prompt, row in zip(prompt_tokens, rows, strict=True)]
+            if logprobs:
+                row_logprobs = [self.prompt_logprobs(prompt) + row
+                                for prompt, row in zip(prompt_tokens, row_logprobs, strict=True)]
+        return (rows, row_logprobs) if logprobs else rows
 
-    def stream_text(self, prompts, max_gen_len=256, **settings):
-        """Yields, a step at a time, the next piece of text of every prompt, "" where there is none.
+    @torch.inference_mode()
+    def prompt_logprobs(self, prompt):
+        """The log-probability of each of a prompt's tokens after those before it; 0 for the first."""
+        tokens = torch.tensor(prompt, device=self.model.tok_embeddings.weight.device)
+        nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
+        return [0.0, *(-nats).tolist()]
 
-        settings: as in stream. A character that is spread over several tokens comes with the last of them.
+    def stream_text(self, prompts, max_gen_len=256, stop=(), **settings):
+        """Yields, a step at a time, the next piece of text after every prompt, "" where there is none.
+
+        prompts: texts, or dialogs as in chat_completion. A character spread over several tokens comes with
+        the last of them. stop: a text, or several, before which a row ends. settings: as in steps.
         """
         if isinstance(prompts, str):
             raise ValueError(f"found one text, {prompts[:40]!r}; expected a list of prompts")
         if self.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
+        if "" in prompts:
+            raise ValueError(f"prompt {prompts.index('')} is empty; expected a text")
+        stop = [stop] if isinstance(stop, str) else stop
+        if not all(stop):
+            raise ValueError(f"stop is {stop!r}; expected texts of at least one character")
+        tokens = [self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else
+                  self.tokenizer.encode_dialog(prompt) for prompt in prompts]
         decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
-        tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        for newest in self.stream(tokens, max_gen_len, **settings):
-            yield [decoder.decode(b"" if token is None else self.tokenizer.decode_bytes([token]))
-                   for decoder, token in zip(decoders, newest, strict=True)]
-        yield [decoder.decode(b"", final=True) for decoder in decoders]
+        held, ended = [""] * len(prompts), [False] * len(prompts)
+        for newest in itertools.chain(self.stream(tokens, max_gen_len, **settings), [[None] * len(prompts)]):
+            pieces = [""] * len(prompts)
+            for i, token in enumerate(newest):
+                if not ended[i]:
+                    ended[i] = token is None
+                    new = b"" if ended[i] else self.tokenizer.decode_bytes([token])
+                    text = held[i] + decoders[i].decode(new, final=ended[i])
+                    pieces[i], held[i], stopped = split_at_stop(text, stop, ended[i])
+                    ended[i] |= stopped
+            yield pieces
+            if all(ended):
+                return
 
     def text_completion(self, prompts, max_gen_len=256, echo=False, **settings):
-        """[{"generation": text}] for each prompt, with echo after its own text; settings: as in stream."""
-        texts = [[prompt if echo else ""] for prompt in prompts]
-        for pieces in self.stream_text(prompts, max_gen_len, **settings):
-            for text, piece in zip(texts, pieces, strict=True):
-                text.append(piece)
-        return [{"generation": "".join(text)} for text in texts]
+        """[{"generation": text}] for each prompt, with echo after its own; settings: as in stream_text."""
+        rows = zip(*self.stream_text(prompts, max_gen_len, **settings), strict=True)
+        return [{"generation": (prompt if echo else "") + "".join(pieces)}
+                for prompt, pieces in zip(prompts, rows, strict=True)]
+
+    def chat_completion(self, dialogs, max_gen_len=256, **settings):
+        """[{"generation": {"role": "assistant", "content": text}}]: the message that follows each dialog.
+
+        dialogs: lists of {"role": "system", "user" or "assistant", "content": text}. settings: as in
+        stream_text.
+        """
+        rows = zip(*self.stream_text(dialogs, max_gen_len, **settings), strict=True)
+        return [{"generation": {"role": "assistant", "content": "".join(pieces)}} for pieces in rows]
 
 # -----------------------------------------------------------------------------
 # Data loader
@@ -1015,12 +1109,13 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
 def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
            prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.6,
-           top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337,
+           top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, stop: str | None = None, seed: int = 1337,
            device: str | None = None, dtype: str | None = None):
     """Prints completions of a prompt, of every line of a prompt_file, or of four default prompts.
 
     ckpt_dir None: the checkpoint last written under out/. Several prompts are one batch, of which the first
-    streams as its tokens come and the others follow at the end.
+    streams as its tokens come and the others follow at the end. stop: a text before which to end. The speed
+    goes to standard error.
     """
     if ckpt_dir is None and (ckpt_dir := newest_checkpoint("out")) is None:
         raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
@@ -1032,8 +1127,8 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype)
     later = [["\n", prompt] for prompt in prompts[1:]]
-    pieces = llama.stream_text(prompts, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
-                               min_p=min_p, seed=seed)
+    pieces = llama.stream_text(prompts, max_gen_len, stop=[] if stop is None else stop, top_p=top_p,
+                               temperature=temperature, top_k=top_k, min_p=min_p, seed=seed)
     for i, (first, *others) in enumerate(pieces):
         print(first if i else prompts[0] + first, end="", flush=True)
         for text, piece in zip(later, others, strict=True):
@@ -1041,6 +1136,8 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     print()
     for text in later:
         print("".join(text))
+    sys.stdout.flush()
+    print(llama.speed(), file=sys.stderr)
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):
