@@ -56,7 +56,7 @@ def hugging_face(args, state, attention="eager"):
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
         num_key_value_heads=args.n_kv_heads, vocab_size=args.vocab_size, rms_norm_eps=args.norm_eps,
         max_position_embeddings=2**17, rope_parameters=rope, tie_word_embeddings=args.tie_word_embeddings,
-        attn_implementation=attention)
+        bos_token_id=None, eos_token_id=None, attn_implementation=attention)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(hf_named(state, args.head_dim), assign=True)
