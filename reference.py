@@ -110,15 +110,32 @@ def loss(weights, args, inputs, targets):
 # Checkpoint and text
 
 
-def sample(logits, temperature, top_p, generator):
-    """An id by its logits (V): the likeliest at temperature 0, else drawn from the fewest with top_p."""
+def sample(logits, generator, temperature=0.0, top_p=0.9, top_k=0, min_p=0.0):
+    """An id by its logits (V): the likeliest at temperature 0, else drawn from those within all limits."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True, stable=True)
+    kept = probabilities >= min_p * probabilities[0]
     if top_p < 1:
         too_few = int((probabilities.cumsum(dim=0) < top_p).sum())  # one more hold top_p
-        probabilities[too_few + 1:] = 0
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+        kept[too_few + 1:] = False
+    if top_k > 0:
+        kept[top_k:] = False
+    return int(ids[torch.multinomial(probabilities * kept, 1, generator=generator)])
+
+
+def read_weights(folder):
+    """A checkpoint's tensors in float32; of several files, columns of wo and w2 are joined, else rows."""
+    paths = sorted(Path(folder).glob("consolidated.*.pth"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: expected consolidated.00.pth, found no such file")
+    files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+    weights = {}
+    for name in files[0].keys() - {"rope.freqs"}:  # which follows from params.json
+        parts = [file[name].float() for file in files]
+        dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+        weights[name] = parts[0] if name.endswith("norm.weight") else torch.cat(parts, dim)
+    return weights
 
 
 class Llama:
@@ -129,20 +146,17 @@ class Llama:
 
     @staticmethod
     def build(ckpt_dir, tokenizer_path=None, max_seq_len=None):
-        """Reads a checkpoint directory of one file of weights; its tokenizer unless another is given."""
+        """Reads a checkpoint directory, with its tokenizer unless another is given."""
         try:
             args = json.loads(Path(ckpt_dir, "params.json").read_text())
-            path = Path(ckpt_dir, "consolidated.00.pth")
-            stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            stored.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
-            weights = {name: tensor.float() for name, tensor in stored.items()}
+            weights = read_weights(ckpt_dir)
             forward(weights, args, [0])  # trips over what is missing or doesn't fit
             if len(weights) != (n := 9 * args["n_layers"] + 2 + ("output.weight" in weights)):
                 raise ValueError(f"{len(weights)} tensors, expected {n} for {args['n_layers']} layers")
         except FileNotFoundError:
             raise  # it names the file
         except Exception as error:
-            raise ValueError(f"{ckpt_dir}: params.json and consolidated.00.pth are no Llama 3 in Meta's "
+            raise ValueError(f"{ckpt_dir}: params.json and consolidated.*.pth are no Llama 3 in Meta's "
                              f"format ({type(error).__name__}: {error})") from error
         path = Path(tokenizer_path or Path(ckpt_dir, "tokenizer.model"))
         tokenizer = Tokenizer(path) if tokenizer_path or path.is_file() else None
@@ -151,14 +165,12 @@ class Llama:
         return Llama(weights, args, tokenizer, max_seq_len or args.get("max_seq_len", 2048))
 
     @torch.no_grad()
-    def generate(self, prompt_tokens, max_gen_len, temperature=0.0, top_p=0.9, seed=1337, echo=False,
-                 stop_tokens=None):
+    def generate(self, prompt_tokens, max_gen_len, seed=1337, echo=False, stop_tokens=None, **settings):
         """Up to max_gen_len ids that follow each prompt's, with echo after the prompt's own.
 
-        Row i draws with Generator(seed + i). A row ends before an id of stop_tokens (None: the tokenizer's).
+        Row i draws with Generator(seed + i); settings: see sample. A row ends before an id of stop_tokens
+        (None: the tokenizer's).
         """
-        if not temperature >= 0 or not 0 <= top_p <= 1:
-            raise ValueError(f"temperature {temperature}, top_p {top_p}: expected at least 0, and 0 to 1")
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
         rows = []
@@ -168,19 +180,19 @@ class Llama:
             generator = torch.Generator().manual_seed(seed + i)
             tokens = list(prompt)
             while len(tokens) < min(len(prompt) + max_gen_len, self.max_seq_len):
-                token = sample(forward(self.weights, self.args, tokens)[-1], temperature, top_p, generator)
+                token = sample(forward(self.weights, self.args, tokens)[-1], generator, **settings)
                 if token in stop_tokens:
                     break
                 tokens.append(token)
             rows.append(tokens if echo else tokens[len(prompt):])
         return rows
 
-    def text_completion(self, prompts, max_gen_len=256, temperature=0.0, top_p=0.9, seed=1337):
+    def text_completion(self, prompts, max_gen_len=256, **settings):
         """[{"generation": text}, ...]: what follows each prompt; ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("no tokenizer.model beside the weights; give tokenizer_path")
-        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        rows = self.generate(prompt_tokens, max_gen_len, temperature, top_p, seed)
+        prompt_tokens = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        rows = self.generate(prompt_tokens, max_gen_len, **settings)
         return [{"generation": self.tokenizer.decode(row)} for row in rows]
 
 
@@ -188,11 +200,19 @@ PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "
 
 
 def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None,
-         max_gen_len: int = 256, temperature: float = 0.0, top_p: float = 0.9, seed: int = 1337):
-    """Prints completions of a prompt, or of four default ones, by a checkpoint directory's model."""
+         prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.0,
+         top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337):
+    """Prints completions of a prompt, of each line of a prompt_file, or of four default prompts."""
+    if not temperature >= 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError("expected a temperature of at least 0, and top_p and min_p from 0 to 1; found "
+                         f"{temperature}, {top_p} and {min_p}")
     llama = Llama.build(ckpt_dir, tokenizer_path)
-    for i, text in enumerate(PROMPTS if prompt is None else [prompt]):
-        [completion] = llama.text_completion([text], max_gen_len, temperature, top_p, seed + i)
+    prompts = PROMPTS if prompt is None else [prompt]
+    if prompt_file is not None:
+        prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for i, text in enumerate(prompts):
+        [completion] = llama.text_completion([text], max_gen_len, seed=seed + i, temperature=temperature,
+                                             top_p=top_p, top_k=top_k, min_p=min_p)
         print(("\n" if i else "") + text + completion["generation"], flush=True)
 
 
