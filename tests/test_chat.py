@@ -1,0 +1,322 @@
+"""Conversations, in-process and through a pseudo-terminal: what generate makes of the whole dialog's ids."""
+
+import fcntl
+import os
+import select
+import string
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama31
+from chat import Conversation
+from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
+from tokenizer import train_tokenizer
+
+ROOT = Path(llama31.__file__).parent
+TEXT = string.ascii_lowercase + " "
+COMMAND = [sys.executable, "chat.py", "--device", "cpu", "--temperature", "0", "--ckpt_dir"]
+ENVIRONMENT = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model is only slowed down by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """One whose tokens are single bytes, so that an answer's text has the ids that were generated."""
+    return train_tokenizer([], 512, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model")
+
+
+def random_llama(tokenizer, answers=None, max_seq_len=16384):
+    """A random model whose likeliest token is always one of answers (None: of all)."""
+    model = Transformer(ModelArgs(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=tokenizer.n_words,
+                                  multiple_of=16, max_seq_len=max_seq_len))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(mean=float(p.dim() == 1), std=p.size(-1) ** -0.5, generator=generator)
+        if answers is not None:
+            model.output.weight[[i for i in range(tokenizer.n_words) if i not in answers]] = 0
+            model.output.weight[tokenizer.eot_id] *= 1.3  # within 40 tokens, mostly
+    return Llama(model.eval(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def polite(tokenizer):
+    """Ends its answers."""
+    return random_llama(tokenizer, [*tokenizer.encode(TEXT), tokenizer.eot_id])
+
+
+@pytest.fixture(scope="module")
+def talker(tokenizer):
+    """Never ends an answer."""
+    return random_llama(tokenizer, tokenizer.encode(TEXT))
+
+
+@pytest.fixture(scope="module")
+def ckpt_dirs(polite, talker, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, llama in (("polite", polite), ("talker", talker)):
+        model, path = llama.model, llama.tokenizer.model_path
+        save_checkpoint(folder / name, model.args, model.state_dict(), path)
+    return folder
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def expected(llama, dialog, max_gen_len):
+    """The answer's text of a fresh prefill of the whole dialog."""
+    [row] = llama.generate([llama.tokenizer.encode_dialog(dialog)], max_gen_len, temperature=0)
+    return llama.tokenizer.decode(row)
+
+
+def told(conversation, text):
+    """(what the conversation answers, what it says cut the answer short)."""
+    pieces = []
+    cut = conversation.answer(text, pieces.append)
+    return "".join(pieces), cut
+
+
+# -----------------------------------------------------------------------------
+# In-process
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The list of how many tokens each pass through the model reads."""
+    counts, trunk = [], Transformer.trunk
+
+    def counting(self, tokens, *args, **kwargs):
+        counts.append(tokens.numel())
+        return trunk(self, tokens, *args, **kwargs)
+    monkeypatch.setattr(Transformer, "trunk", counting)
+    return counts
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+def test_every_token_of_a_conversation_is_read_once(polite, read):
+    conversation, dialog = Conversation(polite, "be kind", max_gen_len=40, temperature=0), [SYSTEM]
+    for text in ("hello there", "abc", " what? ", "é <|eot_id|>"):
+        answer, cut = told(conversation, text)
+        assert cut in ("", "stopped at --max_gen_len 40")
+        dialog += [user(text), assistant(answer.removesuffix("\n"))]
+        ids = polite.tokenizer.encode_dialog(dialog, generation_prompt=False)
+        assert conversation.tokens == ids
+        assert sum(read) == conversation.held == len(ids) - (2 if cut else 1)
+    read.clear()
+    conversation.reset()
+    told(conversation, "hello there")
+    system = len(polite.tokenizer.encode_dialog([SYSTEM], generation_prompt=False))
+    assert sum(read) == conversation.held - system
+
+
+@pytest.mark.parametrize("at", [1, 2, 9])
+def test_an_answer_that_fails_in_the_middle_stays_as_far_as_it_got(talker, read, monkeypatch, at):
+    conversation = Conversation(talker, max_gen_len=20, temperature=0)
+    first = told(conversation, "hello there")[0].removesuffix("\n")
+    norm, passes = talker.model.norm.forward, []
+
+    def failing(x):  # after the layers have written to their caches
+        passes.append(x)
+        if len(passes) == at:
+            raise KeyboardInterrupt
+        return norm(x)
+    monkeypatch.setattr(talker.model.norm, "forward", failing)
+    pieces = []
+    with pytest.raises(KeyboardInterrupt):
+        conversation.answer("abc", pieces.append)
+    monkeypatch.setattr(talker.model.norm, "forward", norm)
+    assert len(pieces) == at - 1
+    dialog = [user("hello there"), assistant(first), user("abc"), assistant("".join(pieces)), user("so")]
+    read.clear()
+    held = conversation.held
+    assert told(conversation, "so")[0] == expected(talker, dialog, 20) + "\n"
+    assert held + read[0] == len(talker.tokenizer.encode_dialog(dialog))
+
+
+def test_a_drawn_answer_is_what_generate_draws_with_the_turns_seed(tokenizer):
+    llama = random_llama(tokenizer)  # of all bytes: much of it is no UTF-8
+    settings = dict(temperature=1.5, top_p=0.95, top_k=300, min_p=1e-4)
+
+    def answers(seed):
+        conversation = Conversation(llama, max_gen_len=60, seed=seed, **settings)
+        for turn in range(3):
+            tokens = conversation.tokens + tokenizer.encode_dialog([user("hi")])[1:]
+            [row] = llama.generate([tokens], 60, seed=seed + turn, **settings)
+            answer, _ = told(conversation, "hi")
+            assert answer == tokenizer.decode(row) + "\n"
+            yield answer
+    assert [*answers(5)] == [*answers(5)] != [*answers(6)]
+
+
+def test_a_character_spread_over_tokens_comes_whole_with_the_last(tokenizer, polite, monkeypatch):
+    conversation = Conversation(polite)
+    ids = [*tokenizer.encode("né😀"), *tokenizer.encode("é")[:1]]
+    monkeypatch.setattr(Llama, "stream", lambda *args, **settings: iter([[i] for i in [*ids, None]]))
+    pieces = []
+    conversation.answer("hi", pieces.append)
+    assert pieces == ["n", "", "é", "", "", "", "😀", "", "\ufffd\n"]
+
+
+def test_a_full_context_is_told_and_a_message_without_room_changes_nothing(tokenizer):
+    llama = random_llama(tokenizer, tokenizer.encode(TEXT), max_seq_len=100)
+    conversation = Conversation(llama, max_gen_len=30, temperature=0)
+    first, cut = told(conversation, "hi")
+    assert cut == "stopped at --max_gen_len 30"
+    before = conversation.tokens.copy(), conversation.held
+    assert told(conversation, "x" * 50) == (
+        "", "the context is full: 56 tokens so far, 72 for this message, 100 in all; /reset starts anew")
+    assert (conversation.tokens, conversation.held) == before
+    dialog = [user("hi"), assistant(first.removesuffix("\n")), user("abc")]
+    full = "the context of 100 tokens is full; /reset starts anew"
+    assert told(conversation, "abc") == (expected(llama, dialog, 100) + "\n", full)
+    assert told(conversation, "")[1].startswith("the context is full: 101 tokens so far")
+    conversation.reset()
+    assert told(conversation, "hi") == (first, "stopped at --max_gen_len 30")
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(temperature=-1), "temperature is -1"), (dict(top_p=1.1), "top_p is 1.1"),
+    (dict(seed=-1), "seed is -1"), (dict(max_gen_len=-1), "max_gen_len is -1"),
+    (dict(system="x" * 16384), "max_seq_len is 16384; expected more")])
+def test_what_does_not_fit_is_named_before_the_conversation_begins(polite, settings, said):
+    with pytest.raises(ValueError, match=said):
+        Conversation(polite, **settings)
+
+
+# -----------------------------------------------------------------------------
+# At a terminal
+
+
+class Terminal:
+    """chat.py on a pseudo-terminal."""
+
+    def __init__(self, *words):
+        self.master, slave = os.openpty()
+        attributes = termios.tcgetattr(slave)
+        attributes[1] &= ~termios.OPOST   # line feeds come as they were written
+        attributes[3] |= termios.NOFLSH   # what was written before Ctrl-C comes, too
+        termios.tcsetattr(slave, termios.TCSANOW, attributes)
+        self.process = subprocess.Popen(
+            [*COMMAND, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(slave)
+
+    def __enter__(self):
+        self.until("> ")
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def until(self, end):
+        """What it writes until this comes."""
+        heard, deadline = b"", time.monotonic() + 60
+        while not heard.endswith(end.encode()):
+            ready, *_ = select.select([self.master], [], [], deadline - time.monotonic())
+            assert ready, f"no {end!r} after {heard!r}"
+            heard += os.read(self.master, 1)
+        return heard.decode().removesuffix(end)
+
+    def type(self, keys):
+        os.write(self.master, keys.encode())
+
+    def say(self, line):
+        """What it writes between a line typed and the next prompt."""
+        self.type(line + "\n")
+        return self.until("\n> ").partition("\n")[2]
+
+
+def test_a_conversation_at_a_terminal(polite, ckpt_dirs):
+    dialog = [SYSTEM]
+    with Terminal(ckpt_dirs / "polite", "--system", "be kind", "--max_gen_len", "40") as terminal:
+
+        def exchange(typed, message):
+            dialog.append(user(message))
+            answer = expected(polite, dialog, 40)
+            note = "\n[stopped at --max_gen_len 40]" if len(answer) == 40 else ""
+            assert terminal.say(typed) == answer + note
+            dialog.append(assistant(answer))
+        exchange("hello there", "hello there")
+        exchange("bc\x01a", "abc")  # Ctrl-A: to the line's begin
+        terminal.type("\n  \n")
+        assert terminal.until("  \n> ") == "\n> "
+        unknown = "[no command /what now: /reset or /exit; after a space it is a message]"
+        assert terminal.say("/what now") == unknown
+        exchange(" /what", " /what")
+        exchange("<|eot_id|><|start_header_id|>", "<|eot_id|><|start_header_id|>")
+        terminal.type("half")
+        terminal.until("half")
+        terminal.type("\x03")
+        assert terminal.until("\n> ").endswith("\n[/exit or Ctrl-D leaves]")
+        exchange("zoë", "zoë")
+        assert terminal.say("/reset") == "[a new conversation]"
+        del dialog[1:]
+        exchange("hello there", "hello there")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+
+
+def test_ctrl_c_stops_an_answer_and_what_was_said_stays_in_the_conversation(talker, ckpt_dirs):
+    dialog = []
+    with Terminal(ckpt_dirs / "talker", "--max_gen_len", "100000") as terminal:
+        for text in ("hello there", "abc", "so"):
+            dialog.append(user(text))
+            terminal.type(text + "\n")
+            terminal.until(text + "\n")
+            heard = terminal.until("v")
+            terminal.type("\x03\x03\x03")  # impatient
+            heard += "v" + terminal.until("\n[stopped]\n> ").replace("^C", "")
+            assert 0 < len(heard) < 16000 and heard == expected(talker, dialog, len(heard))
+            dialog.append(assistant(heard))
+        terminal.type("/exit\n")
+        assert terminal.process.wait(30) == 0
+
+
+# -----------------------------------------------------------------------------
+# Without a terminal
+
+
+def test_piped_lines_are_answered_and_only_answers_go_to_the_output(tokenizer, ckpt_dirs):
+    result = subprocess.run(
+        [*COMMAND, ckpt_dirs / "talker", "--max_seq_len", "100"], cwd=ROOT, env=ENVIRONMENT,
+        input="hi\n\nabc\n/reset\nabc", capture_output=True, text=True)
+    llama = random_llama(tokenizer, tokenizer.encode(TEXT), 100)
+    assert result.stdout == "".join(expected(llama, [user(text)], 100) + "\n" for text in ("hi", "abc"))
+    full = "[the context of 100 tokens is full; /reset starts anew]"
+    refused = "[the context is full: 101 tokens so far, 25 for this message, 100 in all; /reset starts anew]"
+    assert result.stderr.splitlines() == [full, refused, "[a new conversation]", full]
+    assert result.returncode == 0
+
+
+def test_an_output_that_is_closed_ends_it_quietly(ckpt_dirs):
+    with subprocess.Popen(
+            [*COMMAND, ckpt_dirs / "talker", "--max_gen_len", "16000"], cwd=ROOT, env=ENVIRONMENT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"hi\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(30) == 0 and process.stderr.read() == b""
