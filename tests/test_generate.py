@@ -1,5 +1,6 @@
 """Generation: the sampler's limits, ragged batches, stop tokens, streamed text and the sample command."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import llama31
-from llama31 import Llama, ModelArgs, Transformer, sample, sample_token, save_checkpoint
+from llama31 import Llama, ModelArgs, Transformer, sample, sample_token, save_checkpoint, split_at_stop
 from tokenizer import train_tokenizer
 
 ROOT = Path(llama31.__file__).parent
@@ -100,6 +101,103 @@ def test_the_default_stop_tokens_are_the_tokenizers(tokenizer, monkeypatch):
     assert llama.generate([[1]], 5, temperature=0) == [[0] * 5]
 
 
+def full_logprobs(llama, row):
+    """The log-probability of each token of a row after the first, by the full forward pass."""
+    logits = llama.model(torch.tensor([row[:-1]]))[0]
+    return logits.log_softmax(-1)[range(len(row) - 1), row[1:]]
+
+
+@pytest.mark.parametrize("limits", [dict(temperature=0), dict(temperature=1.5, top_p=0.5, top_k=7)], ids=str)
+def test_log_probabilities_are_those_of_a_full_forward(limits):
+    llama, settings = random_llama(), dict(limits, seed=3)
+    prompts = [[1], [5, 6, 7, 8, 9], [3, 0, 0]]
+    rows, logprobs = llama.generate(prompts, 12, logprobs=True, **settings)
+    echoed, all_logprobs = llama.generate(prompts, 12, logprobs=True, echo=True, **settings)
+    assert rows == llama.generate(prompts, 12, **settings)
+    assert echoed == [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
+    for prompt, row, some, every in zip(prompts, echoed, logprobs, all_logprobs, strict=True):
+        assert len(every) == len(row) == len(prompt) + len(some)
+        expected = full_logprobs(llama, row)
+        bound = 1e-5 * expected.abs().max()
+        assert every[0] == 0 and (torch.tensor(every[1:]) - expected).abs().max() <= bound
+        assert (torch.tensor(some) - expected[len(prompt) - 1:]).abs().max() <= bound
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 5, 6, 17, 64])
+def test_a_prompt_read_in_chunks_has_the_logits_of_one_pass(tokens_at_once, monkeypatch):
+    llama = random_llama()
+    rows = [list(range(1, 41)), [4], list(range(60, 90)), list(range(7, 19))]
+    width, lengths = 40, [len(row) for row in rows]
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    widths, trunk = [], llama.model.trunk
+    monkeypatch.setattr(llama.model, "trunk", lambda x, *args: widths.append(x.numel()) or trunk(x, *args))
+
+    def read():
+        with torch.inference_mode():
+            return llama.model.forward_cached(tokens, [0] * 4, llama.new_caches(4), [n - 1 for n in lengths])
+    once = read()
+    assert widths == [4 * width]
+    monkeypatch.setattr(llama31, "PREFILL_TOKENS", tokens_at_once)
+    widths.clear()
+    chunked = read()
+    assert sum(widths) == 4 * width and max(widths) == 4 * max(1, tokens_at_once // 4)
+    assert (chunked - once).abs().max() <= 1e-5 * once.abs().max()
+    for row, logits in zip(rows, chunked, strict=True):
+        full = llama.model(torch.tensor([row]))[0, -1]
+        assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+def test_caches_that_hold_the_beginning_are_not_read_again_and_change_nothing(monkeypatch):
+    llama, read = random_llama(), []
+    trunk = llama.model.trunk
+    monkeypatch.setattr(llama.model, "trunk", lambda x, *args: read.append(x.numel()) or trunk(x, *args))
+    settings = dict(temperature=1.0, stop_tokens=[])
+    caches, tokens, held = llama.new_caches(1), [5, 6, 7], 0
+    for turn in ([], [9, 10], [4]):
+        tokens += turn
+        expected = llama.generate([tokens], 6, seed=len(tokens), **settings)[0]
+        read.clear()
+        answer = []
+        for [token] in llama.stream([tokens + answer], 6, seed=len(tokens), caches=caches, start_pos=[held],
+                                    **settings):
+            answer.append(token)
+        assert answer == expected and read == [len(tokens) - held, 1, 1, 1, 1, 1]
+        tokens += answer
+        held = len(tokens) - 1
+    with pytest.raises(ValueError, match="start_pos is 3 for prompt 0; expected 0 to 2"):
+        llama.generate([[1, 2, 3]], 5) and next(llama.stream([[1, 2, 3]], 5, caches=caches, start_pos=[3]))
+
+
+def test_an_exception_in_the_middle_leaves_the_model_usable(monkeypatch):
+    llama = random_llama()
+    expected = llama.generate([[1, 2], [3]], 9, seed=5)
+    forward, calls = llama.model.layers[1].forward, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(*args)
+    monkeypatch.setattr(llama.model.layers[1], "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate([[1, 2], [3]], 9, seed=5)
+    assert llama.generate([[1, 2], [3]], 9, seed=5) == expected
+
+
+def test_generation_ends_when_all_rows_have_stopped_and_finished_rows_do_not_grow(monkeypatch):
+    llama = random_llama()
+    free = llama.generate([[1], [5, 6], [3, 0, 0]], 20, temperature=0)
+    stops = [free[0][2], free[1][4], free[2][9]]
+    steps, forward = [], llama.model.forward_cached
+    monkeypatch.setattr(llama.model, "forward_cached",
+                        lambda tokens, start, *rest: steps.append(start) or forward(tokens, start, *rest))
+    rows = llama.generate([[1], [5, 6], [3, 0, 0]], 20, temperature=0, stop_tokens=stops)
+    assert rows == [row[:min(row.index(s) for s in stops if s in row)] for row in free]
+    assert len(steps) == 1 + max(map(len, rows))
+    for i, (length, row) in enumerate(zip([1, 2, 3], rows, strict=True)):
+        assert steps[-1][i] == length + len(row) - 1
+
+
 @pytest.mark.parametrize("prompts, settings, said", [
     ([[]], {}, "prompt 0 has 0 tokens"), ([[1], [1] * 64], {}, "prompt 1 has 64 tokens; expected 1 to 63"),
     ([], {}, "0 prompts"), ([[1]] * 33, {}, "33 prompts; expected 1 to 32"),
@@ -132,15 +230,75 @@ def test_a_character_spread_over_tokens_comes_whole_with_the_last(tokenizer, mon
     assert [piece for piece, in llama.stream_text(["x"])] == ["n", "", "é", "", "", "", "😀", "", "\ufffd"]
 
 
+@pytest.mark.parametrize("stop, expected", [
+    ("cat", "a "), (["t sat", "mat"], "a ca"), ("nowhere", "a cat sat on a mat"), ([], "a cat sat on a mat"),
+    (["sat on a mat and more"], "a cat sat on a mat"), (["at sat", "a"], ""), (["mat"], "a cat sat on a "),
+    (["cat sat", "at"], "a c"), (["on a", "n"], "a cat sat o"), (["t ", "at "], "a c")])
+def test_a_stop_text_ends_the_text_before_it_however_it_is_cut(stop, expected):
+    text = "a cat sat on a mat"
+    stop = [stop] if isinstance(stop, str) else stop
+    for size in range(1, len(text) + 1):
+        shown, held, stopped = "", "", False
+        for begin in range(0, len(text), size):
+            piece, held, stopped = split_at_stop(held + text[begin:begin + size], stop, False)
+            shown += piece
+            if stopped:
+                break
+            assert not any(s in shown + held for s in stop)
+        else:
+            piece, held, stopped = split_at_stop(held, stop, True)
+            shown += piece
+        assert shown == expected and held == "" and stopped == any(s in text for s in stop)
+
+
+def test_text_completion_ends_before_a_stop_text_that_spans_tokens(tokenizer):
+    llama = random_llama(tokenizer, vocab_size=520)
+    prompts, settings = ["once", "a cat", "time"], dict(temperature=1.0, seed=3, stop_tokens=[])
+    texts = [c["generation"] for c in llama.text_completion(prompts, 30, **settings)]
+    row = llama.generate([tokenizer.encode(prompts[0], bos=True)], 30, **settings)[0]
+    stop = tokenizer.decode(row[4:7])[1:-1]
+    expected = [text.split(stop)[0] for text in texts]
+    assert expected[0] == tokenizer.decode(row[:4]) + tokenizer.decode(row[4:7])[0]
+    assert [c["generation"] for c in llama.text_completion(prompts, 30, stop=stop, **settings)] == expected
+    assert "".join(p[0] for p in llama.stream_text(prompts[:1], 30, stop=[stop], **settings)) == expected[0]
+    assert llama.stats["decode"][0] <= 6  # nothing is generated for no one
+    for wrong in ("", ["a", ""]):
+        with pytest.raises(ValueError, match="expected texts of at least one character"):
+            llama.text_completion(prompts, 30, stop=wrong)
+
+
+def test_chat_completion_answers_each_dialog_as_if_alone(tokenizer):
+    llama = random_llama(tokenizer, vocab_size=520, max_seq_len=300)
+    dialogs = [[{"role": "user", "content": "a cat"}],
+               [{"role": "system", "content": "be a cat"}, {"role": "user", "content": "once"},
+                {"role": "assistant", "content": "upon"}, {"role": "user", "content": "<|eot_id|>"}]]
+    answers = llama.chat_completion(dialogs, 20, temperature=1.0, seed=8)
+    for i, dialog in enumerate(dialogs):
+        [row] = llama.generate([tokenizer.encode_dialog(dialog)], 20, temperature=1.0, seed=8 + i)
+        assert answers[i] == {"generation": {"role": "assistant", "content": tokenizer.decode(row)}}
+
+
 def test_sample_prints_each_prompt_with_its_completion(ckpt_dir, tokenizer, tmp_path, capsys):
     llama = Llama.build(ckpt_dir, device="cpu")
     settings = dict(max_gen_len=12, temperature=0.8, seed=5)
     expected = [c["generation"] for c in llama.text_completion(["a cat", "once"], echo=True, **settings)]
     (tmp_path / "prompts.txt").write_text("a cat\nonce\n")
     sample(ckpt_dir=ckpt_dir, prompt_file=tmp_path / "prompts.txt", device="cpu", **settings)
-    assert capsys.readouterr().out == "\n\n".join(expected) + "\n"
+    printed = capsys.readouterr()
+    assert printed.out == "\n\n".join(expected) + "\n"
+    assert re.fullmatch(r"prefill 8 tokens at [\d.,]+/s, decode 22 tokens at [\d.,]+/s\n", printed.err)
     sample(ckpt_dir=ckpt_dir, prompt="a cat", device="cpu", **settings)
     assert capsys.readouterr().out == expected[0] + "\n"
+    sample(ckpt_dir=ckpt_dir, prompt="a cat", stop=expected[0][8:10], device="cpu", **settings)
+    assert capsys.readouterr().out == expected[0].split(expected[0][8:10])[0] + "\n"
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly(ckpt_dir):
+    words = f"{sys.executable} llama31.py --ckpt_dir {ckpt_dir} --device cpu --max_gen_len 60 | head -c 5"
+    result = subprocess.run(["bash", "-c", f"{words}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, text=True,
+                            capture_output=True)
+    assert result.stdout == "Once " and "Error" not in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 0
 
 
 def test_sample_takes_the_checkpoint_last_written_under_out(ckpt_dir, tmp_path, monkeypatch, capsys):
