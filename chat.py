@@ -77,6 +77,21 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+def read_line():
+    """input(), but Ctrl-C works at once also where it comes right before the wait for keys.
+
+    Python looks for signals when one interrupts that wait, so a timer does.
+    """
+    if not hasattr(signal, "setitimer"):  # Windows
+        return input("> ")
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # seconds
+    try:
+        return input("> ")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def note(text):
     """Tells the user what isn't an answer."""
     print(f"[{text}]", file=sys.stderr, flush=True)
@@ -107,7 +122,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         try:
             if terminal:
                 signal.signal(signal.SIGINT, interrupt)
-            line = input("> " if terminal else "")
+            line = read_line() if terminal else input()
             command = line.strip()
             if command == "/exit":
                 return
