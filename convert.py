@@ -178,7 +178,7 @@ def with_hidden_dim(args, hidden_dim):
              if p["dim"] == args.dim]
     rules += [(256, None), *((2 ** k, None) for k in reversed(range(12)))]
     if type(hidden_dim) is int and hidden_dim > 0:
-        for multiple_of, multiplier in [*rules, (1, (hidden_dim + 0.5) * 3 / (8 * args.dim))]:
+        for multiple_of, multiplier in [*rules, (1, (hidden_dim + 0.5) / int(8 * args.dim / 3))]:
             found = dataclasses.replace(args, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
             if found.hidden_dim == hidden_dim:
                 return found
@@ -190,7 +190,8 @@ def write_config(folder, args, dtype, ids):
     rope = {"rope_type": "llama3", "factor": args.rope_scale_factor, **LLAMA3_ROPE}
     write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", {
-        "architectures": ["LlamaForCausalLM"], "torch_dtype": str(dtype).removeprefix("torch."), **LLAMA, **ids,
+        "architectures": ["LlamaForCausalLM"], **LLAMA, **ids,
+        "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs: getattr(args, ours) for ours, (theirs, _) in FIELDS.items()},
         "head_dim": args.head_dim, "intermediate_size": args.hidden_dim, "rope_theta": args.rope_theta,
         "rope_scaling": rope if args.use_scaled_rope else None})
