@@ -9,7 +9,9 @@ S cached and new tokens, H query heads, K key/value heads, D head dimension, V v
 """
 
 import codecs
+import contextlib
 import dataclasses
+import datetime
 import functools
 import glob
 import itertools
@@ -17,8 +19,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +31,15 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
@@ -189,12 +200,18 @@ class KVCache:
     def update(self, k, v, positions, S):
         """Writes k and v (B, T, K, D) at positions (B, T); returns the first S of both, (B, S, K, D)."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[rows, positions] = k
-        self.v[rows, positions] = v
-        return self.k[:, :S], self.v[:, :S]
+        self.k[rows, positions] = k.to(self.k.dtype)  # which differs while FSDP trains
+        self.v[rows, positions] = v.to(self.v.dtype)
+        return self.k[:, :S].to(k.dtype), self.v[:, :S].to(v.dtype)
 
 # -----------------------------------------------------------------------------
 # Transformer
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Uncompiled, flex attention computes all T x S scores."""
+    return torch.compile(flex_attention)
 
 
 class Attention(nn.Module):
@@ -211,16 +228,22 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cached=None):
         """x (B, T, dim) -> the same shape.
 
-        mask: (B, 1, T, S), True where attended; None: causal, or one new token that sees all. cached: a
-        function that stores the new keys and values, and returns them with those before.
+        mask: (B, 1, T, S), True where attended, or flex attention's BlockMask; None: causal, or one new
+        token that sees all. cached: a function that stores the new keys and values, and returns them with
+        those before.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, T, H, D), (B, T, K, D)
         if cached is not None:
             k, v = cached(k, v)  # (B, S, K, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
-                                           enable_gqa=q.size(1) != k.size(1))
+        gqa = q.size(1) != k.size(1)
+        if isinstance(mask, BlockMask):
+            attend = compiled_flex_attention() if q.is_cuda else flex_attention
+            y = attend(q, k, v, block_mask=mask, enable_gqa=gqa)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa,
+                                               is_causal=mask is None and q.size(2) > 1)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
 
@@ -258,6 +281,57 @@ def counted(targets, bos_id=None):
     return kept if bos_id is None else kept & (targets != bos_id)
 
 
+def document_mask(tokens, bos_id):
+    """What hides each document, from bos_id on, of tokens (B, T) from the next; None where causality does.
+
+    A BlockMask for flex attention on cuda, elsewhere (B, 1, T, T), as flex attention can't train there.
+    """
+    document = (tokens == bos_id).cumsum(1)  # (B, T)
+    if (document == document[:, :1]).all():
+        return None
+
+    def attended(b, h, i, j):
+        return (document[b, i] == document[b, j]) & (i >= j)
+    B, T = tokens.shape
+    if tokens.is_cuda:
+        return create_block_mask(attended, B, None, T, T, device=tokens.device)
+    rows, columns = torch.arange(T)[:, None], torch.arange(T)
+    return attended(torch.arange(B)[:, None, None], None, rows, columns)[:, None]
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of x (N, dim) @ weight (V, dim).T's cross entropies against targets (N,), in float32.
+
+    Logits are many times larger than all else here, so only LOGITS_AT_ONCE of them exist at a time, and the
+    gradients are made along with the loss. dtype: of the products. Targets of -100 don't count.
+    """
+    LOGITS_AT_ONCE = 2**25
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_gradients):
+        w, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), None, None
+        if with_gradients:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in torch.arange(len(x)).split(max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // len(w))):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            h, kept = x[rows].to(dtype), (targets[rows] != -100)[:, None]
+            index = targets[rows, None].clamp(min=0)
+            logprobs = (h @ w.T).float().log_softmax(-1)
+            total -= (logprobs.gather(1, index) * kept).sum()
+            if with_gradients:
+                d = logprobs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+                d = (d * kept).to(dtype)
+                dx[rows] = d @ w
+                dweight += d.T @ h
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return grad * dx, grad * dweight, None, None, None
+
+
 PREFILL_TOKENS = 4096  # read at once, all rows together
 
 
@@ -273,6 +347,7 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.tie()
         self.rope_frequencies = rope_frequencies(args)  # no buffer: .to(bfloat16) must not round it
+        self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
         self.init_weights()
 
     def tie(self):
@@ -281,20 +356,22 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self, generator=None):
+        for name, p in self.named_parameters():
+            self.init_weight(name, p, generator)
+
+    @torch.no_grad()
+    def init_weight(self, name, p, generator=None):
         """Embeddings of length one, matrices of half that scale, less where a layer adds to the stream.
 
-        At GPT-2's widths this is about its 0.02.
+        At GPT-2's widths this is about its 0.02. Returns p, the parameter of that name or a stand-in.
         """
         scale = self.args.dim ** -0.5
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                nn.init.ones_(p)
-            elif name.startswith(("tok_embeddings", "output")):
-                nn.init.normal_(p, std=scale, generator=generator)
-            else:
-                residual = name.endswith(("wo.weight", "w2.weight"))
-                shrink = math.sqrt(2 * self.args.n_layers) if residual else 1
-                nn.init.normal_(p, std=scale / 2 / shrink, generator=generator)
+        if p.dim() == 1:
+            return p.fill_(1)
+        if name.startswith(("tok_embeddings", "output")):
+            return p.normal_(std=scale, generator=generator)
+        shrink = math.sqrt(2 * self.args.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 1
+        return p.normal_(std=scale / 2 / shrink, generator=generator)
 
     def trunk(self, tokens, positions, mask=None, cached=None):
         """tokens (B, T) at positions (B or 1, T) -> normalized hidden states (B, T, dim)."""
@@ -302,7 +379,10 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()  # (B or 1, T, 1, D/2)
         x = self.tok_embeddings(tokens)
         for layer, layer_cached in zip(self.layers, cached or [None] * len(self.layers), strict=True):
-            x = layer(x, cos, sin, mask, layer_cached)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, mask, layer_cached)
         return self.norm(x)
 
     def forward(self, tokens, targets=None, bos_id=None):
@@ -318,16 +398,13 @@ class Transformer(nn.Module):
         bos_id: documents begin at this token and don't see each other; predicting it does not count.
         """
         positions = torch.arange(inputs.size(1), device=inputs.device)[None]
-        mask = None
-        if bos_id is not None:
-            document = (inputs == bos_id).cumsum(1)  # (B, T)
-            if (document != document[:, :1]).any():
-                causal = positions[0][:, None] >= positions[0]
-                mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # (B, 1, T, T)
+        x = self.trunk(inputs, positions, None if bos_id is None else document_mask(inputs, bos_id))
         kept = counted(targets, bos_id)
-        targets = targets.masked_fill(~kept, -100)
-        logits = self.output(self.trunk(inputs, positions, mask)).float()
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        total = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.output.weight,
+                                          targets.masked_fill(~kept, -100).flatten(), dtype,
+                                          torch.is_grad_enabled())
         return total / kept.sum().clamp(min=1)
 
     def forward_cached(self, tokens, start_pos, caches, last):
@@ -357,6 +434,13 @@ class Transformer(nn.Module):
                 if begin <= last[b] < end:
                     hidden[b] = x[b, last[b] - begin]
         return self.output(torch.stack(hidden)).float()
+
+    def flops_per_token(self, seq_len):
+        """Floating-point operations of training on a token: 6 a weight, and causal attention's."""
+        weights = sum(p.numel() for p in self.parameters())  # the embedding is looked up, not multiplied
+        if not self.args.tie_word_embeddings:
+            weights -= self.tok_embeddings.weight.numel()
+        return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.dim
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it."""
@@ -455,33 +539,50 @@ def check_memory(what, num_bytes, device):
                          "take a smaller dtype, max_seq_len, batch or model")
 
 
+def checkpoint_tensors(args, pieces):
+    """Yields (name, tensor) of open_checkpoint's pieces, merged one at a time; a tied output not at all."""
+    for name in pieces:
+        if name != "output.weight" or not args.tie_word_embeddings:
+            yield name, merge_pieces(name, pieces[name])
+
+
+def load_weights(model, tensors, device, dtype):
+    """Gives a model on the meta device its weights, from (name, tensor) pairs, one at a time.
+
+    Of a sharded model each rank keeps its shard, so that no more than one tensor is ever whole.
+    """
+    layout, state = model.state_dict(), {}
+    for name, tensor in tensors:
+        if isinstance(layout[name], DTensor):
+            tensor = distribute_tensor(tensor, layout[name].device_mesh, layout[name].placements,
+                                       src_data_rank=None)  # every rank has the same tensor: nothing is sent
+        state[name] = tensor.to(device, dtype, copy=isinstance(tensor, DTensor))  # frees the whole one
+    if model.args.tie_word_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie()  # assign gives each name a parameter of its own
+
+
 def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
     """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
 
     On the CPU and in the stored dtype, weights of a single file stay memory-mapped.
     """
     args, pieces = open_checkpoint(ckpt_dir)
-    if args.tie_word_embeddings:
-        del pieces["output.weight"]
     dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
-    count = sum(piece.numel() for name in pieces for piece in pieces[name])
-    check_memory(f"the weights of {ckpt_dir}", count * dtype.itemsize, torch.device(device))
-    state = {}
-    for name in list(pieces):  # one at a time: what was merged or converted is free before the next
-        state[name] = merge_pieces(name, pieces.pop(name)).to(device, dtype)
     with torch.device("meta"):
         model = Transformer(args)
-    if args.tie_word_embeddings:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    model.load_state_dict(state, assign=True)
-    model.tie()  # assign gives each name a parameter of its own
+    num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    check_memory(f"the weights of {ckpt_dir}", num_bytes, torch.device(device))
+    load_weights(model, checkpoint_tensors(args, pieces), device, dtype)
     return model.eval()
 
 
-def save_checkpoint(path, args, state, tokenizer_path=None, training_state=None):
+def save_checkpoint(path, args, state, tokenizer_path=None, progress=None, optimizer_dir=None):
     """Writes a checkpoint directory, Meta's, which appears under its name when complete.
 
-    state: name -> tensor. training_state: what resuming needs, goes inside too.
+    state: name -> tensor. progress, optimizer_dir: what resuming needs, a dictionary that is written and a
+    folder that is moved inside.
     """
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -490,12 +591,14 @@ def save_checkpoint(path, args, state, tokenizer_path=None, training_state=None)
         (part / "params.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, part / "tokenizer.model")
-        for name, content in (("consolidated.00.pth", state), ("training_state.pt", training_state)):
+        for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):
             if content is not None:
                 with open(part / name, "wb") as file:
                     torch.save(content, file)
                     file.flush()
                     os.fsync(file.fileno())
+        if optimizer_dir is not None:
+            os.replace(optimizer_dir, part / "optimizer")
         os.replace(part, path)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
@@ -513,6 +616,14 @@ def checkpoints_of_run(out_dir):
     """The checkpoint directories that training has left in out_dir, by step."""
     found = [path for path in Path(out_dir).glob("step_*") if path.name.removeprefix("step_").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def drop_checkpoints(out_dir, keep):
+    """Removes a run's checkpoint directories but for the newest few; none is ever there in part."""
+    for path in checkpoints_of_run(out_dir)[:-keep]:
+        part = f"{path}.part"
+        os.replace(path, part)
+        shutil.rmtree(part)
 
 # -----------------------------------------------------------------------------
 # Sampling
@@ -856,15 +967,20 @@ class DistributedShardedDataLoader:
 # Distributed
 
 
-def join_process_group(device):
-    """(rank, world_size, device) of this process, in torchrun's group; without torchrun it is alone."""
+def join_process_group(device, needed=False):
+    """(rank, world_size, device) of this process, in torchrun's group; without torchrun it is alone.
+
+    A process that is alone joins a group only where needed. ValueError where there is no torchrun then.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
     if device == torch.device("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
+    if needed and "RANK" not in os.environ:
+        raise ValueError("--fsdp spreads a model over processes; start them with torchrun")
+    if (world_size > 1 or needed) and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
 
@@ -876,6 +992,60 @@ def sum_over_ranks(values, device):
     sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def shard_parameters(model, dtype):
+    """Spreads weights, gradients and optimizer over the ranks, which gather one block at a time (FSDP2).
+
+    dtype: in which they gather and compute; gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    register_fsdp_forward_method(model, "forward_cached")
+
+
+def whole_weights(model):
+    """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
+    state = {}
+    for name, p in model.state_dict().items():
+        p = p.full_tensor().cpu() if isinstance(p, DTensor) else p
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            state[name] = p
+    if state and model.args.tie_word_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    return state
+
+
+def save_training(path, model, optimizer, tokenizer_path, progress):
+    """Writes a checkpoint directory from which training resumes; every rank takes part.
+
+    The optimizer's state goes through torch.distributed.checkpoint, each rank writing its own part of it.
+    """
+    is_master = not dist.is_initialized() or dist.get_rank() == 0
+    optimizer_dir = path.parent / "optimizer.part"
+    if is_master:
+        shutil.rmtree(optimizer_dir, ignore_errors=True)
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    with warnings.catch_warnings(action="ignore"):  # it warns of a process that is alone
+        dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
+    weights = whole_weights(model)
+    if is_master:
+        save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
+
+
+def load_optimizer(path, model, optimizer):
+    """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is."""
+    state = get_optimizer_state_dict(model, optimizer)  # of zeros, filled in place
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state["state"], checkpoint_id=path, no_dist=not dist.is_initialized())
+    except Exception as error:  # of many kinds, as are the ways to be damaged
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint ({reason})"
+                         ) from error
+    set_optimizer_state_dict(model, optimizer, state)
 
 # -----------------------------------------------------------------------------
 # Training
@@ -900,19 +1070,22 @@ def next_batch(loader, vocab_size, device):
 
 @torch.no_grad()
 def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
-    """(nats per counted target, bits per UTF-8 byte) over the first batches of every rank.
+    """(nats per counted target, bits per UTF-8 byte) over the first batches of every rank, no window twice.
 
     byte_lengths: (V,) the UTF-8 bytes of each id, 0 for special tokens.
     """
     nats = count = num_bytes = 0
     loader.reset()
     for _ in range(steps):
+        first = loader.counter + loader.rank * loader.B
         inputs, targets = next_batch(loader, len(byte_lengths), byte_lengths.device)
-        n = int(counted(targets, bos_id).sum())
+        targets[max(0, loader.num_windows - first):] = -100  # where the numbers have come round
+        kept = counted(targets, bos_id)
+        n = int(kept.sum())
         with autocast:
             nats += float(model(inputs, targets, bos_id)) * n
         count += n
-        num_bytes += int(byte_lengths[targets].sum())
+        num_bytes += int(byte_lengths[targets[kept]].sum())
     nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
     return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)
 
@@ -924,12 +1097,38 @@ def entropy_floor(folder):
 
 
 def cut_log(path, last_step):
-    """Leaves in a log the complete lines of steps up to last_step; makes it where there is none."""
+    """Leaves in a log the complete lines of steps up to last_step; returns the last one's step, or 0."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
     part = path.with_name(f"{path.name}.part")
     part.write_text("".join(kept))
     os.replace(part, path)
+    return json.loads(kept[-1])["step"] if kept else 0
+
+
+def prepare_folder(out_dir, last_step):
+    """Makes out_dir, or frees it of what a killed run left after last_step; see cut_log."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for part in out_dir.glob("*.part"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    return cut_log(out_dir / "log.jsonl", last_step)
+
+
+def report(record, out_dir, bar, floor, tokens_left):
+    """Writes a step's line to log.jsonl, and shows it beside the bar, or as a line where there is none."""
+    with open(out_dir / "log.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+    line = (f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, norm {record['grad_norm']:.2f}, "
+            f"{record['tokens_per_s']:,} tokens/s, MFU {record['mfu']:.0%}, {record['memory'] / 1e9:.1f} GB")
+    if bar.disable:
+        left = datetime.timedelta(seconds=tokens_left // max(record["tokens_per_s"], 1))
+        print(f"step {record['step']}: {line}, {left} left", file=sys.stderr)
+    else:
+        bar.set_postfix_str(line)
+    if "val_bpb" in record:
+        bar.write(f"step {record['step']}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} "
+                  f"nats per token, {record['val_bpb']:.3f} bits per byte"
+                  + (f" (floor {floor:.3f})" if floor else ""))
 
 
 def plot_losses(out_dir, floor):
@@ -957,6 +1156,120 @@ def plot_losses(out_dir, floor):
     os.replace(part, out_dir / "loss.png")
 
 
+def measured_peak(device, dtype):
+    """FLOP/s of large matrix products on a device: what MFU is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, seconds = torch.ones(n, n, dtype=dtype, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the result
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def used_memory(device):
+    """Bytes: the most that this process has taken of a GPU so far, or what it now has of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that takes the name of a SIGTERM or Ctrl-C, so that a step can be finished and saved.
+
+    Without torchrun, which passes some on twice, a second one acts as usual.
+    """
+    noted, usual = [], {}
+
+    def note(number, frame):
+        noted.append(signal.Signals(number).name)
+        if not dist.is_initialized():
+            signal.signal(number, usual[number])
+    if threading.current_thread() is threading.main_thread():  # in others Python does not allow it
+        usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def training_source(saved, ckpt_dir, preset, tokenizer_path):
+    """(tokenizer, ModelArgs, name -> pieces) of what training begins with; the last is None from scratch.
+
+    saved: the run's newest checkpoint, or None. ValueError where nothing is given, or another architecture
+    than the run has.
+    """
+    source = saved or ckpt_dir
+    if ckpt_dir is not None and preset is not None:
+        raise ValueError("found --ckpt_dir and --preset; expected one of them")
+    if source is None and (preset is None or tokenizer_path is None):
+        raise ValueError("found neither --ckpt_dir, to finetune, nor both --preset and --tokenizer_path, to "
+                         "train from scratch")
+    if preset not in (None, *PRESETS):
+        raise ValueError(f"preset is {preset}; expected one of {', '.join(PRESETS)}")
+    tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
+    asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
+    args, pieces = open_checkpoint(source) if source else (asked, None)
+    if saved and ckpt_dir:
+        asked = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
+    for field in dataclasses.fields(args) if asked else ():
+        found, expected = getattr(args, field.name), getattr(asked, field.name)
+        if found != expected and field.name not in ("max_seq_len", "tie_word_embeddings"):
+            raise ValueError(f"{source} has {field.name} {found}, but {expected} is asked for; resume "
+                             "without --preset and --ckpt_dir, or give another --out_dir")
+    check_vocabulary(tokenizer, args)
+    return tokenizer, args, pieces
+
+
+def training_model(args, pieces, seed, device, dtype, fsdp):
+    """The model with float32 weights, of a checkpoint's pieces or drawn with a seed; with fsdp in shards."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    num_bytes = 16 * sum(p.numel() for p in model.parameters()) / (dist.get_world_size() if fsdp else 1)
+    if device.type == "cpu":  # which the processes of a machine share
+        num_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check_memory("weights, gradients and AdamW's averages", num_bytes, device)
+    if fsdp:
+        shard_parameters(model, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
+             for name, p in model.named_parameters())
+    load_weights(model, checkpoint_tensors(args, pieces) if pieces else drawn, device, torch.float32)
+    return model
+
+
+def check_training_flags(flags):
+    """ValueError names a flag that is out of range."""
+    least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
+                 warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
+                 sample_interval=0, save_interval=0, keep=1)
+    for name, minimum in least.items():
+        if flags[name] is not None and not minimum <= flags[name] < math.inf:
+            raise ValueError(f"{name} is {flags[name]}; expected at least {minimum}")
+    if choose_dtype(flags["dtype"]) not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {flags['dtype']}; training takes float32 or bfloat16, as float16 "
+                         "underflows")
+
+
+def training_loaders(train_data, val_data, *settings, shuffle, seed):
+    """The loaders of both splits, which share no file; settings: B, T, rank and number of processes."""
+    loader = DistributedShardedDataLoader(train_data, *settings, shuffle, seed)
+    val_loader = DistributedShardedDataLoader(val_data, *settings)
+    if shared := set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files)):
+        raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
+    return loader, val_loader
+
+
+def check_disk(folder, num_bytes):
+    """ValueError where a file system has less room than that."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < num_bytes:
+        raise ValueError(f"a checkpoint takes {num_bytes / 1e9:.2f} GB, {there} has {free / 1e9:.2f} GB "
+                         "free; make room or give another --out_dir")
+
+
 def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           val_data: str = "tinystories/TinyStories_val.bin", out_dir: str = "out/train",
           preset: str | None = None, ckpt_dir: str | None = None, tokenizer_path: str | None = None,
@@ -965,8 +1278,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           warmup_steps: int = 10, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
           grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 20, sample_interval: int = 0,
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
-          shuffle: bool = False, doc_mask: bool = True, device: str | None = None, dtype: str = "bfloat16",
-          compile: bool = False):
+          shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
+          fsdp: bool = False, device: str | None = None, dtype: str = "bfloat16", compile: bool = False):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
     train_data, val_data: patterns of .bin shards. out_dir: takes log.jsonl, loss.png and the checkpoints.
@@ -974,131 +1287,120 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     batch_size: windows of seq_len tokens that a process computes at once. total_batch_tokens: those of a
     step, over all processes and accumulated micro-batches; None: one micro-batch. steps: the total; None: as
     many as the epochs take. min_lr: where the cosine ends; None: a tenth of lr. grad_clip: the largest norm,
-    0 for any. eval_steps: batches of an evaluation, 0 for all whole ones. sample_interval, save_interval:
-    in steps, 0 for never; the last step is always saved. keep: how many checkpoints stay. resume: go on from
-    out_dir's newest, if there is one. doc_mask: documents don't see each other. dtype: of the computation;
-    weights, optimizer and sums are float32. compile: the blocks, with torch.compile.
+    0 for any. eval_steps: batches of an evaluation, 0 for all. sample_interval, save_interval: in steps, 0
+    for never; the last step is always saved, and one that SIGTERM or Ctrl-C ends. keep: how many checkpoints
+    stay. resume: go on from out_dir's newest, if there is one. doc_mask: documents don't see each other.
+    activation_checkpointing: computes each block twice and keeps less. fsdp: the processes share out weights
+    and optimizer, else each has all. dtype: of the computation; weights, optimizer and sums are float32.
+    compile: the blocks, with torch.compile.
     """
-    least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
-                 warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
-                 sample_interval=0, save_interval=0, keep=1)
-    flags = locals()
-    for name, minimum in least.items():
-        if flags[name] is not None and not minimum <= flags[name] < math.inf:
-            raise ValueError(f"{name} is {flags[name]}; expected at least {minimum}")
-    dtype = choose_dtype(dtype)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype is {dtype}; training takes float32 or bfloat16, as float16 underflows")
-    if ckpt_dir is not None and preset is not None:
-        raise ValueError("found --ckpt_dir and --preset; expected one of them")
-    min_lr = lr / 10 if min_lr is None else min_lr
-    rank, world_size, device = join_process_group(device)
+    check_training_flags(locals())
+    dtype, out_dir = choose_dtype(dtype), Path(out_dir)
+    rank, world_size, device = join_process_group(device, needed=fsdp)
     is_master = rank == 0
-    out_dir = Path(out_dir)
     saved = checkpoints_of_run(out_dir)
     if not resume and (saved or (out_dir / "log.jsonl").exists()):
         raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts anew")
+    tokenizer, args, pieces = training_source(saved[-1] if saved else None, ckpt_dir, preset, tokenizer_path)
+    args.max_seq_len = max(args.max_seq_len, seq_len)
 
-    source = saved[-1] if saved else ckpt_dir
-    if source is None and (preset not in PRESETS or tokenizer_path is None):
-        raise ValueError("expected --ckpt_dir to finetune, or --tokenizer_path and --preset to train from "
-                         f"scratch; found preset {preset} (known: {', '.join(PRESETS)})")
-    tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
-    if source is None:
-        with torch.device("meta"):
-            model = Transformer(ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words))
-        model.to_empty(device=device).tie()
-        model.init_weights(torch.Generator(device).manual_seed(seed))
-    else:
-        model = load_checkpoint(source, device, torch.float32).train()
-    check_vocabulary(tokenizer, model.args)
-    model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
-    optimizer = model.configure_optimizers(lr, weight_decay, betas)
-
-    loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
-    val_loader = DistributedShardedDataLoader(val_data, batch_size, seq_len, rank, world_size)
-    if shared := set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files)):
-        raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
+    loader, val_loader = training_loaders(train_data, val_data, batch_size, seq_len, rank, world_size,
+                                          shuffle=shuffle, seed=seed)
     micro_batch_tokens = batch_size * seq_len * world_size
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
     if total_batch_tokens % micro_batch_tokens:
         raise ValueError(f"total_batch_tokens is {total_batch_tokens}; expected a multiple of batch_size * "
                          f"seq_len * processes = {micro_batch_tokens}")
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
-    val_batches = max(1, val_loader.num_windows // (batch_size * world_size))
+    val_batches = math.ceil(val_loader.num_windows / (batch_size * world_size))
     eval_steps = min(eval_steps or val_batches, val_batches)
-    done = 0
-    if saved:
-        state = load_file(source / "training_state.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        loader.load_state_dict(state["loader"])
-        done = state["step"]
 
-    bos_id = tokenizer.bos_id if doc_mask else None
-    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
-    floor = entropy_floor(Path(val_loader.files[0]).parent)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    model = training_model(args, pieces, seed, device, dtype, fsdp)
+    model.activation_checkpointing = activation_checkpointing
+    num_parameters = sum(p.numel() for p in model.parameters())
+    check_disk(out_dir, 12 * num_parameters)  # weights and AdamW's two averages
+    optimizer = model.configure_optimizers(lr, weight_decay, betas)
+    progress = dict(step=0)
+    if saved:
+        progress = load_file(saved[-1] / "progress.pt")
+        load_optimizer(saved[-1] / "optimizer", model, optimizer)
+        loader.load_state_dict(progress["loader"])
     if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
     elif compile:
         for layer in model.layers:  # one block, compiled once, serves all layers
             layer.compile()
-    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    wrapped = DistributedDataParallel(model) if world_size > 1 and not fsdp else model
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
+
+    bos_id = tokenizer.bos_id if doc_mask else None
+    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
+    floor = entropy_floor(Path(val_loader.files[0]).parent)
+    peak = measured_peak(device, dtype) * world_size
+    min_lr = lr / 10 if min_lr is None else min_lr
+    last_line = prepare_folder(out_dir, progress["step"]) if is_master else 0
+    [last_line] = sum_over_ranks([last_line], device)
+    # killed between saving a step and writing its line, a run goes on with that line
+    first = progress["step"] + (last_line == progress["step"])
     if is_master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        cut_log(out_dir / "log.jsonl", done)
-        num_parameters = sum(p.numel() for p in model.parameters())
         print(f"{num_parameters:,} parameters on {world_size} x {device} in {dtype}, {steps:,} steps of "
               f"{total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
 
-    bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="step", disable=not is_master)
-    for step in bar:
-        start = time.perf_counter()
-        rate = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batches = [next_batch(loader, tokenizer.n_words, device)
-                   for _ in range(total_batch_tokens // micro_batch_tokens)]
-        counts = [int(counted(targets, bos_id).sum()) for _, targets in batches]
-        [total] = sum_over_ranks([sum(counts)], device)
-        nats = torch.zeros((), device=device)
-        for i, ((inputs, targets), count) in enumerate(zip(batches, counts, strict=True), start=1):
-            wrapped.require_backward_grad_sync = i == len(batches)  # DDP exchanges gradients once a step
-            with autocast:
-                loss = wrapped(inputs, targets, bos_id) * (count / max(total, 1))
-            (loss * world_size).backward()  # DDP averages over ranks, the loss is a sum over them
-            nats += loss.detach()
-        [loss] = sum_over_ranks([nats], device)
-        grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-        if not math.isfinite(loss + grad_norm):
-            raise ValueError(f"step {step} has loss {loss} and gradient norm {grad_norm}, expected finite "
-                             f"ones; {out_dir} keeps what was saved before. Try a lower lr than {lr}")
-        optimizer.step()
-        optimizer.zero_grad()
-        record = dict(step=step, loss=loss, lr=rate, grad_norm=grad_norm,
-                      tokens_per_s=round(total_batch_tokens / (time.perf_counter() - start)))
-
-        if is_master and (step == steps or save_interval and step % save_interval == 0):
-            training_state = dict(step=step, optimizer=optimizer.state_dict(), loader=loader.state_dict())
-            save_checkpoint(out_dir / f"step_{step:06d}", model.args, model.state_dict(),
-                            tokenizer.model_path, training_state)
-            for path in checkpoints_of_run(out_dir)[:-keep]:
-                shutil.rmtree(path)
-        if step == steps or step % eval_interval == 0:
-            record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
-                                                             byte_lengths, autocast)
-        if not is_master:
-            continue
-        with open(out_dir / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
-        bar.set_postfix_str(f"loss {loss:.3f}, {record['tokens_per_s']:,} tokens/s")
-        if "val_bpb" in record:
-            bar.write(f"step {step}: loss {loss:.3f}, validation {record['val_loss']:.3f} nats per token, "
-                      f"{record['val_bpb']:.3f} bits per byte" + (f" (floor {floor:.3f})" if floor else ""))
-        if sample_interval and step % sample_interval == 0:
-            for completion in Llama(model, tokenizer).text_completion(PROMPTS, max_gen_len=100, echo=True):
-                bar.write(completion["generation"] + "\n")
-    if is_master and done < steps:
+    bar = tqdm(range(first, steps + 1), initial=first - 1, total=steps, unit="step",
+               disable=None if is_master else True)  # None: where there is no terminal
+    interrupted = False
+    with noted_signals() as signals:
+        for step in bar:
+            if step > progress["step"]:
+                start, first_window = time.perf_counter(), loader.counter
+                rate = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                batches = [next_batch(loader, tokenizer.n_words, device)
+                           for _ in range(total_batch_tokens // micro_batch_tokens)]
+                counts = [int(counted(targets, bos_id).sum()) for _, targets in batches]
+                [total] = sum_over_ranks([sum(counts)], device)
+                nats = torch.zeros((), device=device)
+                for i, ((inputs, targets), count) in enumerate(zip(batches, counts, strict=True), start=1):
+                    wrapped.require_backward_grad_sync = i == len(batches)  # of DDP, which so sends once
+                    with autocast:
+                        loss = wrapped(inputs, targets, bos_id) * (count / max(total, 1))
+                    (loss * world_size).backward()  # DDP and FSDP average over ranks; the loss is a sum
+                    nats += loss.detach()
+                loss, interrupted = sum_over_ranks([nats, len(signals)], device)
+                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+                grad_norm = float(grad_norm.full_tensor() if fsdp else grad_norm)
+                if not math.isfinite(loss + grad_norm):
+                    raise ValueError(f"step {step} (windows {first_window} to {loader.counter - 1}) has "
+                                     f"loss {loss} and gradient norm {grad_norm}, expected finite ones; "
+                                     f"{out_dir} keeps what was saved before. Try a lower lr than {lr}")
+                optimizer.step()
+                optimizer.zero_grad()
+                tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
+                progress = dict(step=step, loader=loader.state_dict(), record=dict(
+                    step=step, loss=loss, lr=rate, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
+                    mfu=model.flops_per_token(seq_len) * tokens_per_s / peak, memory=used_memory(device)))
+                if step == steps or interrupted or save_interval and step % save_interval == 0:
+                    save_training(out_dir / f"step_{step:06d}", model, optimizer, tokenizer.model_path,
+                                  progress)
+                    if is_master:
+                        drop_checkpoints(out_dir, keep)
+                if interrupted:
+                    break
+            record = progress["record"]
+            if step == steps or step % eval_interval == 0:
+                record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
+                                                                 byte_lengths, autocast)
+            if is_master:
+                report(record, out_dir, bar, floor, (steps - step) * total_batch_tokens)
+            if sample_interval and step % sample_interval == 0 and (is_master or fsdp):  # all hold a shard
+                for completion in Llama(model, tokenizer).text_completion(PROMPTS, 100, echo=True):
+                    if is_master:
+                        bar.write(completion["generation"] + "\n")
+    bar.close()
+    if is_master and interrupted:
+        print(f"{signals[0] if signals else 'a signal'} after step {step}, which is saved; --resume goes on")
+    elif is_master and first <= steps:
         plot_losses(out_dir, floor)
     if dist.is_initialized():
         dist.destroy_process_group()

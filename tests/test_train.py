@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -41,6 +42,12 @@ def run(corpus, out_dir, **flags):
                     device="cpu", dtype="float32")
     train(**{**settings, **flags})
     return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(records):
+    """What a log says of the training itself."""
+    return [{name: record[name] for name in record.keys() - {"tokens_per_s", "mfu", "memory"}}
+            for record in records]
 
 
 def weights(path):
@@ -95,14 +102,11 @@ def test_bits_per_byte_are_nats_of_counted_targets_over_bytes_of_ordinary_tokens
 def test_a_resumed_run_continues_exactly(corpus, tmp_path, shuffle):
     whole = run(corpus, tmp_path / "whole", shuffle=shuffle)
     run(corpus, tmp_path / "parts", shuffle=shuffle, save_interval=4)
-    for path in (tmp_path / "parts" / "step_000006").iterdir():
-        path.unlink()
-    (tmp_path / "parts" / "step_000006").rmdir()
+    shutil.rmtree(tmp_path / "parts" / "step_000006")
     with open(tmp_path / "parts" / "log.jsonl", "a") as log:
         log.write('{"step": 7, "lo')  # as a kill leaves it
     parts = run(corpus, tmp_path / "parts", shuffle=shuffle, resume=True)
-    for a, b in zip(whole, parts, strict=True):
-        assert {**a, "tokens_per_s": 0} == {**b, "tokens_per_s": 0}
+    assert untimed(whole) == untimed(parts)
     a, b = weights(tmp_path / "whole" / "step_000006"), weights(tmp_path / "parts" / "step_000006")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -146,7 +150,8 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
 
 
 @pytest.mark.parametrize("flags, said", [
-    (dict(preset="huge"), "known: demo, llama3.1-8b"), (dict(ckpt_dir="here"), "expected one of them"),
+    (dict(preset="huge"), "preset is huge; expected one of demo, "),
+    (dict(ckpt_dir="here"), "expected one of them"),
     (dict(dtype="float16"), "training takes float32 or bfloat16"),
     (dict(total_batch_tokens=48), "multiple of .* = 32"), (dict(tokenizer_path=None), "--tokenizer_path"),
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
@@ -183,7 +188,7 @@ def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(corpus, tmp_path):
-    with pytest.raises(ValueError, match="has loss nan|gradient norm (nan|inf)"):
+    with pytest.raises(ValueError, match=r"windows \d+ to \d+\) has loss nan|gradient norm (nan|inf)"):
         run(corpus, tmp_path, lr=1e30, grad_clip=0.0, save_interval=1, steps=9)
     assert llama31.checkpoints_of_run(tmp_path)
 
@@ -197,7 +202,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight_and_no_checkpoint(corpu
 
     real_clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(ValueError, match="step 3 has loss .* and gradient norm inf"):
+    with pytest.raises(ValueError, match=r"step 3 \(windows 4 to 5\) has loss .* and gradient norm inf"):
         run(corpus, tmp_path, save_interval=1, keep=1)
     assert [path.name for path in llama31.checkpoints_of_run(tmp_path)] == ["step_000002"]
 
