@@ -21,12 +21,21 @@ import llama31
 pytestmark = pytest.mark.weights
 ROOT = Path(llama31.__file__).parent
 NEW = 64
-PROMPTS = [
-    "Once",
+PROMPTS = [  # the likeliest token leads by 0.01 or more at every step, so that rounding does not choose it
+    "Water",
     "The capital of France is",
-    "<|im_start|>user\nWrite a short poem about the sea.<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nWrite a short story about a cat and a dog.<|im_end|>\n<|im_start|>assistant\n",
     "def fibonacci(n):\n    \"\"\"The n-th Fibonacci number.\"\"\"\n    if n < 2:\n        return n\n",
     "Im Jahr 1923 fuhr ein kleines Schiff – die „Zoë“ – von Zürich aus über den See. 🚢\n\n" * 6]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several that wait for each other on a busy machine take minutes longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +113,8 @@ def test_the_stored_dtype_has_float32s_perplexity_but_for_its_rounding(folder, l
     assert rounded.tok_embeddings.weight.dtype is torch.bfloat16
     inputs, targets = windows[:1, :-1], windows[:1, 1:]
     with torch.inference_mode():
-        assert rounded(inputs, targets).exp() == pytest.approx(llama.model(inputs, targets).exp(), rel=0.02)
+        ours, expected = (math.exp(model(inputs, targets)) for model in (rounded, llama.model))
+    assert ours == pytest.approx(expected, rel=0.02)
 
 
 PROMPT = [1, 4093, 198, 19556, 2]  # <|im_start|> user \n Hello <|im_end|>
