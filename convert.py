@@ -139,34 +139,33 @@ FIELDS = {  # ModelArgs' -> config.json's, and what the absence of that means
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-IF_GIVEN = {"pretraining_tp": 1, "sliding_window": None, "quantization_config": None,
-            "partial_rotary_factor": 1.0}
+IF_GIVEN = {"pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_config(path):
     """The ModelArgs of a config.json; ValueError names what llama31.py does not compute."""
     config = {name: value for name, value in read_json(path).items() if value is not None}
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
-    rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 1e4), **rope}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers' precedence
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0),
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope,
+            **{name: config[name] for name in LLAMA3_ROPE if name in config}}
     scaled = rope["rope_type"] != "default"
 
-    def expect(found, expected):
+    def expect(expected, found):
         for name, value in expected.items():
             if found.get(name) != value:
-                raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}; no such model here")
+                raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}; llama31.py has no other")
 
     try:
-        expect({**LLAMA, **IF_GIVEN, "model_type": None, **config}, {**LLAMA, **IF_GIVEN})
-        expect({**IF_GIVEN, **rope}, {"partial_rotary_factor": 1.0})
-        if scaled:  # what stands at the top level wins
-            expect({**rope, **{name: config[name] for name in LLAMA3_ROPE if name in config}},
-                   {"rope_type": "llama3", **LLAMA3_ROPE})
+        expect({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
+        expect({"partial_rotary_factor": 1.0}, rope)
+        expect({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
         args = llama31.ModelArgs(
             **{ours: config.get(theirs, absent) for ours, (theirs, absent) in FIELDS.items()},
             rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
             rope_scale_factor=rope.get("factor") if scaled else 8.0)
-        expect({"head_dim": args.head_dim, **config}, {"head_dim": args.head_dim})
+        expect({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
         return with_hidden_dim(args, config.get("intermediate_size"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -225,15 +224,15 @@ def write_tokenizer_model(source, path, vocab_size):
         names = dict(zip(range(len(base), vocab_size), SPECIAL_TOKENS, strict=True))
         fits = (model["type"] == "BPE" and not model.get("dropout") and merged == sorted(merged)
                 and data["normalizer"] is None and data["pre_tokenizer"] == json.loads(WORDS.__getstate__())
-                and [rank for rank, _ in base] == [*range(len(base))] and added.keys() == names.keys()
-                and all(added[i] == names[i] or RESERVED.fullmatch(added[i]) for i in names))
+                and added.keys() == names.keys() and all(
+                    added[i] == names[i] or RESERVED.fullmatch(added[i]) for i in names))
         if not fits:
             raise ValueError
         with open(path, "wb") as file:
             for rank, token in base:
                 token = token.translate(BYTES).encode("latin-1")
                 file.write(b"%s %d\n" % (base64.b64encode(token), rank))
-        Tokenizer(path)
+        Tokenizer(path)  # checks the ranks and that every byte is there
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{source} is not Llama 3's, or not of the model's {vocab_size} tokens") from None
 
