@@ -155,7 +155,7 @@ def read_config(path):
     def expect(expected, found):
         for name, value in expected.items():
             if found.get(name) != value:
-                raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}; llama31.py has no other")
+                raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}: no Llama 3")
 
     try:
         expect({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})

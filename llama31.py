@@ -1403,6 +1403,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     elif is_master and first <= steps:
         plot_losses(out_dir, floor)
     if dist.is_initialized():
+        dist.barrier()  # gloo can hang where a group is destroyed right after the sum of a tensor
         dist.destroy_process_group()
 
 # -----------------------------------------------------------------------------

@@ -42,6 +42,15 @@ each_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(),
 SMALL = dict(max_file_bytes=60_000)  # several files
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def save_meta(folder, model, files=1, tokenizer_path=None):
     """Saves a model as Meta does, its matrices split over so many files."""
     state = model.state_dict()
