@@ -14,6 +14,16 @@ from test_parity import assert_close, bands, make, random_tokens, save
 
 import llama31
 
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several that wait for each other on a busy machine take minutes longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # -----------------------------------------------------------------------------
 # Hugging Face's LlamaForCausalLM
 

@@ -14,7 +14,7 @@ import smollm2
 import torch
 import torch.nn.functional as F
 from test_parity import assert_close
-from test_peers import hugging_face
+from test_peers import hugging_face, one_thread  # noqa: F401, a fixture
 
 import llama31
 
@@ -27,15 +27,6 @@ PROMPTS = [  # the likeliest token leads by 0.01 or more at every step, so that 
     "<|im_start|>user\nWrite a short story about a cat and a dog.<|im_end|>\n<|im_start|>assistant\n",
     "def fibonacci(n):\n    \"\"\"The n-th Fibonacci number.\"\"\"\n    if n < 2:\n        return n\n",
     "Im Jahr 1923 fuhr ein kleines Schiff – die „Zoë“ – von Zürich aus über den See. 🚢\n\n" * 6]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several that wait for each other on a busy machine take minutes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
