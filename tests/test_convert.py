@@ -143,6 +143,7 @@ def test_meta_to_hugging_face_to_meta_keeps_every_byte(changes, files, dtype, tm
     convert.from_hf(tmp_path / "b", tmp_path / "c")
     assert weights(tmp_path / "c") == weights(tmp_path / "a")
     assert weights(tmp_path / "c")["norm.weight"][0] == dtype
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "b").dtype == dtype
     args = llama31.open_checkpoint(tmp_path / "c")[0]
     for name in ("hidden_dim", *convert.FIELDS, "rope_theta", "use_scaled_rope", "rope_scale_factor"):
         assert getattr(args, name) == getattr(model.args, name), name
@@ -250,7 +251,7 @@ def test_rope_is_read_where_any_release_of_transformers_has_it(tmp_path):
     assert old.tie_word_embeddings == theirs.tie_word_embeddings
 
 
-@pytest.mark.parametrize("hidden_dim", [1, 2, 63, 100, 170, 171, 172, 176, 192, 1024, 1023])
+@pytest.mark.parametrize("hidden_dim", [1, 2, 49, 63, 103, 170, 171, 172, 175, 192, 1024, 1023])
 def test_any_swiglu_size_is_expressed_exactly(hidden_dim, tmp_path):
     args = read(tmp_path, hidden_size=64, intermediate_size=hidden_dim, num_attention_heads=8)
     assert args.hidden_dim == hidden_dim
@@ -430,6 +431,8 @@ def test_a_small_tokenizer_comes_back_byte_for_byte(small, edit, tmp_path):
     lambda data: rename(data, "<|eot_id|>", "<|im_end|>"),
     lambda data: rename(data, "<|reserved_special_token_3|>", "<|im_end|>"),
     lambda data: data["model"]["vocab"].pop("a"),
+    lambda data: data["model"]["vocab"].update(zzzz=data["model"]["vocab"].pop("Ā")),  # no token for byte 0
+    lambda data: data["model"]["vocab"].update(Ā=9999),  # no token of some rank
     lambda data: data.pop("model"),
     lambda data: data["added_tokens"].append(dict(id=560, content="<|pad|>")),
 ])
