@@ -250,7 +250,7 @@ def write_tokenizer_json(folder, tokenizer, max_seq_len):
     bpe.add_special_tokens([AddedToken(name, normalized=False) for name in tokenizer.special_tokens])
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.bos_id)])
-    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": BOS, "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>",

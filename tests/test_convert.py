@@ -602,14 +602,15 @@ def test_an_existing_folder_is_refused_and_left_alone(small, command, source, tm
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.parametrize("command, source", [
-    pytest.param(convert.from_hf, "hf", marks=pytest.mark.xfail(
+@pytest.mark.parametrize("command, source, limit", [
+    pytest.param(convert.from_hf, "hf", 100_000, marks=pytest.mark.xfail(
         raises=RuntimeError, reason="torch.save hides the OSError, and save_checkpoint lets it")),
-    (convert.to_hf, "meta")])
-def test_no_space_left_is_one_line_and_leaves_nothing(small, command, source, tmp_path):
+    (convert.to_hf, "meta", 100_000), (convert.to_hf, "meta", 5_000)],
+    ids=["from_hf", "weights", "tokenizer"])
+def test_no_space_left_is_one_line_and_leaves_nothing(small, command, source, limit, tmp_path):
     """The size of files is limited where a disk's is hard to; both fail in the same write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as caught:
             command(small / source, tmp_path / "out")
