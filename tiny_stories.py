@@ -1,4 +1,4 @@
-"""TinyStories as token files for training: download, unpack, tokenize.
+"""Texts as token files for training: TinyStories (download, unpack, tokenize), or your own.
 
     python tiny_stories.py --tokenizer_path Meta-Llama-3.1-8B/tokenizer.model
 
@@ -11,25 +11,38 @@ writes tinystories/TinyStories_val.bin and TinyStories_train.bin, and prints (wi
     writing 907,021,844 tokens to tinystories/TinyStories_train.bin
 
 The stories are those of "TinyStories: How Small Can Language Models Be and Still Speak Coherent English?"
-(Eldan & Li, 2023). On disk: 1.5 GB of archive, then the unpacked JSON, then 72 MB and 3.4 GB of tokens.
+(Eldan & Li, 2023). On disk: 1.5 GB of archive, the JSON in it, 72 MB and 3.4 GB of tokens, twice meanwhile.
+
+    python tiny_stories.py text --input notes/*.txt chats.jsonl.gz --data_dir mine --vocab_size 4096
+
+writes mine/val.bin and mine/train.bin, with a vocabulary trained on these texts.
 
 A .bin file is 256 little-endian int32 of header (magic, version, number of tokens, zeros), then the tokens
-as little-endian uint32. Every file appears under its final name only when it is complete.
+as little-endian uint32. In version 8, of chats, bit 31 marks a token that is read but is no target.
+manifest.json tells what the files were made from. Every file appears under its final name only when it is
+complete, and after any interruption the same command goes on with what is unfinished.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import glob
 import gzip
+import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
+import sys
 import tarfile
+import threading
+import time
 import zlib
-from array import array
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -37,102 +50,311 @@ import requests
 from tqdm import tqdm
 
 import cli
-from tokenizer import Tokenizer
+from tokenizer import MAX_CHARS, ROLES, Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 ARCHIVE = "TinyStories_all_data.tar.gz"
 SHARDS = "TinyStories_all_data"  # the folder of unpacked shards, inside the data folder
 DATA_DIR = "tinystories"
 TOKENIZER_PATH = "Meta-Llama-3.1-8B/tokenizer.model"
+MANIFEST = "manifest.json"
 TIMEOUT = 30  # seconds without an answer, or without a further byte
+ATTEMPTS = 5  # in a row that bring nothing new
+BACKOFF = 1  # second before the second of them; doubles each time
+CHUNK = 2**13  # bytes of an answer that are written at once; a broken connection loses a part of them
 
 MAGIC = 20240801
-VERSION = 7
+VERSION, MASKING_VERSION = 7, 8
+MASKED = 2**31  # bit of a token, in a file of version 8
 MAX_TOKENS = 2**31 - 1  # of one .bin file, whose header counts in int32
+HEADER_BYTES = 1024
+BLOCK = 2**20  # characters or bytes that are read at once
+SHARD_CHARS = SAMPLE_CHARS = 2**25  # of your own text: a worker's job, and what a vocabulary is trained on
+
+LLAMA3 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"  # SHA-256 of its tokenizer.model
+KNOWN_TOKENS = {"val": 18_660_516, "train": 907_021_844}  # with it, of all 50 shards
+
+# -----------------------------------------------------------------------------
+# files
+
+
+@contextlib.contextmanager
+def complete(path):
+    """Opens a binary file that appears at path when it is complete; an OSError names it."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(part)  # gives its space back
+        if isinstance(error, OSError) and error.errno and not error.filename:  # write() knows no name
+            remedy = f"{error.strerror}; make room, then run again: what is finished stays"
+            raise OSError(error.errno, remedy, str(path)) from error
+        raise
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def read_manifest(data_dir):
+    path = os.path.join(data_dir, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {"archive": {}, "files": {}} | json.load(file)
+    except FileNotFoundError:
+        return {"archive": {}, "files": {}}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: found no JSON object ({error}); delete it, then run again") from error
+
+
+def write_manifest(data_dir, **sections):
+    manifest = json.dumps(read_manifest(data_dir) | sections, indent=1, sort_keys=True)
+    with complete(os.path.join(data_dir, MANIFEST)) as file:
+        file.write(manifest.encode())
+
+
+def check_space(folder, needed):
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(f"{folder}: found {free:,} bytes of free disk, expected {needed:,}; make room or take "
+                      "another --data_dir, then run again")
+
 
 # -----------------------------------------------------------------------------
 # download
 
 
-def download(data_dir: str = DATA_DIR, url: str = URL):
+def download(data_dir: str = DATA_DIR, url: str = URL, sha256: str | None = None):
     """Downloads the archive into data_dir and unpacks it to data_dir/TinyStories_all_data/data*.json.
 
-    What is complete already is kept; an interrupted download continues where it stopped. ConnectionError:
-    the server can't be reached, refuses, or breaks off. ValueError: the archive is broken or unsafe.
+    What is complete already is kept; an interrupted download or unpacking continues. sha256: the archive's
+    digest, if you know it; else that of the first download has to come again, from the manifest.
+    ConnectionError: the server can't be reached, refuses, or breaks off. ValueError: the archive is broken,
+    unsafe, or another one.
     """
     folder, archive = os.path.join(data_dir, SHARDS), os.path.join(data_dir, ARCHIVE)
-    if find_shards(folder):
-        print(f"{folder} already exists, skipping download...")
+    unpacked = bool(find_shards(folder))
+    os.makedirs(data_dir, exist_ok=True)
+    if os.path.exists(archive):
+        print(f"{archive} already exists, skipping download...")
+        digest = check_archive(archive, archive, sha256)
+    elif not unpacked:
+        print(f"Downloading {url} to {archive}...")
+        digest = fetch(url, archive, sha256)
+    if unpacked:
+        print(f"{folder} already exists, skipping unpacking...")
     else:
-        os.makedirs(data_dir, exist_ok=True)
-        if os.path.exists(archive):
-            print(f"{archive} already exists, skipping download...")
-        else:
-            print(f"Downloading {url} to {archive}...")
-            fetch(url, archive)
         print(f"Unpacking {archive}...")
-        unpack(archive, folder)
+        unpack(archive, folder, digest)
     print(f"Number of shards: {len(find_shards(folder))}")
 
 
-def fetch(url, path):
-    """Downloads url to path, by way of path.part, which a later call continues. Errors: ConnectionError."""
-    part = path + ".part"
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+def check_archive(path, archive, sha256):
+    """Records and returns the digest of the archive, so far at path. ValueError: another is expected."""
+    data_dir, found = os.path.dirname(archive), sha256_of(path)
+    expected = sha256 or read_manifest(data_dir)["archive"].get("sha256", found)
+    if found != expected.lower():
+        os.replace(path, f"{archive}.broken")
+        raise ValueError(f"{archive}: found SHA-256 {found}, expected {expected}; now "
+                         f"named {archive}.broken; run again to download anew, or without {MANIFEST}")
+    write_manifest(data_dir, archive={"bytes": os.path.getsize(path), "sha256": found})
+    return found
+
+
+def fetch(url, path, sha256=None):
+    """Downloads url to path, by way of path.part, which a later call continues; returns the SHA-256.
+
+    path.part.json tells of which file. ConnectionError: ATTEMPTS in a row brought nothing new.
+    """
+    part, state, failures = f"{path}.part", f"{path}.part.json", 0
+    while True:
+        had = size_of(part)
+        try:
+            receive(url, part, state)
+            break
+        except requests.RequestException as error:
+            failures = 0 if size_of(part) > had else failures + 1
+            if failures == ATTEMPTS:
+                raise ConnectionError(f"downloading {url} failed: {error}; run again to continue") from error
+            delay = BACKOFF * 2 ** max(failures - 1, 0)
+            print(f"{error}; trying again in {delay} s", file=sys.stderr)
+            time.sleep(delay)
+    digest = check_archive(part, path, sha256)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(state)
+    os.replace(part, path)
+    return digest
+
+
+def receive(url, part, state):
+    """Tries once to complete part. Worth another try: RequestException; not: ConnectionError, ValueError."""
+    have, known = size_of(part), {}
+    with contextlib.suppress(FileNotFoundError, ValueError), open(state, encoding="utf-8") as file:
+        known = json.load(file)
+    if have and have == known.get("total") and url == known["url"]:
+        return
     headers = {"Accept-Encoding": "identity"}  # so that ranges and lengths count the bytes that are written
     if have:
         headers["Range"] = f"bytes={have}-"
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            if have and response.status_code == 416:  # nothing after what we have: no part of this file
-                os.remove(part)
-                return fetch(url, path)
-            if response.status_code not in (200, 206):
-                raise ConnectionError(f"{url} answered {response.status_code} {response.reason}, expected "
-                                      f"200 OK; check the address or get {path} by other means")
-            if response.status_code == 200:  # the whole file: as asked, or as the server ignores ranges
-                have = 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path, initial=have, total=total,
-                    unit="iB", unit_scale=True, unit_divisor=1024) as bar:
-                for chunk in response.iter_content(chunk_size=2**20):
-                    bar.update(file.write(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-        if total is not None and os.path.getsize(part) != total:
-            raise requests.ConnectionError(f"{os.path.getsize(part):,} bytes received, expected {total:,}")
-    except requests.RequestException as error:
-        raise ConnectionError(f"downloading {url} failed: {error}; run again to continue") from error
-    os.replace(part, path)
+        if unchanged := known.get("etag") or known.get("modified"):
+            headers["If-Range"] = unchanged  # else all of it is to come
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        status, fields = response.status_code, response.headers
+        if status not in (200, 206, 416):
+            error = f"{url} answered {status} {response.reason}"
+            if status in (408, 429) or status >= 500:
+                raise requests.HTTPError(error)
+            raise ConnectionError(f"{error}, expected 200 OK; check the address or get the file otherwise")
+        if span := re.match(r"bytes (\d+)-\d+/(\d+)", fields.get("Content-Range", "")):
+            start, total = map(int, span.groups())
+        else:
+            start, length = have if status == 206 else 0, fields.get("Content-Length")
+            total = start + int(length) if length else None
+        etag = fields.get("ETag", "")  # a weak one, W/, doesn't vouch for bytes
+        about = {"url": url, "total": total, "modified": fields.get("Last-Modified"),
+                 "etag": None if etag.startswith("W/") else etag}
+        changed = any(known.get(key) and about[key] and known[key] != about[key] for key in about)
+        if status == 416 or status == 206 and (changed or start != have):
+            os.remove(part)
+            raise requests.ConnectionError(f"{url} has changed since its download began")
+        response.raw.headers.pop("Content-Encoding", None)  # of the .gz itself: to stay packed
+        chunks = response.iter_content(chunk_size=CHUNK)
+        if status == 200:  # all of it: as asked, as the server ignores ranges, or as it has changed
+            start, first = 0, next(chunks, b"")
+            if not first.startswith(b"\x1f\x8b"):
+                raise ValueError(f"{url} answered 200 with {first[:40]!r}, expected a .tar.gz; check the "
+                                 "address and whether the network wants a login, then run again")
+            chunks = itertools.chain([first], chunks)
+            open(part, "wb").close()  # empty, before state tells of another file
+            with complete(state) as file:
+                file.write(json.dumps(about).encode())
+        check_space(os.path.dirname(part) or ".", (total or start) - start)
+        with open(part, "ab") as file, tqdm(desc=part, initial=start, total=total, unit="iB",
+                                            unit_scale=True, unit_divisor=1024) as bar:
+            for chunk in chunks:
+                bar.update(file.write(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and size_of(part) != total:
+        raise requests.ConnectionError(f"{url}: received {size_of(part):,} bytes, expected {total:,}")
 
 
-def unpack(archive, folder):
-    """Unpacks a .tar.gz to a folder that appears when complete.
+def unpack(archive, folder, digest):
+    """Unpacks a .tar.gz to a folder that appears when complete; members that are there already stay.
 
     ValueError if it is broken, unsafe or without shards: it is put aside, so that a new run starts anew.
     """
-    part = folder + ".part"
-    shutil.rmtree(part, ignore_errors=True)
+    part = f"{folder}.{digest[:16]}.part"
+    for other in set(glob.glob(f"{glob.escape(folder)}.{'?' * 16}.part")) - {part}:
+        shutil.rmtree(other)
+    os.makedirs(part, exist_ok=True)
     try:
         with gzip.open(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                tar.extractall(part, filter="data")  # the filter refuses members that would leave the folder
-            while stream.read(2**20):  # on to the end, where gzip keeps its checksum
+                for member in tar:
+                    member = tarfile.data_filter(member, part)  # refuses what would leave the folder
+                    path = os.path.join(part, member.name)
+                    if member.isfile() and not (os.path.isfile(path) and size_of(path) == member.size):
+                        os.makedirs(os.path.dirname(path), exist_ok=True)
+                        with complete(path) as file:
+                            shutil.copyfileobj(tar.extractfile(member), file, BLOCK)
+            while stream.read(BLOCK):  # on to the end, where gzip keeps its checksum
                 pass
         if not find_shards(part):
             raise tarfile.TarError("it holds no data*.json")
     except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        os.replace(archive, archive + ".broken")
+        write_manifest(os.path.dirname(archive), archive={})  # so that another digest is welcome
+        os.replace(archive, f"{archive}.broken")
         raise ValueError(f"{archive}: found no sound .tar.gz of TinyStories' shards ({error}); now named "
                          f"{archive}.broken; check the address, then run again to download anew") from error
     os.replace(part, folder)
 
 
+# -----------------------------------------------------------------------------
+# shards
+
+SPACE, COMMA, CLOSING = map(re.compile, (r"[ \t\n\r]*", r"[ \t\n\r]*,[ \t\n\r]*", r"[ \t\n\r]*\]"))
+EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
+
+
 def find_shards(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "data*.json")))
+
+
+def read_stories(path):
+    """The texts of a shard, a JSON list of {"story": text}, in file order; ValueError names the file."""
+    return [record["story"] for record in read_shard(path)]
+
+
+def read_shard(path):
+    """Yields the records of a shard, as they are read; ValueError names the file and the story."""
+    record = None
+    with open(path, encoding="utf-8") as file:
+        for record in read_records(f"{path}, story", read_array(file), "story", EXPECTED):
+            yield record
+    if record is None:
+        raise ValueError(f"{path}: found [], {EXPECTED}")
+
+
+def read_records(name, rows, field, expected):
+    """Yields what training needs of rows: {"story": text} or {"messages": dialog}; ValueError names one."""
+    number = 0
+    try:
+        for row in rows:
+            if isinstance(row, dict) and is_dialog(row.get("messages")):
+                yield {"messages": row["messages"]}
+            elif isinstance(row, dict) and isinstance(row.get(field), str):
+                yield {"story": row[field]}
+            else:
+                raise ValueError(f"found {json.dumps(row, default=str):.60}")
+            number += 1
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        found = error if str(error).startswith("found") else f"found no JSON in UTF-8 ({error})"
+        raise ValueError(f"{name} {number}: {found}, {expected}") from error
+
+
+def is_dialog(messages):
+    return isinstance(messages, list) and messages != [] and all(
+        isinstance(message, dict) and message.keys() == {"role", "content"}
+        and isinstance(message["content"], str) and message["role"] in list(ROLES) for message in messages)
+
+
+def read_array(file):
+    """Yields the values of a JSON array while it is read. ValueError, RecursionError: it isn't one."""
+    decode, text = json.JSONDecoder().raw_decode, file.read(BLOCK)
+    if not (opening := re.match(r"[ \t\n\r]*\[", text)):
+        raise ValueError(f"found {' '.join(text[:60].split()) or 'nothing'}")
+    at, before = opening.end(), SPACE
+    while not (closing := CLOSING.match(text, at)):
+        try:
+            if not (begin := before.match(text, at)):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+            (value, end), wrong = decode(text, begin.end()), None
+        except (ValueError, RecursionError) as error:
+            end, wrong = len(text), error
+        if end == len(text) and (more := file.read(max(BLOCK, end - at))):  # as much again: linear time
+            text, at = text[at:] + more, 0
+        elif wrong:
+            raise wrong
+        else:
+            yield value
+            at, before = end, COMMA
+    if (text[closing.end():] + file.read()).strip(" \t\n\r"):
+        raise json.JSONDecodeError("Extra data", text, closing.end())
+
+
+def texts_of(record):
+    return [m["content"] for m in record["messages"]] if "messages" in record else [record["story"].strip()]
 
 
 # -----------------------------------------------------------------------------
@@ -144,86 +366,105 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 
     num_workers: processes, None for one per core; the files are the same for any number. A train split of
     more than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an earlier run stay
-    until both splits are complete. FileNotFoundError without shards or tokenizer, ValueError if broken.
+    until both splits are complete. FileNotFoundError without shards or tokenizer, ValueError if broken,
+    OSError without room on the disk.
     """
     folder = os.path.join(data_dir, SHARDS)
     shards = find_shards(folder)
     if len(shards) < 2:
         raise FileNotFoundError(f"{folder} holds {len(shards)} data*.json, expected at least 2: one for "
                                 f"validation, the rest for training; run tiny_stories.py download first")
+    splits = {"val": shards[:1], "train": shards[1:]}
+    counts = write_splits(data_dir, "TinyStories_", splits, tokenizer_path, num_workers)
+    if len(shards) == 50 and sha256_of(tokenizer_path) == LLAMA3:
+        matching = "match" if counts == KNOWN_TOKENS else f"do not match {KNOWN_TOKENS}, the known ones"
+        print(f"The counts of the full dataset {matching}.")
+
+
+def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers):
+    """Tokenizes splits, name -> shards, to data_dir/PREFIXname.bin; returns name -> number of tokens."""
     Tokenizer(tokenizer_path)  # its errors come once, before the work
     num_workers = os.cpu_count() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
-
-    splits = {"val": shards[:1], "train": shards[1:]}
-    jobs = [(i, shard, tokenizer_path) for split in splits.values() for i, shard in enumerate(split)]
-    written = {}  # path.part -> path
+    finished = os.path.join(data_dir, "tokens.part")  # a folder of finished shards
+    os.makedirs(finished, exist_ok=True)
+    shards = [shard for split in splits.values() for shard in split]
+    done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
+    check_space(data_dir, sum(map(os.path.getsize, shards)) - done_bytes)  # about twice what tokens take
+    digest = sha256_of(tokenizer_path)
+    jobs = [(i, shard, finished, tokenizer_path, digest)
+            for split in splits.values() for i, shard in enumerate(split)]
+    files, counts = {}, {}
     with contextlib.closing(process_shards(jobs, min(num_workers, len(jobs)))) as results:
         for name, split in splits.items():
             print(f"Tokenizing {name} split...")
-            arrays = tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard")
-            written |= write_split(os.path.join(data_dir, f"TinyStories_{name}"), arrays)
-    for part, path in written.items():
-        os.replace(part, path)
+            done = list(tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard"))
+            files |= write_split(os.path.join(data_dir, prefix + name), done, digest)
+            counts[name] = sum(about["tokens"] for *_, about in done)
+    write_manifest(data_dir, files={})  # so that it never tells of other files than are there
+    for path in files:
+        os.replace(f"{path}.new", path)
     for suffix in "", "_[0-9][0-9][0-9]":  # an earlier train split may be in another number of files
-        pattern = os.path.join(glob.escape(data_dir), f"TinyStories_train{suffix}.bin")
-        for path in set(glob.glob(pattern)) - set(written.values()):
-            os.remove(path)
+        for path in glob.glob(os.path.join(glob.escape(data_dir), f"{prefix}train{suffix}.bin")):
+            if path not in files:
+                os.remove(path)
+    write_manifest(data_dir, files={os.path.basename(path): about for path, about in files.items()})
+    shutil.rmtree(finished)
+    return counts
 
 
 def process_shards(jobs, num_workers):
-    """Yields process_shard(*job) for each job, in order; at most num_workers + 1 shards are in memory.
-
-    Worker w takes every num_workers-th job from the w-th on, and answers through its own pipe: an executor
-    would hang if a worker were killed while it answers.
-    """
+    """Yields finish_shard(*job) for each job, in order."""
     if num_workers == 1:
-        yield from itertools.starmap(process_shard, jobs)
+        yield from itertools.starmap(finish_shard, jobs)
         return
-    workers = []
-    try:
-        for first in range(num_workers):
-            workers.append(start_worker(jobs[first::num_workers]))
-        for job, (_, answers) in zip(jobs, itertools.cycle(workers), strict=False):
-            try:
-                result = answers.recv()
-            except (EOFError, OSError):
-                raise OSError(f"{job[1]}: its worker was killed or failed; if memory ran out, try fewer "
-                              "--num_workers") from None
-            if isinstance(result, Exception):
-                raise result
-            yield result
-    finally:
-        for worker, _ in workers:
-            worker.kill()
-            worker.join()
-
-
-def start_worker(jobs):
-    """Starts a process for these jobs; returns it and the end of a pipe that its answers come from."""
     spawn = multiprocessing.get_context("spawn")  # a caller may have threads (torch), which fork would break
-    answers, writer = spawn.Pipe(duplex=False)
-    worker = spawn.Process(target=work, args=(jobs, writer), daemon=True)
-    if os.name == "posix":  # workers inherit the mask: Ctrl-C is for this process, which then kills them
-        resource_tracker.ensure_running()  # its start would lift the mask
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        worker.start()
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, initializer=end_with_parent)
+    resource_tracker.ensure_running()  # its start would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for
+    try:                                                                # this process, which then kills them
+        results = [pool.submit(finish_shard, *job) for job in jobs]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for (_, shard, *_), result in zip(jobs, results, strict=True):
+            try:
+                yield result.result()
+            except concurrent.futures.BrokenExecutor:
+                raise OSError(f"{shard}: its worker, or that of a later shard, was killed; if memory ran "
+                              "out, try fewer --num_workers") from None
     finally:
-        if os.name == "posix":
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        writer.close()  # so that a worker's end ends the pipe
-    return worker, answers
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        pool.shutdown()
 
 
-def work(jobs, writer):
-    for job in jobs:
+def end_with_parent():
+    """Lets a worker end with its parent, if that is killed: an executor's would wait for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def finish_shard(index, shard, folder, tokenizer_path, tokenizer_digest):
+    """Writes a shard's tokens to a .bin file in folder, or finds it there; returns (path, version, counts).
+
+    The file's name follows from all that its content depends on.
+    """
+    name, digest = os.path.basename(shard), sha256_of(shard)
+    key = hashlib.sha256(f"{name} {digest} {index} {tokenizer_digest}".encode()).hexdigest()
+    path = os.path.join(folder, f"{key[:32]}.bin")
+    if not os.path.exists(path):
         try:
-            result = process_shard(*job)
-        except (ValueError, OSError) as error:
-            result = error
-        writer.send(result)
+            chunks, *about = encode_shard(index, shard, words_of(tokenizer_path, tokenizer_digest))
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{shard}: tokenizing failed with {error!r}") from error
+        write_datafile(path, (np.frombuffer(chunk, "<u4") for chunk in chunks), *about)
+    header = np.fromfile(path, dtype="<i4", count=6)
+    return path, int(header[1]), {"name": name, "sha256": digest, "stories": int(header[3]),
+                                  "tokens": int(header[2]), "bytes": int(header[4:].view("<i8")[0])}
 
 
 def process_shard(shard_index, shard_filename, tokenizer_path):
@@ -231,65 +472,102 @@ def process_shard(shard_index, shard_filename, tokenizer_path):
 
     The shuffle's seed is 1337 + shard_index, the shard's place within its split. ValueError names the shard.
     """
-    stories = read_stories(shard_filename)
-    random.Random(1337 + shard_index).shuffle(stories)
-    tokenizer = Tokenizer(tokenizer_path)
-    tokens = array("I")  # 4 bytes a token where a list takes about 40
-    for story in stories:
-        tokens.fromlist(tokenizer.encode(story.strip(), bos=True, eos=True))
-    return np.frombuffer(tokens, dtype=np.uint32)
+    chunks, *_ = encode_shard(shard_index, shard_filename, Words(Tokenizer(tokenizer_path)))
+    return np.frombuffer(bytearray().join(chunks), dtype="<u4")
 
 
-EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
+def encode_shard(shard_index, shard, words):
+    """(shuffled records as the bytes of their tokens, version of the format, records, bytes of text)."""
+    chunks, version, num_bytes = [], VERSION, 0
+    for record in read_shard(shard):
+        chunks.append(words.encode(record))
+        version = MASKING_VERSION if "messages" in record else version
+        num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts_of(record))
+    random.Random(1337 + shard_index).shuffle(chunks)
+    return chunks, version, len(chunks), num_bytes
 
 
-def read_stories(path):
-    """The texts of a shard, a JSON list of {"story": text}, in file order; ValueError names the file."""
-    with open(path, encoding="utf-8") as file:
+class Words(dict):
+    """Encodes records to bytes of uint32, fast as it remembers words: "word" -> tokens of " word".
+
+    Llama 3's pattern never joins a space to the left, but to white space. So a text whose words are apart by
+    single spaces is encoded word by word, any other whole.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __missing__(self, key):
+        word = "".join(key)  # the key of a text's first word, before which no space is, is a tuple
+        if not word or word[0].isspace() or word[-1].isspace():
+            raise KeyError(word)
+        tokens = as_bytes(self.tokenizer.encode(word if isinstance(key, tuple) else f" {word}"))
+        if len(self) < 2**17 and len(word) < 32:  # 30 MB at most
+            self[key] = tokens
+        return tokens
+
+    def encode(self, record):
+        """<BOS> story <EOS>, or a dialog, masked but for the assistant's words and <|eot_id|>."""
+        tokenizer = self.tokenizer
+        if "messages" in record:
+            tokens = [tokenizer.bos_id | MASKED]
+            for message in record["messages"]:
+                ids, by_assistant = tokenizer.encode_message(message), message["role"] == "assistant"
+                said = len(tokenizer.encode_header("assistant")) if by_assistant else len(ids)
+                tokens += [i | MASKED for i in ids[:said]] + ids[said:]
+            return as_bytes(tokens)
+        [text] = texts_of(record)
+        first, *others = text.split(" ")
         try:
-            records = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: found no JSON in UTF-8 ({error}), {EXPECTED}") from error
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path}: found {json.dumps(records):.60}, {EXPECTED}")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get("story"), str):
-            raise ValueError(f"{path}, story {i}: found {json.dumps(record):.60}, {EXPECTED}")
-    return [record["story"] for record in records]
+            if len(text) > MAX_CHARS:  # where Meta cuts it even in a word
+                raise KeyError(text)
+            tokens = [self[first,], *map(self.__getitem__, others)]
+        except KeyError:
+            tokens = [as_bytes(tokenizer.encode(text))]
+        return b"".join([as_bytes([tokenizer.bos_id]), *tokens, as_bytes([tokenizer.eos_id])])
+
+
+@functools.lru_cache(maxsize=1)
+def words_of(tokenizer_path, digest):  # of the file, which may change
+    return Words(Tokenizer(tokenizer_path))
+
+
+def as_bytes(tokens):
+    return np.array(tokens, dtype="<u4").tobytes()
 
 
 # -----------------------------------------------------------------------------
 # token files
 
 
-def write_split(stem, arrays):
-    """Writes token arrays, each kept whole, to as few .bin files as hold them; returns {path.part: path}.
+def write_split(stem, finished, tokenizer_digest):
+    """Joins finished shards, each kept whole, to as few .bin files as hold them; returns path -> about it.
 
-    One file will be STEM.bin, several STEM_000.bin, STEM_001.bin, …; the renaming is left to the caller.
+    One file will be STEM.bin, several STEM_000.bin, STEM_001.bin, …: for now with .new appended.
     """
-    file_number, filled = 0, 0
+    groups, filled = [[]], 0
+    for shard in finished:
+        if filled and filled + shard[2]["tokens"] > MAX_TOKENS:
+            groups.append([])
+            filled = 0
+        groups[-1].append(shard)
+        filled += shard[2]["tokens"]
+    files = {}
+    for number, group in enumerate(groups):
+        path = f"{stem}_{number:03d}.bin" if len(groups) > 1 else f"{stem}.bin"
+        parts, versions, shards = zip(*group, strict=True)
+        about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
+        print(f"writing {about['tokens']:,} tokens to {path}")
+        arrays = (np.fromfile(part, dtype="<u4", offset=HEADER_BYTES) for part in parts)
+        write_datafile(f"{path}.new", arrays, max(versions))
+        files[path] = about | {"version": max(versions), "tokenizer": tokenizer_digest, "shards": shards}
+    return files
 
-    def file_of(tokens):
-        nonlocal file_number, filled
-        if filled and filled + len(tokens) > MAX_TOKENS:
-            file_number, filled = file_number + 1, 0
-        filled += len(tokens)
-        return file_number
 
-    counts = {}  # path.part -> tokens
-    for number, group in itertools.groupby(arrays, key=file_of):
-        part = f"{stem}_{number:03d}.bin.part"
-        counts[part] = write_datafile(part, group)
-    written = {part: part.removesuffix(".part") if len(counts) > 1 else f"{stem}.bin" for part in counts}
-    for part, path in written.items():
-        print(f"writing {counts[part]:,} tokens to {path}")
-    return written
-
-
-def write_datafile(path, arrays):
+def write_datafile(path, arrays, version=VERSION, num_stories=0, num_bytes=0):
     """Writes an iterable of token arrays as one .bin file, as they come; returns the number of tokens."""
     header, count = np.zeros(256, dtype="<i4"), 0
-    with open(path, "wb") as file:
+    with complete(path) as file:
         file.write(header)
         for tokens in arrays:
             file.write(np.ascontiguousarray(tokens, dtype="<u4"))
@@ -297,12 +575,129 @@ def write_datafile(path, arrays):
         if count > MAX_TOKENS:
             raise ValueError(f"{path} would hold {count:,} tokens, expected at most {MAX_TOKENS:,}; "
                              "use more shards")
-        header[:3] = MAGIC, VERSION, count
+        header[:4], header[4:6].view("<i8")[:] = (MAGIC, version, count, num_stories), num_bytes
         file.seek(0)
         file.write(header)
-        file.flush()
-        os.fsync(file.fileno())
     return count
+
+
+# -----------------------------------------------------------------------------
+# your own text
+
+
+def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = None,
+         vocab_size: int | None = None, field: str = "text", separator: str | None = None,
+         val_fraction: float = 0.01, num_workers: int | None = None):
+    """Tokenizes your own texts and chats to data_dir/val.bin and data_dir/train.bin.
+
+    input: files, also gzipped (.gz). .txt: a document, or several between separators (\\n is a line break).
+    .jsonl, .json, .parquet (needs pyarrow): objects by line, in a list, by row; of each, the text under
+    field, or a chat, "messages": [{"role": …, "content": …}], of which the assistant's turns are learned.
+    tokenizer_path: None for Meta's, where tokenize expects it. vocab_size: a vocabulary of that size is
+    trained on the texts instead, data_dir/tokenizer.model. val_fraction: of the documents, chosen by their
+    hash, one at least. ValueError names the file and the document that can't be read.
+    """
+    paths = input.split("\n") if isinstance(input, str) else list(map(os.fspath, input))
+    if vocab_size is not None and tokenizer_path is not None:
+        raise ValueError("found --vocab_size and --tokenizer_path, expected one of them")
+    if vocab_size is None:
+        tokenizer_path = tokenizer_path or TOKENIZER_PATH
+        Tokenizer(tokenizer_path)  # its errors come before the work
+    folder = os.path.join(data_dir, "documents.part")  # made anew by each run, which is quick
+    print(f"Reading {len(paths):,} files...")
+    least = split_documents(paths, field, separator, val_fraction, folder)
+    if least >= val_fraction:  # none for validation
+        split_documents(paths, field, separator, math.nextafter(least, 2), folder)
+    splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
+    if not splits["train"]:
+        shutil.rmtree(folder)
+        raise ValueError(f"{paths[0]}: found no two documents to train and to validate on, expected more; "
+                         "--separator cuts .txt files, --val_fraction is the share of validation")
+    if vocab_size is not None:
+        tokenizer_path = os.path.join(data_dir, "tokenizer.model")
+        train_tokenizer(sample_texts(splits["train"]), vocab_size, tokenizer_path)
+    write_splits(data_dir, "", splits, tokenizer_path, num_workers)
+    shutil.rmtree(folder)
+
+
+def split_documents(paths, field, separator, val_fraction, folder):
+    """Writes documents as shards to folder/val, if their hash, 0 … 1, is below val_fraction, or /train.
+
+    Returns the least hash, 1 without documents.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    lines, sizes, numbers, least = {}, {}, {}, 1.0
+    for split in "val", "train":
+        os.makedirs(os.path.join(folder, split))
+        lines[split], sizes[split], numbers[split] = [], 0, 0
+
+    def flush(split):
+        with complete(os.path.join(folder, split, f"data{numbers[split]:05d}.json")) as file:
+            file.write(f"[{', '.join(lines[split])}]".encode())
+        lines[split], sizes[split], numbers[split] = [], 0, numbers[split] + 1
+
+    for record in itertools.chain.from_iterable(read_documents(path, field, separator) for path in paths):
+        if not any(map(str.strip, texts_of(record))):
+            continue  # nothing in it
+        line = json.dumps(record)
+        place = int.from_bytes(hashlib.sha256(line.encode()).digest()[:6]) / 2**48
+        split, least = "val" if place < val_fraction else "train", min(least, place)
+        lines[split].append(line)
+        sizes[split] += len(line)
+        if sizes[split] > SHARD_CHARS:
+            flush(split)
+    for split in filter(lines.get, lines):
+        flush(split)
+    return least
+
+
+def read_documents(path, field, separator):
+    """Yields the records of one input file; ValueError names it and the document."""
+    kind = os.path.splitext(path.removesuffix(".gz"))[1]
+    if kind not in (".txt", ".jsonl", ".json", ".parquet"):
+        raise ValueError(f"{path}: found {kind or 'no'} suffix, expected .txt, .jsonl, .json or .parquet")
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        if kind == ".txt":
+            rows = ({field: piece} for piece in split_at(file, separator))
+        elif kind == ".jsonl":
+            rows = (json.loads(line) for line in file if not line.isspace())
+        else:
+            rows = read_array(file) if kind == ".json" else read_parquet(path, field)
+        expected = f'expected {{"{field}": text}}, see --field, or {{"messages": [{{"role", "content"}}]}}'
+        yield from read_records(f"{path}, document", rows, field, expected)
+
+
+def split_at(file, separator):
+    """Yields the pieces of a text file between separators, or all of it."""
+    if separator is None:
+        yield file.read()
+        return
+    separator, rest = separator.replace("\\n", "\n"), ""
+    while block := file.read(max(BLOCK, len(rest))):
+        *pieces, rest = (rest + block).split(separator)
+        yield from pieces
+    yield rest
+
+
+def read_parquet(path, field):
+    try:
+        import pyarrow.parquet as parquet  # here, as few need it
+    except ImportError as error:
+        raise ValueError(f"{path}: found no pyarrow to read it with; pip install pyarrow") from error
+    file = parquet.ParquetFile(path)
+    columns = [name for name in ("messages", field) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(batch_size=1000, columns=columns):
+        yield from batch.to_pylist()
+
+
+def sample_texts(shards):
+    """Yields texts from the beginning of every shard, about SAMPLE_CHARS in all."""
+    for shard in shards:
+        left = SAMPLE_CHARS / len(shards)
+        for text in itertools.chain.from_iterable(map(texts_of, read_shard(shard))):
+            yield text
+            if (left := left - len(text)) < 0:
+                break
 
 
 # -----------------------------------------------------------------------------
@@ -310,12 +705,22 @@ def write_datafile(path, arrays):
 
 
 def prepare(data_dir: str = DATA_DIR, url: str = URL, tokenizer_path: str = TOKENIZER_PATH,
-            num_workers: int | None = None):
+            num_workers: int | None = None, sha256: str | None = None):
     """Downloads, unpacks and tokenizes TinyStories."""
     Tokenizer(tokenizer_path)  # its errors come before 1.5 GB of download
-    download(data_dir, url)
+    download(data_dir, url, sha256)
     tokenize(data_dir, tokenizer_path, num_workers)
 
 
+def main():
+    words = sys.argv[1:]
+    if "--input" in words:  # the one flag that takes several words
+        begin = words.index("--input") + 1
+        end = next((i for i in range(begin, len(words)) if words[i].startswith("--")), len(words))
+        words[begin - 1:end] = ["--input=" + "\n".join(words[begin:end])]
+    commands = {"download": download, "tokenize": tokenize, "text": text, "prepare": prepare}
+    cli.run(commands, default="prepare", argv=words)
+
+
 if __name__ == "__main__":
-    cli.run({"download": download, "tokenize": tokenize, "prepare": prepare}, default="prepare")
+    main()

@@ -1,22 +1,24 @@
-"""TinyStories' shards to token files, against the original's rule; the download, against a local server."""
+"""TinyStories' shards to token files, against the original's rule; what is broken, killed or missing."""
 
-import contextlib
-import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import tiny_stories
 from tokenizer import Tokenizer, train_tokenizer
@@ -58,15 +60,15 @@ def originals_file(shards, tokenizer_path):
     for i, shard in enumerate(shards):
         data = json.loads(Path(shard).read_text(encoding="utf-8"))
         random.Random(1337 + i).shuffle(data)
-        for example in data:
-            tokens += tokenizer.encode(example["story"].strip(), bos=True, eos=True)
+        for record in data:
+            tokens += tokenizer.encode(record["story"].strip(), bos=True, eos=True)
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240801, 7, len(tokens)
     return header.tobytes() + np.array(tokens, dtype=np.uint32).tobytes()
 
 
 def bin_files(data_dir):
-    return {path.name: path.read_bytes() for path in Path(data_dir).glob("*.bin*")}
+    return {path.name: path.read_bytes() for path in Path(data_dir).glob("*.bin")}
 
 
 # ---------------------------------------------------------------- tokenize
@@ -97,7 +99,7 @@ def test_real_stories_with_the_real_vocabulary_give_the_originals_files(tmp_path
 def test_one_worker_starts_no_process(data_dir, tokenizer_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("a process was started")
-    monkeypatch.setattr(tiny_stories, "start_worker", refuse)
+    monkeypatch.setattr(tiny_stories.concurrent.futures, "ProcessPoolExecutor", refuse)
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
 
 
@@ -142,19 +144,21 @@ def test_a_broken_shard_is_named_and_old_files_stay(data_dir, tokenizer_path, nu
     assert not (data_dir / "TinyStories_val.bin").exists()
 
 
-def test_a_killed_worker_is_an_error_that_names_the_shard(monkeypatch):
-    class Killed:
-        def kill(self):
-            pass
-        join = kill
+def test_a_killed_worker_is_an_error_that_names_a_shard(tmp_path, tokenizer_path):
+    write_shards(tmp_path, [some_stories(random.Random(2), 20_000)] * 4)
+    children = set(multiprocessing.active_children())
 
-    def start_worker(jobs):
-        answers, writer = tiny_stories.multiprocessing.Pipe(duplex=False)
-        writer.close()
-        return Killed(), answers
-    monkeypatch.setattr(tiny_stories, "start_worker", start_worker)
-    with pytest.raises(OSError, match="data07.json.*killed.*num_workers"):
-        list(tiny_stories.process_shards([(0, "data07.json", "t")], 2))
+    def kill_one():
+        while not (workers := set(multiprocessing.active_children()) - children):
+            time.sleep(0.01)
+        time.sleep(0.7)
+        os.kill(workers.pop().pid, signal.SIGKILL)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(OSError, match="data0.*json: its worker.*killed.*num_workers"):
+        tiny_stories.tokenize(str(tmp_path), tokenizer_path, 2)
+    killer.join()
+    assert set(multiprocessing.active_children()) == children and not list(tmp_path.glob("*.bin"))
 
 
 def test_a_lone_surrogate_or_an_empty_story_is_tokenized(tmp_path, tokenizer_path):
@@ -173,6 +177,239 @@ def test_too_few_shards_a_missing_vocabulary_and_no_workers_are_errors(tmp_path,
         tiny_stories.tokenize(str(data_dir), str(tmp_path / "none.model"), 1)
     with pytest.raises(ValueError, match="num_workers is 0, expected at least 1"):
         tiny_stories.tokenize(str(data_dir), tokenizer_path, 0)
+
+
+# ---------------------------------------------------------------- interruptions, manifest, disk
+
+
+def redone(monkeypatch):
+    """The names of the shards that are tokenized from now on."""
+    names, encode_shard = [], tiny_stories.encode_shard
+
+    def record(index, shard, words):
+        names.append(Path(shard).name)
+        return encode_shard(index, shard, words)
+    monkeypatch.setattr(tiny_stories, "encode_shard", record)
+    return names
+
+
+def finished_tree(data_dir):
+    return bin_files(data_dir) | {"manifest": (data_dir / "manifest.json").read_bytes()}
+
+
+def test_after_an_interruption_only_unfinished_shards_are_redone(data_dir, tokenizer_path, monkeypatch):
+    shard = data_dir / tiny_stories.SHARDS / "data03.json"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="data03.json"):
+        tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    shard.write_bytes(content)
+    names = redone(monkeypatch)
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert names == ["data03.json", "data04.json"]
+    after = finished_tree(data_dir)
+    assert not list(data_dir.glob("*.part")) and not list(data_dir.glob("*.new"))
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert finished_tree(data_dir) == after
+
+
+@pytest.mark.parametrize("change", ["shard", "order", "vocabulary"])
+def test_a_finished_shard_is_not_taken_for_another(data_dir, tmp_path_factory, tokenizer_path, change):
+    folder = data_dir / tiny_stories.SHARDS
+    (folder / "data04.json").rename(folder / "later.json")
+    (folder / "data04.json").write_text("[")
+    with pytest.raises(ValueError, match="data04.json"):
+        tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    (folder / "later.json").rename(folder / "data04.json")
+    if change == "shard":  # as long as before
+        content = (folder / "data01.json").read_text()
+        (folder / "data01.json").write_text(content.replace("little", "LITTLE"))
+    if change == "order":  # data01 becomes validation, data02 the first of train, whose seed differs
+        (folder / "data00.json").unlink()
+    if change == "vocabulary":
+        tokenizer_path = str(tmp_path_factory.mktemp("other") / "tokenizer.model")
+        train_tokenizer(some_stories(random.Random(9), 200), 540, tokenizer_path)
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    shards = sorted(folder.glob("*.json"))
+    assert bin_files(data_dir) == {"TinyStories_val.bin": originals_file(shards[:1], tokenizer_path),
+                                   "TinyStories_train.bin": originals_file(shards[1:], tokenizer_path)}
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_manifest_tells_what_every_shard_gave(data_dir, tokenizer_path, num_workers):
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, num_workers)
+    files = json.loads((data_dir / "manifest.json").read_text())["files"]
+    shards = sorted((data_dir / tiny_stories.SHARDS).glob("*.json"))
+    tokenizer = Tokenizer(tokenizer_path)
+    for name, of_split in ("TinyStories_val.bin", shards[:1]), ("TinyStories_train.bin", shards[1:]):
+        about = files[name]
+        assert about["tokenizer"] == tiny_stories.sha256_of(tokenizer_path) and about["version"] == 7
+        for shard, told in zip(of_split, about["shards"], strict=True):
+            texts = [text.strip() for text in tiny_stories.read_stories(shard)]
+            assert told == {"name": shard.name, "sha256": tiny_stories.sha256_of(shard),
+                            "stories": len(texts), "bytes": sum(len(text.encode()) for text in texts),
+                            "tokens": sum(len(tokenizer.encode(text)) + 2 for text in texts)}
+        for key in "stories", "tokens", "bytes":
+            assert about[key] == sum(told[key] for told in about["shards"])
+        assert about["tokens"] * 4 + 1024 == (data_dir / name).stat().st_size
+
+
+def test_a_damaged_manifest_is_named(data_dir, tokenizer_path):
+    for content in "", "[1]", "{", "null":
+        (data_dir / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="manifest.json: found no JSON object.*delete it"):
+            tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+
+
+def test_the_known_counts_of_the_full_dataset_are_reported(data_dir, tokenizer_path, monkeypatch, capsys):
+    folder = data_dir / tiny_stories.SHARDS
+    for i in range(5, 50):
+        shutil.copy(folder / "data02.json", folder / f"data{i:02d}.json")
+    monkeypatch.setattr(tiny_stories, "LLAMA3", tiny_stories.sha256_of(tokenizer_path))
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert "do not match {'val': 18660516, 'train': 907021844}" in capsys.readouterr().out
+    counts = {name: (len(data) - 1024) // 4 for name, data in bin_files(data_dir).items()}
+    monkeypatch.setattr(tiny_stories, "KNOWN_TOKENS", {"val": counts["TinyStories_val.bin"],
+                                                       "train": counts["TinyStories_train.bin"]})
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert "full dataset match." in capsys.readouterr().out
+    (folder / "data49.json").unlink()
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert "match" not in capsys.readouterr().out
+
+
+def test_too_little_free_disk_is_said_before_the_work(data_dir, tokenizer_path, monkeypatch):
+    monkeypatch.setattr(tiny_stories.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    names = redone(monkeypatch)
+    with pytest.raises(OSError, match=r"found 1,000 bytes of free disk, expected \d+,\d+; make room"):
+        tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert names == []
+
+
+FULL = """
+import resource, signal, sys
+import tiny_stories
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
+tiny_stories.cli.run({"tokenize": tiny_stories.tokenize}, "tokenize",
+                     ["--data_dir", sys.argv[1], "--tokenizer_path", sys.argv[2], "--num_workers", "1"])
+"""
+
+
+def test_no_space_left_is_one_line_with_the_file_and_loses_nothing(data_dir, tokenizer_path):
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    expected = finished_tree(data_dir)
+    for limit in 1000, 5_000, 8_000, 12_000, 16_000:
+        result = subprocess.run([sys.executable, "-c", FULL, data_dir, tokenizer_path, str(limit)],
+                                capture_output=True, text=True, cwd=Path(SCRIPT).parent, timeout=60)
+        [line] = [line for line in result.stderr.splitlines() if "error" in line]
+        assert result.returncode == 1 and str(data_dir) in line and "make room, then run again" in line
+        assert finished_tree(data_dir) == expected and not list(data_dir.rglob("*.bin.*part"))
+    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    assert finished_tree(data_dir) == expected
+
+
+def test_an_exception_in_a_worker_names_the_shard_and_ends_the_run(data_dir, tokenizer_path, monkeypatch):
+    def fail(index, shard, words):
+        raise KeyError("ours")
+    monkeypatch.setattr(tiny_stories, "encode_shard", fail)
+    with pytest.raises(ValueError, match="data00.json: tokenizing failed with KeyError..ours"):
+        tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+
+
+# ---------------------------------------------------------------- fuzzing
+
+
+SPACES = " |  |\n|\n\n| \n|\r\n|\t|\u00a0|\u2003|\u2028|\x1c|\x85|\u200b".split("|")
+SIGNS = ["'s", "1234", "...", "<|eot_id|>", "\ud83d", "é", "e\u0301", "\u0301", "😀", "漢字"]
+PIECES = st.one_of(st.sampled_from(SPACES), st.sampled_from([*WORDS, *SIGNS]), st.text(max_size=4))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(PIECES, max_size=12).map("".join))
+@example(" a")
+@example("a  b")
+@example("a \nb c")
+def test_word_by_word_gives_the_tokens_of_the_whole_text(tokenizer_path, text):
+    words = tiny_stories.words_of(tokenizer_path, "digest")
+    expected = words.tokenizer.encode(text.strip(), bos=True, eos=True)
+    assert np.frombuffer(words.encode({"story": text}), "<u4").tolist() == expected
+
+
+def test_long_texts_and_long_words_have_the_tokens_of_the_whole_text(tokenizer_path):
+    words = tiny_stories.words_of(tokenizer_path, "digest")
+    for text in "dog " * 99_999 + "little dog", "dog " + "x" * 60_000 + " dog", "a" * 399_999 + " b c":
+        expected = words.tokenizer.encode(text, bos=True, eos=True)
+        assert np.frombuffer(words.encode({"story": text}), "<u4").tolist() == expected
+
+
+def stories_as_json_reads_them(content):
+    """The stories of a shard, or None if it is broken; by json.loads."""
+    try:
+        records = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(records, list) and records and all(
+        isinstance(record, dict) and isinstance(record.get("story"), str) for record in records)
+    return [record["story"] for record in records] if sound else None
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+                        st.sampled_from(["story", "a"]), inner, max_size=3), max_leaves=6)
+RECORDS = st.lists(st.builds(lambda story, more: {**more, "story": story}, st.text(max_size=40),
+                             st.dictionaries(st.text(max_size=2), JSON, max_size=2)) | JSON, max_size=5)
+
+
+@st.composite
+def shard_bytes(draw):
+    """JSON of all kinds, most of it a shard, some of it then damaged."""
+    value = draw(st.one_of(RECORDS, RECORDS, JSON))
+    indent = draw(st.sampled_from([None, 0, 2]))
+    content = json.dumps(value, ensure_ascii=draw(st.booleans()), indent=indent)
+    content = bytearray(content.encode("utf-8", "surrogatepass"))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        at = draw(st.integers(0, len(content)))
+        content[at:at + draw(st.integers(0, 3))] = draw(st.one_of(
+            st.binary(max_size=3), st.sampled_from([b",", b"]", b"[", b'"', b"\\", b" \n"])))
+    return bytes(content)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(shard_bytes(), st.sampled_from([8, 9, 13, 64, 2**20]))
+@example(b"[" * 100_000, 64)
+@example(b'[{"story": "a"}] \n\t x', 8)
+@example(b'[{"story": "a"},]', 8)
+@example(b'[{"story": "a", "n": 1' + b"0" * 5000 + b"}]", 64)
+def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_that_names_it(content, block):
+    path = io.BytesIO(content)
+    expected = stories_as_json_reads_them(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_stories, "BLOCK", block)
+        patch.setattr(tiny_stories, "open", lambda *_, **__: io.TextIOWrapper(path, "utf-8"), raising=False)
+        if expected is not None:
+            assert tiny_stories.read_stories("data07.json") == expected
+        else:
+            with pytest.raises(ValueError, match="data07.json.*found.*expected a list"):
+                tiny_stories.read_stories("data07.json")
+
+
+@pytest.mark.parametrize("content", [
+    '[{"story": "' + "x" * 2_000_000 + '"}]', '[{"story": "' + "x" * 2_000_000,
+    " " * 200_000 + "[" + " " * 2_000_000 + '{"story": "a"}' + " " * 2_000_000 + "]"])
+def test_the_time_to_read_one_long_value_grows_linearly(tmp_path, monkeypatch, content):
+    reads = []
+
+    class File(io.StringIO):
+        def read(self, n=-1):
+            reads.append(n)
+            return super().read(n)
+    monkeypatch.setattr(tiny_stories, "BLOCK", 2**18)
+    try:
+        list(tiny_stories.read_array(File(content)))
+    except ValueError:
+        pass
+    assert len(reads) < 20
 
 
 # ---------------------------------------------------------------- command line
@@ -208,94 +445,3 @@ def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
         _, errors = process.communicate(timeout=30)  # its pipes close when the workers, too, are gone
         assert process.returncode == 130 and "Traceback" not in errors
     assert not list(tmp_path.glob("*.bin"))
-
-
-# ---------------------------------------------------------------- download
-
-
-def archive_of(members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-SHARD = json.dumps([{"story": "".join(random.Random(3).choices("abcdefgh ", k=50_000))}]).encode()
-ARCHIVE = archive_of({"data00.json": SHARD, "data01.json": SHARD})
-
-
-@contextlib.contextmanager
-def server(body, status=200, cut=None):
-    """Serves body at the yielded address, whatever is asked for; cut: closes after so many bytes of it."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            self.send_response(206 if start and status == 200 else status)
-            self.send_header("Content-Length", str(len(body) - start))
-            self.end_headers()
-            self.wfile.write(body[start:cut])
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
-        threading.Thread(target=http_server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{http_server.server_port}/TinyStories_all_data.tar.gz"
-        http_server.shutdown()
-
-
-def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
-
-
-UNPACKED = ["TinyStories_all_data", "TinyStories_all_data.tar.gz", "TinyStories_all_data/data00.json",
-            "TinyStories_all_data/data01.json"]
-
-
-def test_a_download_is_unpacked_and_not_repeated(tmp_path):
-    with server(ARCHIVE) as url:
-        tiny_stories.download(str(tmp_path / "d"), url)
-    assert names(tmp_path / "d") == UNPACKED
-    assert (tmp_path / "d" / tiny_stories.SHARDS / "data01.json").read_bytes() == SHARD
-    tiny_stories.download(str(tmp_path / "d"), url)  # the server is gone
-
-
-def test_an_error_status_is_named_and_leaves_nothing(tmp_path):
-    with server(b"not here", status=404) as url, pytest.raises(ConnectionError, match="404.*expected 200"):
-        tiny_stories.download(str(tmp_path), url)
-    assert names(tmp_path) == []
-
-
-def test_a_server_that_is_not_there_is_a_connection_error(tmp_path):
-    with server(b"") as url:
-        pass
-    with pytest.raises(ConnectionError, match="127.0.0.1.*failed.*run again"):
-        tiny_stories.download(str(tmp_path), url)
-    assert names(tmp_path) == []
-
-
-def test_a_truncated_body_is_an_error_and_a_new_run_continues_it(tmp_path):
-    with server(ARCHIVE, cut=10_000) as url, pytest.raises(ConnectionError, match="failed.*run again"):
-        tiny_stories.download(str(tmp_path), url)
-    assert names(tmp_path) == ["TinyStories_all_data.tar.gz.part"]
-    with server(ARCHIVE) as url:
-        tiny_stories.download(str(tmp_path), url)
-    assert names(tmp_path) == UNPACKED and (tmp_path / tiny_stories.ARCHIVE).read_bytes() == ARCHIVE
-
-
-@pytest.mark.parametrize("body, said", [
-    (b"<html>please log in</html>", "gzip"), (b"", "empty"), (ARCHIVE[:-9], "ended"),
-    (ARCHIVE[:20_000] + b"\0" * 20 + ARCHIVE[20_020:], ""), (archive_of({"readme.txt": b"hi"}), "no data"),
-    (archive_of({"data00.json": SHARD, "../../data01.json": SHARD}), "outside"),
-])
-def test_a_broken_or_unsafe_archive_is_put_aside_and_a_new_run_starts_anew(tmp_path, body, said):
-    inside = tmp_path / "a" / "b"
-    with server(body) as url, pytest.raises(ValueError, match=rf"tar.gz: found.*{said}.*run again"):
-        tiny_stories.download(str(inside), url)
-    assert names(tmp_path) == ["a", "a/b", "a/b/TinyStories_all_data.tar.gz.broken"]
-    with server(ARCHIVE) as url:
-        tiny_stories.download(str(inside), url)
-    assert set(UNPACKED) < set(names(inside))
