@@ -21,11 +21,13 @@ def run(commands, default, argv=None):
 
     commands: name -> function; every parameter annotated with str, int, float, bool, tuple[float, float]
         or one of these | None. One without a default may be given by position, unless it is keyword-only.
-    default: the command when none is named. argv: words to use in place of the process's own.
+    default: the command when none is named, None where one has to be. argv: words in place of the process's.
     ValueError and OSError are what a user can get wrong: one line on standard error, exit status 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in commands else default
+    if command is None:
+        sys.exit(f"error: expected a command, {' or '.join(commands)}; COMMAND --help tells more")
     function = commands[command]
     parameters = inspect.signature(function).parameters
 
@@ -40,7 +42,8 @@ def run(commands, default, argv=None):
             for name, p in parameters.items():
                 value = "required" if p.default is p.empty else f"default {p.default!r}"
                 print(f"  --{name} {inspect.formatannotation(base_type(p))}".ljust(35), value)
-            print(f"\nCommands: {' '.join(commands)}; without one: {default}. Help: COMMAND --help")
+            print(f"\nCommands: {' '.join(commands)}" + (f"; without one: {default}" if default else "")
+                  + ". Help: COMMAND --help")
         else:
             texts = read_words(argv, command, parameters)
             fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])

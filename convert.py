@@ -330,4 +330,4 @@ def refuse_existing(dst):
 
 
 if __name__ == "__main__":
-    cli.run({"from_hf": from_hf, "to_hf": to_hf}, default="from_hf")
+    cli.run({"from_hf": from_hf, "to_hf": to_hf}, default=None)

@@ -31,12 +31,8 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -341,14 +337,16 @@ class Transformer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        embeddings = torch.empty(args.vocab_size, args.dim)  # so, nothing is drawn only to be overwritten
+        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.tie()
         self.rope_frequencies = rope_frequencies(args)  # no buffer: .to(bfloat16) must not round it
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
-        self.init_weights()
+        if not self.output.weight.is_meta:
+            self.init_weights()
 
     def tie(self):
         """One storage for embedding and output where the configuration says so."""
@@ -553,10 +551,11 @@ def load_weights(model, tensors, device, dtype):
     """
     layout, state = model.state_dict(), {}
     for name, tensor in tensors:
-        if isinstance(layout[name], DTensor):
+        if sharded := hasattr(layout[name], "placements"):
+            from torch.distributed.tensor import distribute_tensor  # here, as sampling need not wait for it
             tensor = distribute_tensor(tensor, layout[name].device_mesh, layout[name].placements,
                                        src_data_rank=None)  # every rank has the same tensor: nothing is sent
-        state[name] = tensor.to(device, dtype, copy=isinstance(tensor, DTensor))  # frees the whole one
+        state[name] = tensor.to(device, dtype, copy=sharded)  # the copy frees the whole tensor
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -600,8 +599,10 @@ def save_checkpoint(path, args, state, tokenizer_path=None, progress=None, optim
         if optimizer_dir is not None:
             os.replace(optimizer_dir, part / "optimizer")
         os.replace(part, path)
-    except OSError:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error.__context__, OSError):  # torch.save raises another over it, closing its archive
+            raise OSError(f"{part}: {error.__context__}") from None
         raise
 
 
@@ -999,6 +1000,7 @@ def shard_parameters(model, dtype):
 
     dtype: in which they gather and compute; gradients are summed in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mp_policy=policy)
@@ -1010,7 +1012,7 @@ def whole_weights(model):
     """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
     state = {}
     for name, p in model.state_dict().items():
-        p = p.full_tensor().cpu() if isinstance(p, DTensor) else p
+        p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
         if not dist.is_initialized() or dist.get_rank() == 0:
             state[name] = p
     if state and model.args.tie_word_embeddings:
@@ -1023,6 +1025,8 @@ def save_training(path, model, optimizer, tokenizer_path, progress):
 
     The optimizer's state goes through torch.distributed.checkpoint, each rank writing its own part of it.
     """
+    import torch.distributed.checkpoint as dcp  # here, as sampling need not wait for it
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     is_master = not dist.is_initialized() or dist.get_rank() == 0
     optimizer_dir = path.parent / "optimizer.part"
     if is_master:
@@ -1037,6 +1041,8 @@ def save_training(path, model, optimizer, tokenizer_path, progress):
 
 def load_optimizer(path, model, optimizer):
     """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     state = get_optimizer_state_dict(model, optimizer)  # of zeros, filled in place
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -1106,11 +1112,16 @@ def cut_log(path, last_step):
     return json.loads(kept[-1])["step"] if kept else 0
 
 
-def prepare_folder(out_dir, last_step):
-    """Makes out_dir, or frees it of what a killed run left after last_step; see cut_log."""
+def prepare_folder(out_dir, last_step, tokenizer_path):
+    """Makes out_dir, or frees it of what a killed run left after last_step; see cut_log.
+
+    It takes a copy of the tokenizer.model, as the checkpoint that has it may be dropped.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     for part in out_dir.glob("*.part"):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
+    shutil.copyfile(tokenizer_path, out_dir / "tokenizer.model.part")
+    os.replace(out_dir / "tokenizer.model.part", out_dir / "tokenizer.model")
     return cut_log(out_dir / "log.jsonl", last_step)
 
 
@@ -1338,7 +1349,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     floor = entropy_floor(Path(val_loader.files[0]).parent)
     peak = measured_peak(device, dtype) * world_size
     min_lr = lr / 10 if min_lr is None else min_lr
-    last_line = prepare_folder(out_dir, progress["step"]) if is_master else 0
+    last_line = prepare_folder(out_dir, progress["step"], tokenizer.model_path) if is_master else 0
     [last_line] = sum_over_ranks([last_line], device)
     # killed between saving a step and writing its line, a run goes on with that line
     first = progress["step"] + (last_line == progress["step"])
@@ -1381,8 +1392,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                     step=step, loss=loss, lr=rate, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
                     mfu=model.flops_per_token(seq_len) * tokens_per_s / peak, memory=used_memory(device)))
                 if step == steps or interrupted or save_interval and step % save_interval == 0:
-                    save_training(out_dir / f"step_{step:06d}", model, optimizer, tokenizer.model_path,
-                                  progress)
+                    save_training(out_dir / f"step_{step:06d}", model, optimizer,
+                                  out_dir / "tokenizer.model", progress)
                     if is_master:
                         drop_checkpoints(out_dir, keep)
                 if interrupted:
@@ -1400,10 +1411,11 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     bar.close()
     if is_master and interrupted:
         print(f"{signals[0] if signals else 'a signal'} after step {step}, which is saved; --resume goes on")
-    elif is_master and first <= steps:
+    elif is_master:
         plot_losses(out_dir, floor)
     if dist.is_initialized():
-        dist.barrier()  # gloo can hang where a group is destroyed right after the sum of a tensor
+        dist.barrier()
+        time.sleep(0.1)  # gloo's threads need Python's lock to let go of tensors, else destroying can hang
         dist.destroy_process_group()
 
 # -----------------------------------------------------------------------------

@@ -100,3 +100,9 @@ def test_any_other_error_keeps_its_traceback():
         raise TypeError("ours")
     with pytest.raises(TypeError, match="ours"):
         cli.run({"fail": fail}, "fail", [])
+
+
+def test_a_command_has_to_be_named_where_there_is_no_default(capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.run({"there": print, "back": print}, default=None, argv=["x"])
+    assert error.value.code == "error: expected a command, there or back; COMMAND --help tells more"
