@@ -308,8 +308,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), None, None
         if with_gradients:
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for rows in torch.arange(len(x)).split(max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // len(w))):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        size = max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // len(w))
+        for begin in range(0, len(x), size):
+            rows = slice(begin, begin + size)
             h, kept = x[rows].to(dtype), (targets[rows] != -100)[:, None]
             index = targets[rows, None].clamp(min=0)
             logprobs = (h @ w.T).float().log_softmax(-1)
@@ -1341,7 +1342,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     elif compile:
         for layer in model.layers:  # one block, compiled once, serves all layers
             layer.compile()
-    wrapped = DistributedDataParallel(model) if world_size > 1 and not fsdp else model
+    wrapped = (DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 and not fsdp
+               else model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
 
     bos_id = tokenizer.bos_id if doc_mask else None

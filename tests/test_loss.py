@@ -1,0 +1,196 @@
+"""The loss: chunked as if whole, documents apart as if run alone, blocks recomputed as if kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import llama31
+from llama31 import ChunkedCrossEntropy, ModelArgs, Transformer, document_mask
+
+BOS = 90
+
+
+def model_of(seed=0, **changes):
+    model = Transformer(ModelArgs(**{**dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=97,
+                                            multiple_of=16), **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(mean=float(p.dim() == 1), std=p.size(-1) ** -0.5, generator=generator)
+    return model
+
+
+def random_tokens(*shape, seed=1, high=89):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(*lengths, seed=1):
+    """One row of documents of these lengths, each beginning with BOS."""
+    tokens, at = random_tokens(sum(lengths), seed=seed), 0
+    for n in lengths:
+        tokens[at] = BOS
+        at += n
+    return tokens[None]
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_close(a, b, what=""):
+    error, size = (a - b).abs().max().item(), b.abs().max().item()
+    assert error <= 1e-5 * size, f"{what}: off by {error}, of {size}"
+
+
+def assert_all_close(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_close(a[name], b[name], name)
+
+
+def plain_loss(model, inputs, targets):
+    logits = model(inputs)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / (
+        targets != -100).sum().clamp(min=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("logits_at_once", [1, 97, 97 * 5, 97 * 34, 2**25])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(monkeypatch, logits_at_once, tied):
+    model, tokens = model_of(tie_word_embeddings=tied), random_tokens(2, 18)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 2:7], targets[1, 3] = -100, -100
+    expected = plain_loss(model, inputs, targets)
+    expected.backward()
+    expected_gradients = gradients(model)
+    monkeypatch.setattr(ChunkedCrossEntropy, "LOGITS_AT_ONCE", logits_at_once)
+    loss = 3 * model(inputs, targets) / 3
+    loss.backward()
+    assert_close(loss, expected)
+    assert_all_close(gradients(model), expected_gradients)
+    with torch.no_grad():
+        assert_close(model(inputs, targets), expected)
+    none = torch.full_like(targets, -100)
+    model(inputs, none).backward()
+    assert model(inputs, none) == 0 and all((g == 0).all() for g in gradients(model).values())
+
+
+def test_no_more_logits_exist_at_once_than_the_chunk_has(monkeypatch):
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if torch.is_tensor(result) and result.dim() == 2 and 97 in result.shape:
+                sizes.append(result.numel())
+            return result
+    monkeypatch.setattr(ChunkedCrossEntropy, "LOGITS_AT_ONCE", 97 * 60)
+    model, tokens = model_of(), random_tokens(4, 101)
+    with Watch():
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert max(sizes) == 97 * 60  # of 97 * 400; the weight has 97 * 48
+
+
+def test_the_loss_is_accumulated_in_float32_under_bfloat16():
+    """4,000 equal targets: a bfloat16 sum would stop growing at 256 nats."""
+    model = model_of(n_layers=1)
+    inputs = torch.full((8, 500), 3)
+    targets = torch.full((8, 500), 7)
+    with torch.no_grad():
+        exact = model(inputs[:1, :1], targets[:1, :1])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(inputs, targets)
+            one = model(inputs[:1, :1], targets[:1, :1])
+    assert loss.dtype == torch.float32
+    assert abs(loss - one) < 1e-3 * one and abs(loss - exact) < 0.05 * exact
+
+
+@pytest.mark.parametrize("lengths", [(9,), (1, 8), (5, 2, 1, 6), (3, 3, 3, 3)], ids=str)
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+def test_packed_documents_have_loss_and_gradients_of_documents_run_apart(lengths, n_kv_heads):
+    model, tokens = model_of(n_kv_heads=n_kv_heads), packed(*lengths)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = model(inputs, targets, BOS)
+    loss.backward()
+    together, count = gradients(model), sum(lengths) - len(lengths)
+    total = torch.zeros(())
+    for document in tokens[0].split(lengths):
+        if len(document) > 1:
+            total = total + plain_loss(model, document[None, :-1], document[None, 1:]) * (len(document) - 1)
+    (total / count).backward()
+    assert_close(loss, total / count)
+    assert_all_close(together, gradients(model))
+
+
+def test_a_changed_document_leaves_the_others_logits_bit_identical(monkeypatch):
+    model, a, b = model_of(), packed(7, 9, 5), packed(7, 9, 5)
+    b[0, 8:16] = random_tokens(8, seed=9)  # the second document
+    hidden = []
+    norm = model.norm.forward
+    monkeypatch.setattr(model.norm, "forward", lambda x: hidden.append(norm(x)) or hidden[-1])
+    for tokens in (a, b):
+        model(tokens, torch.full_like(tokens, -100), BOS)
+    first, second = (model.output(x)[0] for x in hidden)
+    assert torch.equal(first[:7], second[:7]) and torch.equal(first[16:], second[16:])
+    assert not torch.equal(first[8:16], second[8:16])
+
+
+def test_a_batch_without_a_boundary_inside_takes_the_causal_kernel(monkeypatch):
+    masks, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: masks.append(kwargs) or attend(*args, **kwargs))
+    model, tokens = model_of(), random_tokens(2, 12)
+    tokens[:, 0] = BOS
+    model(tokens, tokens, BOS)
+    assert len(masks) == 2 and all(m["is_causal"] and m["attn_mask"] is None for m in masks)
+    tokens[1, 5] = BOS
+    model(tokens, tokens, BOS)
+    assert len(masks) == 4 and not any(m["is_causal"] for m in masks[2:])
+
+
+def flex_mask(tokens):
+    """What document_mask makes on cuda."""
+    document = (tokens == BOS).cumsum(1)
+    return llama31.create_block_mask(lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j),
+                                     len(tokens), None, tokens.size(1), tokens.size(1), device="cpu")
+
+
+def test_flex_attention_has_the_logits_of_the_boolean_mask():
+    model = model_of()
+    tokens = torch.cat([packed(70, 60, 20), packed(1, 140, 9)])
+    positions = torch.arange(150)[None]
+    with torch.no_grad():
+        expected = model.trunk(tokens, positions, document_mask(tokens, BOS))
+        assert_close(model.trunk(tokens, positions, flex_mask(tokens)), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has gradients only on cuda")
+def test_flex_attention_has_the_gradients_of_the_boolean_mask_on_cuda():
+    tokens = torch.cat([packed(70, 60, 20), packed(1, 140, 9)])
+    model = model_of()
+    model(tokens, tokens, BOS).backward()
+    expected = gradients(model)
+    model.cuda()
+    model(tokens.cuda(), tokens.cuda(), BOS).backward()
+    for name, grad in gradients(model).items():
+        assert (grad.cpu() - expected[name]).abs().max() <= 1e-3 * expected[name].abs().max()
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_recomputed_blocks_have_the_same_loss_and_gradients_and_keep_less(bos_id):
+    model, tokens = model_of(n_layers=4), packed(30, 20, 50)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    kept, outcomes = [], []
+    for model.activation_checkpointing in (False, True):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t,
+                                                      lambda t: t):
+            loss = model(inputs, targets, bos_id)
+        loss.backward()
+        kept.append(sum(saved))
+        outcomes.append((loss, gradients(model)))
+    (loss, grads), (again, grads_again) = outcomes
+    assert loss == again and all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    assert kept[1] < kept[0] / 3
