@@ -487,11 +487,14 @@ def encode_shard(shard_index, shard, words):
     return chunks, version, len(chunks), num_bytes
 
 
+BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")
+
+
 class Words(dict):
     """Encodes records to bytes of uint32, fast as it remembers words: "word" -> tokens of " word".
 
-    Llama 3's pattern never joins a space to the left, but to white space. So a text whose words are apart by
-    single spaces is encoded word by word, any other whole.
+    A text can be encoded in pieces, cut at spaces that no other white space touches: Llama 3's pattern joins
+    those to what follows, never to what precedes.
     """
 
     def __init__(self, tokenizer):
@@ -499,7 +502,7 @@ class Words(dict):
 
     def __missing__(self, key):
         word = "".join(key)  # the key of a text's first word, before which no space is, is a tuple
-        if not word or word[0].isspace() or word[-1].isspace():
+        if not word or word[0].isspace() or word[-1].isspace():  # it was not to be cut there
             raise KeyError(word)
         tokens = as_bytes(self.tokenizer.encode(word if isinstance(key, tuple) else f" {word}"))
         if len(self) < 2**17 and len(word) < 32:  # 30 MB at most
@@ -517,14 +520,17 @@ class Words(dict):
                 tokens += [i | MASKED for i in ids[:said]] + ids[said:]
             return as_bytes(tokens)
         [text] = texts_of(record)
-        first, *others = text.split(" ")
-        try:
-            if len(text) > MAX_CHARS:  # where Meta cuts it even in a word
-                raise KeyError(text)
-            tokens = [self[first,], *map(self.__getitem__, others)]
-        except KeyError:
+        if not text or len(text) > MAX_CHARS:  # which Meta cuts, be it in a word
             tokens = [as_bytes(tokenizer.encode(text))]
+        else:
+            try:
+                tokens = self.look_up(text.split(" "))
+            except KeyError:  # slower, for texts with line breaks or double spaces
+                tokens = self.look_up(BETWEEN_WORDS.split(text))
         return b"".join([as_bytes([tokenizer.bos_id]), *tokens, as_bytes([tokenizer.eos_id])])
+
+    def look_up(self, words):
+        return [self[words[0],], *map(self.__getitem__, words[1:])]
 
 
 @functools.lru_cache(maxsize=1)
@@ -600,6 +606,10 @@ def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = Non
     paths = input.split("\n") if isinstance(input, str) else list(map(os.fspath, input))
     if vocab_size is not None and tokenizer_path is not None:
         raise ValueError("found --vocab_size and --tokenizer_path, expected one of them")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}, expected at least 0 and less than 1")
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        raise FileNotFoundError(f"{missing[0]}: found no such file, expected --input PATH...")
     if vocab_size is None:
         tokenizer_path = tokenizer_path or TOKENIZER_PATH
         Tokenizer(tokenizer_path)  # its errors come before the work
