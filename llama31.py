@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -885,24 +886,44 @@ class Llama:
 # -----------------------------------------------------------------------------
 # Data loader
 
-MAGIC, VERSION, HEADER_BYTES = 20240801, 7, 1024
+MAGIC, VERSION, MASKING_VERSION, HEADER_BYTES = 20240801, 7, 8, 1024
+MASKED = 2**31  # bit of a token that is no target, in a file of version 8
 
 
-def shard_tokens(path):
-    """The number of tokens in a .bin shard; ValueError names the file and what is wrong with it."""
+def read_header(path):
+    """(tokens in a .bin shard, its version); ValueError names the file and what is wrong with it."""
     with open(path, "rb") as f:
         header = f.read(HEADER_BYTES)
         size = f.seek(0, os.SEEK_END)
     if len(header) < HEADER_BYTES:
         raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
     magic, version, count = np.frombuffer(header, dtype="<i4")[:3].tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION}: "
-                         "tokenize anew")
+    if magic != MAGIC or version not in (VERSION, MASKING_VERSION):
+        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION} or "
+                         f"{MASKING_VERSION}: tokenize anew")
     if count < 0 or size != HEADER_BYTES + 4 * count:
         raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the "
                          f"file has {size} bytes: truncated or damaged, tokenize anew")
-    return count
+    return count, version
+
+
+def check_manifests(files, tokenizer_path):
+    """ValueError where a manifest beside .bin shards tells that they hold another vocabulary's tokens."""
+    with open(tokenizer_path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    for folder in sorted({Path(path).parent for path in files}):
+        manifest = folder / "manifest.json"
+        try:
+            told = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
+            made_with = {name: about["tokenizer"] for name, about in told.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{manifest}: found no manifest of token files ({error!r}); tokenize anew, or "
+                             "delete it") from error
+        for path in map(Path, files):
+            if path.parent == folder and made_with.get(path.name, digest) != digest:
+                raise ValueError(f"{path}: {manifest.name} tells that it was made with a tokenizer.model of "
+                                 f"SHA-256 {made_with[path.name]}; expected {tokenizer_path}, {digest}: "
+                                 "give the other tokenizer or tokenize anew")
 
 
 class DistributedShardedDataLoader:
@@ -923,7 +944,7 @@ class DistributedShardedDataLoader:
         if not self.files:
             raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct the "
                                     "pattern")
-        counts = [shard_tokens(path) for path in self.files]
+        counts, self.versions = zip(*map(read_header, self.files), strict=True)
         self.ntok_total = sum(counts)
         self.first_windows = np.cumsum([0] + [max(n - 1, 0) // T for n in counts], dtype=np.int64)
         self.num_windows = int(self.first_windows[-1])
@@ -944,7 +965,7 @@ class DistributedShardedDataLoader:
         self.counter = state["counter"]
 
     def window(self, number):
-        """The T + 1 tokens of a window, int64; read, as a memory map of a file that shrinks is fatal."""
+        """x, y of a window, int64 (T,); read, as a memory map of a file that shrinks is fatal."""
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
         path, length = self.files[shard], self.T + 1
@@ -952,18 +973,21 @@ class DistributedShardedDataLoader:
         if len(tokens) != length:
             raise ValueError(f"{path}: {len(tokens)} tokens from token {start} on, expected {length}: "
                              "the file has shrunk since it was opened")
-        return tokens.astype(np.int64)
+        tokens = tokens.astype(np.int64)
+        if self.versions[shard] == VERSION:
+            return tokens[:-1], tokens[1:]
+        ids = tokens % MASKED
+        return ids[:-1], np.where(tokens < MASKED, ids, -100)[1:]
 
     def next_batch(self):
-        """x, y: int64 (B, T); y is x one token later."""
+        """x, y: int64 (B, T); y is x one token later, -100 where that is no target."""
         first = self.counter + self.rank * self.B
         self.counter += self.num_processes * self.B
         rows = []
         for number in range(first, first + self.B):
             epoch, index = divmod(number, self.num_windows)
             rows.append(self.window(int(self.permutation(epoch)[index]) if self.shuffle else index))
-        batch = torch.from_numpy(np.stack(rows))
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return tuple(torch.from_numpy(np.stack(windows)) for windows in zip(*rows, strict=True))
 
 # -----------------------------------------------------------------------------
 # Distributed
@@ -1265,10 +1289,17 @@ def check_training_flags(flags):
                          "underflows")
 
 
-def training_loaders(train_data, val_data, *settings, shuffle, seed):
-    """The loaders of both splits, which share no file; settings: B, T, rank and number of processes."""
+def training_loaders(train_data, val_data, *settings, shuffle, seed, tokenizer):
+    """The loaders of both splits, which share no file and hold a tokenizer's tokens.
+
+    settings: B, T, rank and number of processes. Without a manifest only the first batches are looked at.
+    """
     loader = DistributedShardedDataLoader(train_data, *settings, shuffle, seed)
     val_loader = DistributedShardedDataLoader(val_data, *settings)
+    check_manifests(loader.files + val_loader.files, tokenizer.model_path)
+    for each in (loader, val_loader):
+        next_batch(each, tokenizer.n_words, "cpu")
+        each.reset()
     if shared := set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files)):
         raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
     return loader, val_loader
@@ -1317,7 +1348,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     args.max_seq_len = max(args.max_seq_len, seq_len)
 
     loader, val_loader = training_loaders(train_data, val_data, batch_size, seq_len, rank, world_size,
-                                          shuffle=shuffle, seed=seed)
+                                          shuffle=shuffle, seed=seed, tokenizer=tokenizer)
     micro_batch_tokens = batch_size * seq_len * world_size
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
     if total_batch_tokens % micro_batch_tokens:

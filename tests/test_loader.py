@@ -179,8 +179,67 @@ def test_a_shard_of_3_4_gigabytes_costs_no_memory_and_is_read_right_to_its_end(t
     assert grown < 40  # MiB; the permutation of the windows takes 6
 
 
+@many
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.booleans(), max_size=30)), min_size=1, max_size=4),
+       st.integers(1, 5), st.booleans())
+def test_a_masked_token_of_a_version_8_shard_is_read_but_no_target(shards, T, shuffle):
+    shards = [*shards, (True, [True, False] * 6)]
+    expected, begin = {}, 1000
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (masking, masks) in enumerate(shards):
+            ids = np.arange(begin, begin + len(masks))
+            stored = ids + 2**31 * np.array(masks, dtype=np.int64) * masking
+            write_shard(Path(folder, f"{i}.bin"), stored, version=8 if masking else 7)
+            targets = np.where(np.array(masks, dtype=bool) & masking, -100, ids)
+            for k in range((len(masks) - 1) // T):
+                expected[begin + k * T] = (ids[k * T:][:T].tolist(), targets[k * T + 1:][:T].tolist())
+            begin += len(masks)
+        [loader] = loaders_of(folder, 1, T, 1, shuffle=shuffle)
+        seen = {}
+        for _ in expected:
+            x, y = loader.next_batch()
+            assert x.dtype == y.dtype == torch.int64
+            seen[int(x[0, 0])] = (x[0].tolist(), y[0].tolist())
+    assert seen == expected
+
+
+def test_in_a_version_7_shard_bit_31_masks_nothing(tmp_path):
+    write_shard(tmp_path / "a.bin", [1, 2**31 + 2, 3])
+    [loader] = loaders_of(tmp_path, 1, 2, 1)
+    assert [batch.tolist() for batch in loader.next_batch()] == [[[1, 2**31 + 2]], [[2**31 + 2, 3]]]
+
+
+def test_only_headers_of_1000_shards_are_read_at_start(tmp_path, monkeypatch):
+    for i in range(1000):
+        with open(tmp_path / f"{i:03}.bin", "wb") as f:
+            f.write(np.array([20240801, 7, 2**28], dtype="<i4").tobytes())
+            f.truncate(HEADER + 4 * 2**28)  # sparse: 1 GiB that takes no room on the disk
+    def refuse(*_, **__):
+        raise AssertionError("tokens were read")
+    monkeypatch.setattr(np, "fromfile", refuse)
+    monkeypatch.setattr(np, "memmap", refuse)
+    [loader] = loaders_of(tmp_path, 1, 1024, 1)
+    assert loader.ntok_total == 1000 * 2**28 and loader.num_windows == 1000 * (2**18 - 1)
+
+
 # -----------------------------------------------------------------------------
 # Damage
+
+
+@many
+@given(st.binary(max_size=60), st.integers(0, 1100), st.booleans(), st.integers(1, 5))
+def test_any_file_is_read_or_is_an_error_that_names_it(content, size, headed, T):
+    header = np.array([20240801, 7 + len(content) % 2, len(content) // 4], dtype="<i4").tobytes()
+    content = (header.ljust(HEADER, b"\0") if headed else b"") + content
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.bin")
+        path.write_bytes(content[:size] if size < 1000 else content)
+        try:
+            [loader] = loaders_of(folder, 2, T, 1)
+            x, y = loader.next_batch()
+            assert x.shape == y.shape == (2, T)
+        except ValueError as error:
+            assert "a.bin" in str(error) or "*.bin" in str(error)
 
 
 def error_of(pattern, B=1, T=4, kind=ValueError):
@@ -195,7 +254,7 @@ def assert_names(message, *said):
 
 
 @pytest.mark.parametrize("damage, said", [
-    (dict(magic=3), [3, 20240801]), (dict(version=6), [6, 7]), (dict(version=8), [8, 7]),
+    (dict(magic=3), [3, 20240801]), (dict(version=6), [6, 7]), (dict(version=9), [9, 7, 8]),
     (dict(count=40), [40, HEADER + 160, HEADER + 36]), (dict(count=8), [8, HEADER + 32, HEADER + 36]),
     (dict(count=0), [0, HEADER + 36]), (dict(count=-1), ["-1", HEADER + 36]),
     (dict(count=-2**31), ["-2147483648", HEADER + 36])])

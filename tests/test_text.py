@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import llama31
 import tiny_stories
+from llama31 import DistributedShardedDataLoader, ModelArgs, Transformer
 from tokenizer import Tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and saw the dog who had found an old red ball under the big tree".split()
@@ -307,3 +310,70 @@ def test_the_path_of_an_input_may_be_a_path_object(tmp_path, tokenizer_path):
     path = write(Path(tmp_path, "a.jsonl"), TEXTS)
     tiny_stories.text(input=[path], data_dir=tmp_path / "data", tokenizer_path=tokenizer_path, num_workers=1)
     assert (tmp_path / "data" / "train.bin").exists()
+
+
+# ---------------------------------------------------------------- training on them
+
+
+def some_dialogs(n):
+    return [[*DIALOG, {"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+            for text in some_texts(n, seed=3)]
+
+
+def test_the_gradient_of_a_chat_is_that_of_the_assistants_tokens_alone(tmp_path, tokenizer_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": d}) for d in some_dialogs(6)))
+    data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
+    ids = (tokens_of(data / "train.bin") & 0x7fffffff).astype(np.int64)
+    said, assistants = [], False  # by the text alone: from the assistant's header to the end of its turn
+    pieces = [tokenizer.decode([i]) for i in ids]
+    for i, piece in enumerate(pieces):
+        said.append(assistants)
+        if piece == "<|eot_id|>":
+            assistants = False
+        before = "".join(pieces[max(0, i - 20):i + 1])
+        assistants |= before.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    T = len(ids) - 1
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.n_words,
+                                  max_seq_len=T))
+    model.init_weights(torch.Generator().manual_seed(0))
+    [x], [y] = DistributedShardedDataLoader(data / "train.bin", 1, T, 0, 1).next_batch()
+    assert x.tolist() == ids[:-1].tolist()
+    assert y.tolist() == [i if kept else -100 for i, kept in zip(ids[1:].tolist(), said[1:], strict=True)]
+
+    model.forward_loss(x[None], y[None]).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    log_probs = model(torch.from_numpy(ids[None, :-1]))[0].log_softmax(-1)
+    places = [i - 1 for i, kept in enumerate(said) if kept]
+    (-sum(log_probs[i, ids[i + 1]] for i in places) / len(places)).backward()
+    for a, p in zip(found, model.parameters(), strict=True):
+        assert (a - p.grad).abs().max() <= 1e-5 * p.grad.abs().max()
+
+
+def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokenizer_path, monkeypatch):
+    monkeypatch.setitem(llama31.PRESETS, "tiny", dict(dim=32, n_layers=1, n_heads=2, multiple_of=32))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": d}) for d in some_dialogs(40)))
+    data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path, val_fraction=0.2)
+    flags = dict(train_data=str(data / "train.bin"), val_data=str(data / "val.bin"), preset="tiny",
+                 batch_size=4, seq_len=32, steps=12, lr=3e-3, device="cpu", dtype="float32", eval_interval=12)
+    llama31.train(out_dir=str(tmp_path / "out"), tokenizer_path=tokenizer_path, **flags)
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"] and records[-1]["val_bpb"] > 0
+
+    other = tmp_path / "tokenizer.model"  # as many tokens, but others
+    train_tokenizer(some_texts(300, seed=5)[::-1] + ["zebra crossing " * 9] * 50, 560, other)
+    for name in "train", "val":
+        with pytest.raises(ValueError, match=f"{name}.bin: manifest.json tells .*SHA.* expected {other}"):
+            llama31.train(out_dir=str(tmp_path / "no"), tokenizer_path=str(other), **flags)
+        manifest = json.loads((data / "manifest.json").read_text())
+        del manifest["files"][f"{name}.bin"]
+        (data / "manifest.json").write_text(json.dumps(manifest))
+    assert not (tmp_path / "no").exists()
+    for content in "{", "[]", '{"files": 3}', '{"files": {"train.bin": 3}}':
+        (data / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="manifest.json: found no manifest"):
+            llama31.train(out_dir=str(tmp_path / "no"), tokenizer_path=tokenizer_path, **flags)
+    (data / "manifest.json").unlink()
+    llama31.train(out_dir=str(tmp_path / "free"), tokenizer_path=str(other), **flags)
