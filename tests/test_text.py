@@ -357,7 +357,8 @@ def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokeniz
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": d}) for d in some_dialogs(40)))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path, val_fraction=0.2)
     flags = dict(train_data=str(data / "train.bin"), val_data=str(data / "val.bin"), preset="tiny",
-                 batch_size=4, seq_len=32, steps=12, lr=3e-3, device="cpu", dtype="float32", eval_interval=12)
+                 batch_size=4, seq_len=32, steps=12, lr=3e-3, device="cpu", dtype="float32",
+                 eval_interval=12)
     llama31.train(out_dir=str(tmp_path / "out"), tokenizer_path=tokenizer_path, **flags)
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"] and records[-1]["val_bpb"] > 0
