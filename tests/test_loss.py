@@ -194,3 +194,12 @@ def test_recomputed_blocks_have_the_same_loss_and_gradients_and_keep_less(bos_id
     (loss, grads), (again, grads_again) = outcomes
     assert loss == again and all(torch.equal(grads[name], grads_again[name]) for name in grads)
     assert kept[1] < kept[0] / 3
+
+
+def test_softmax_is_float32_also_where_products_are_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 48, generator=generator), torch.randn(97, 48, generator=generator)
+    targets = random_tokens(40)
+    logits = (x.bfloat16() @ weight.bfloat16().T).float()
+    total = ChunkedCrossEntropy.apply(x, weight, targets, torch.bfloat16, False)
+    assert_close(total, F.cross_entropy(logits, targets, reduction="sum"))

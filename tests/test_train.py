@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -211,3 +212,75 @@ def test_resuming_without_a_checkpoint_starts_at_the_first_step(corpus, tmp_path
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 3}\n')  # as a kill before a save leaves it
     (tmp_path / "step_old").mkdir()
     assert [record["step"] for record in run(corpus, tmp_path, steps=2, resume=True)] == [1, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size, num_ranks", [(4, 1), (3, 2), (7, 3)])
+def test_an_evaluation_counts_every_window_and_its_targets_bytes_once(tmp_path, batch_size, num_ranks):
+    tokens = torch.randint(256, (16 * 10 + 5,), generator=torch.Generator().manual_seed(0))
+    stored = tokens.numpy() + 2**31 * (np.arange(len(tokens)) % 3 == 0)  # no targets, of version 8
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240801, 8, len(stored)
+    (tmp_path / "val.bin").write_bytes(header.tobytes() + stored.astype("<u4").tobytes())
+    model = Transformer(ModelArgs(**SHAPE, vocab_size=256))
+    byte_lengths = torch.arange(256) % 5
+    nats = count = num_bytes = 0
+    for at in range(0, 160, 16):
+        logprobs = model(tokens[None, at:at + 16])[0].log_softmax(-1)
+        for i in range(at, at + 16):
+            if (i + 1) % 3:
+                nats -= float(logprobs[i - at, tokens[i + 1]])
+                count, num_bytes = count + 1, num_bytes + int(byte_lengths[tokens[i + 1]])
+    sums = []
+    for rank in range(num_ranks):
+        loader = llama31.DistributedShardedDataLoader(tmp_path / "val.bin", batch_size, 16, rank, num_ranks)
+        steps = math.ceil(10 / batch_size / num_ranks)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llama31, "sum_over_ranks", lambda values, _: sums.append(values) or values)
+            llama31.evaluate(model, loader, steps, None, byte_lengths, torch.autocast("cpu", enabled=False))
+    expected = pytest.approx([nats, count, num_bytes], 1e-5)
+    assert [sum(column) for column in zip(*sums, strict=True)] == expected
+
+
+def test_a_line_that_a_kill_left_unwritten_is_made_up_for(corpus, tmp_path):
+    whole = run(corpus, tmp_path)
+    (tmp_path / "loss.png").unlink()
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert untimed(run(corpus, tmp_path, resume=True)) == untimed(whole)
+    assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("again, said", [
+    (dict(preset="other"), "n_layers 2, but 3 is asked for"),
+    (dict(preset=None, ckpt_dir="other"), "dim 32, but 64 is asked for")])
+def test_a_run_is_not_resumed_with_another_architecture(corpus, tmp_path, monkeypatch, again, said):
+    run(corpus, tmp_path / "run", steps=1)
+    monkeypatch.setitem(llama31.PRESETS, "other", {**SHAPE, "n_layers": 3})
+    llama31.save_checkpoint(tmp_path / "ckpt", ModelArgs(**{**SHAPE, "dim": 64}, vocab_size=530), {})
+    if again.get("ckpt_dir"):
+        again = {**again, "ckpt_dir": str(tmp_path / "ckpt")}
+    with pytest.raises(ValueError, match=said):
+        run(corpus, tmp_path / "run", steps=2, resume=True, **again)
+    assert len(run(corpus, tmp_path / "run", steps=2, resume=True)) == 2  # the same may be named, or nothing
+    assert len(run(corpus, tmp_path / "run", steps=3, resume=True, preset=None, tokenizer_path=None)) == 3
+
+
+def test_too_little_disk_or_memory_is_said_before_the_first_step(corpus, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(ValueError, match="a checkpoint takes 0.00 GB, .* has 0.00 GB free"):
+        run(corpus, tmp_path / "out")
+    monkeypatch.setattr(llama31.psutil, "virtual_memory", lambda: type("", (), {"available": 200_000}))
+    with pytest.raises(ValueError, match="weights, gradients and AdamW's averages take"):
+        run(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_step_is_told_in_a_line_where_there_is_no_terminal(corpus, tmp_path, capsys):
+    run(corpus, tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    for step, line in enumerate(lines, 1):
+        assert re.fullmatch(rf"step {step}: loss [\d.]+, lr \d.\de-\d\d, norm [\d.]+, [\d,]+ tokens/s, "
+                            r"MFU \d+%, [\d.]+ GB, \d+:\d\d:\d\d left", line), line
