@@ -342,7 +342,8 @@ def read_array(file):
             (value, end), wrong = decode(text, begin.end()), None
         except (ValueError, RecursionError) as error:
             end, wrong = len(text), error
-        if end == len(text) and (more := file.read(max(BLOCK, end - at))):  # as much again: linear time
+        # cut here, perhaps, as numbers may be in 1|.5|e+|3; as much again is read, so that time stays linear
+        if end > len(text) - 3 and (more := file.read(max(BLOCK, end - at))):
             text, at = text[at:] + more, 0
         elif wrong:
             raise wrong

@@ -246,9 +246,10 @@ def test_a_web_page_with_status_200_is_no_archive_and_spoils_no_part(tmp_path, p
                                         dict(tag='W/"a"', modified="Mon, 01 Jan 2024 00:00:00 GMT"), dict()])
 @pytest.mark.parametrize("obeys", [True, False])
 def test_a_file_that_changes_between_attempts_is_begun_anew(tmp_path, validators, obeys):
-    with server(faults=[(10_000, "cut")], **validators) as web:
+    new = OTHER.ljust(len(ARCHIVE), b"\0") if validators else OTHER + b"\0\0"  # gzip skips zeros at the end
+    with server(ARCHIVE.ljust(len(OTHER), b"\0"), faults=[(10_000, "cut")], **validators) as web:
         def change(handler):
-            web.body = OTHER
+            web.body = new
             web.tag = web.tag and web.tag.replace("a", "b")
             web.modified = web.modified and web.modified.replace("2024", "2025")
             if not obeys:  # a server that knows ranges but not If-Range
@@ -256,7 +257,7 @@ def test_a_file_that_changes_between_attempts_is_begun_anew(tmp_path, validators
             return handler.do_GET()
         web.faults.insert(1, change)
         download(tmp_path, web.url)
-    assert_complete(tmp_path, OTHER)
+    assert_complete(tmp_path, new)
 
 
 def test_a_part_that_is_longer_than_the_file_is_begun_anew(tmp_path):
