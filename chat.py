@@ -104,9 +104,12 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
     /reset starts anew with the same system prompt, /exit or Ctrl-D leaves, Ctrl-C stops an answer, which
-    stays as far as it got. max_seq_len: the tokens a conversation can take; None: as in params.json.
+    stays as far as it got. max_seq_len: the tokens a conversation can take; None: as in params.json, but at
+    most 8192, as the whole KV cache is made at the start.
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype)
+    if max_seq_len is None:
+        llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:
         raise ValueError(f"{ckpt_dir} has no tokenizer.model; put it there or give --tokenizer_path")
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,

@@ -278,11 +278,8 @@ def from_hf(src: str, dst: str):
         tensors[head] = tensors[embedding]
     with torch.device("meta"):
         model = llama31.Transformer(args)
-    expected = {names[name]: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(t.shape) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
-    if wrong := [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'absent')}"
-                 for name in sorted(expected | found) if found.get(name) != expected.get(name)]:
-        raise ValueError(f"{src}: {len(wrong)} tensors don't fit config.json: {'; '.join(wrong[:4])}")
+    shapes = {names[name]: list(p.shape) for name, p in model.state_dict().items()}
+    llama31.check_tensors(src, tensors, shapes)
     state = {name: reordered(name, tensors[theirs], args, True) for name, theirs in names.items()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_path = Path(folder, "tokenizer.model")

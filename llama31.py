@@ -481,6 +481,21 @@ def merge_pieces(name, pieces):
     return pieces[0] if len(pieces) == 1 or dim is None else torch.cat(pieces, dim)
 
 
+def check_tensors(where, tensors, shapes):
+    """ValueError lists the tensors that are missing, unexpected, wrongly shaped or none at all.
+
+    tensors: name -> what a file has. shapes: name -> list of sizes.
+    """
+    found = {name: list(p.shape) if torch.is_tensor(p) and p.is_floating_point() else
+             str(getattr(p, "dtype", type(p).__name__)) for name, p in tensors.items()}
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'absent')}"
+             for name in sorted(shapes | found) if found.get(name) != shapes.get(name)]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{where}: {len(wrong)} tensors don't fit the configuration: {'; '.join(wrong[:4])}"
+                         + more)
+
+
 def open_checkpoint(ckpt_dir):
     """(ModelArgs, tensor name -> its pieces, one per consolidated.*.pth, memory-mapped) of a directory.
 
@@ -511,14 +526,7 @@ def open_checkpoint(ckpt_dir):
         state.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
         if "output.weight" not in state and "tok_embeddings.weight" in state:
             state["output.weight"] = state["tok_embeddings.weight"]
-        found = {name: list(p.shape) if torch.is_tensor(p) and p.is_floating_point() else
-                 str(getattr(p, "dtype", type(p).__name__)) for name, p in state.items()}
-        wrong = [f"{name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'absent')}"
-                 for name in sorted(shapes | found) if found.get(name) != shapes.get(name)]
-        if wrong:
-            more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise ValueError(f"{path}: its tensors don't fit params.json and {len(files)} of such files: "
-                             + "; ".join(wrong[:4]) + more)
+        check_tensors(f"{path}, one of {len(files)} files" if len(files) > 1 else path, state, shapes)
         for name in shapes:
             if split_dim(name) is None and not torch.equal(state[name], states[0][name]):
                 raise ValueError(f"{path}: its {name} differs from that of {files[0].name}; expected files "

@@ -195,7 +195,7 @@ def test_files_of_different_models_are_not_mixed(tmp_path):
     assert "files of one model" in error_of(tmp_path / "a")
     write(tmp_path / "b", random_model(dim=128), 2)
     (tmp_path / "b" / "consolidated.01.pth").replace(tmp_path / "a" / "consolidated.01.pth")
-    assert "don't fit params.json" in error_of(tmp_path / "a")
+    assert "tensors don't fit the configuration" in error_of(tmp_path / "a")
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
