@@ -1028,16 +1028,18 @@ def sum_over_ranks(values, device):
     return sums.tolist()
 
 
-def shard_parameters(model, dtype):
+def shard_parameters(model, device, dtype):
     """Spreads weights, gradients and optimizer over the ranks, which gather one block at a time (FSDP2).
 
     dtype: in which they gather and compute; gradients are summed in float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # here, as sampling need not wait for it
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "forward_cached")
 
 
@@ -1058,7 +1060,7 @@ def save_training(path, model, optimizer, tokenizer_path, progress):
 
     The optimizer's state goes through torch.distributed.checkpoint, each rank writing its own part of it.
     """
-    import torch.distributed.checkpoint as dcp  # here, as sampling need not wait for it
+    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     is_master = not dist.is_initialized() or dist.get_rank() == 0
     optimizer_dir = path.parent / "optimizer.part"
@@ -1276,7 +1278,7 @@ def training_model(args, pieces, seed, device, dtype, fsdp):
         num_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check_memory("weights, gradients and AdamW's averages", num_bytes, device)
     if fsdp:
-        shard_parameters(model, dtype)
+        shard_parameters(model, device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     drawn = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
              for name, p in model.named_parameters())
