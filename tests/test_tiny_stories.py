@@ -451,7 +451,7 @@ def test_the_command_line_tokenizes_and_an_unknown_flag_fails_before_anything_ru
 
 
 def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
-    write_shards(tmp_path, [some_stories(random.Random(2), 20_000)] * 6)
+    write_shards(tmp_path, [some_stories(random.Random(2), 20_000)] * 30)
     for delay in (0, 0.1, 0.3, 0.6, 1.0):  # while workers start, and while they work
         process = subprocess.Popen(
             [sys.executable, SCRIPT, "tokenize", "--data_dir", str(tmp_path),
