@@ -1,0 +1,64 @@
+"""The memory that bench.py says training takes, against what training takes here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+from llama31 import PRESETS, ModelArgs
+
+MEASURE = """
+import sys
+import psutil, torch
+from llama31 import ModelArgs, Transformer
+
+def train(args, batch_size, seq_len, activation_checkpointing):
+    model = Transformer(args)
+    model.activation_checkpointing = activation_checkpointing
+    optimizer = model.configure_optimizers(1e-3)
+    tokens = torch.randint(args.vocab_size, (batch_size, seq_len))
+    for step in range(2):
+        for _ in range(2):  # the second micro-batch finds the gradients of the first
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(tokens, tokens)
+            loss.backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+for recomputed in (False, True):  # loads all code
+    train(ModelArgs(dim=64, n_layers=1, n_heads=2, vocab_size=100), 1, 8, recomputed)
+before = psutil.Process().memory_info().rss
+train(eval(sys.argv[1]), *map(int, sys.argv[2:]))
+[line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(line.split()[1]) * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("args, batch_size, seq_len, recomputed", [
+    (ModelArgs(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=4000), 2, 256, False),
+    (ModelArgs(dim=384, n_layers=3, n_heads=6, vocab_size=20000, tie_word_embeddings=True), 1, 512, True)])
+def test_training_takes_the_memory_that_is_computed(args, batch_size, seq_len, recomputed):
+    words = [repr(args), str(batch_size), str(seq_len), str(int(recomputed))]
+    # freed memory goes back to the system at once, so that the peak is of what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.check_output([sys.executable, "-c", MEASURE, *words], env=environment,
+                                      cwd=Path(bench.__file__).parent)
+    computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed)
+    assert int(printed) == pytest.approx(computed, rel=0.1)
+
+
+def test_fsdp_shares_out_the_states_and_checkpointing_keeps_less():
+    args = ModelArgs(**PRESETS["llama3.2-1b"])
+
+    def size(**settings):
+        return bench.training_memory(args, 1, 512, **settings)
+    assert size(activation_checkpointing=True) < size() - 500e6
+    parameters = 1_235_814_400
+    assert 16 * parameters < size(activation_checkpointing=True) < 20 * parameters
+    two, eight = (size(processes=n, fsdp=True) for n in (2, 8))
+    assert two - eight == 16 * parameters * 3 / 8
