@@ -114,6 +114,8 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         raise ValueError(f"{ckpt_dir} has no tokenizer.model; put it there or give --tokenizer_path")
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p)
+    if sys.stdin is None:  # closed
+        return
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):  # Windows has none

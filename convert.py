@@ -66,7 +66,10 @@ def read_tensors(folder):
     """Name -> memory-mapped tensor; FileNotFoundError or ValueError names an absent or damaged file."""
     files, tensors = [SINGLE], {}
     if not (folder / SINGLE).exists() and (folder / INDEX).exists():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{folder / INDEX}: found no weight_map of names to files; get it again")
+        files = sorted(set(files.values()))
     for path in [folder / file for file in files]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected weights in it; get it again")
@@ -147,6 +150,8 @@ def read_config(path):
     """The ModelArgs of a config.json; ValueError names what llama31.py does not compute."""
     config = {name: value for name, value in read_json(path).items() if value is not None}
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers' precedence
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0),
             "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope,
             **{name: config[name] for name in LLAMA3_ROPE if name in config}}

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -339,8 +340,8 @@ class Transformer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        embeddings = torch.empty(args.vocab_size, args.dim)  # so, nothing is drawn only to be overwritten
-        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
+        empty = torch.empty(args.vocab_size, args.dim)  # drawing it on the meta device would take a second
+        self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -412,7 +413,8 @@ class Transformer(nn.Module):
 
         start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
         anything: nothing that counts sees them, and later tokens overwrite them. Long prompts are read in
-        chunks of columns, so that activations stay small. ValueError where the caches are too short.
+        chunks of columns, so that activations stay small. ValueError where the caches are too short, also
+        for such columns.
         """
         (B, T), device = tokens.shape, tokens.device
         room = caches[0].k.size(1)
@@ -459,7 +461,8 @@ def load_file(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        mmap = zipfile.is_zipfile(path)  # unlike those of torch before 1.6
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # of many kinds, as are the ways to be damaged
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: damaged, or not from torch.save; get it again ({reason})") from error
@@ -486,10 +489,11 @@ def check_tensors(where, tensors, shapes):
 
     tensors: name -> what a file has. shapes: name -> list of sizes.
     """
-    found = {name: list(p.shape) if torch.is_tensor(p) and p.is_floating_point() else
-             str(getattr(p, "dtype", type(p).__name__)) for name, p in tensors.items()}
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    found = {name: type(p).__name__ if not torch.is_tensor(p) else str(p.dtype) if p.dtype not in dtypes else
+             str(p.layout) if p.layout != torch.strided else list(p.shape) for name, p in tensors.items()}
     wrong = [f"{name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'absent')}"
-             for name in sorted(shapes | found) if found.get(name) != shapes.get(name)]
+             for name in sorted(shapes | found, key=str) if found.get(name) != shapes.get(name)]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"{where}: {len(wrong)} tensors don't fit the configuration: {'; '.join(wrong[:4])}"
@@ -503,12 +507,14 @@ def open_checkpoint(ckpt_dir):
     file; ValueError names an unreadable one, lists missing, unexpected and wrongly shaped tensors, or says
     that the files are of different models.
     """
-    args = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
     files = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
+    if not files and any(Path(ckpt_dir).glob("*.safetensors")):
+        raise FileNotFoundError(f"{ckpt_dir}: found Hugging Face's *.safetensors, expected Meta's files; "
+                                f"`python convert.py from_hf {ckpt_dir} NEW_DIR` makes them")
+    args = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
     if not files:
-        remedy = (f"`python convert.py from_hf {ckpt_dir} NEW_DIR` converts its *.safetensors"
-                  if any(Path(ckpt_dir).glob("*.safetensors")) else "download it again")
-        raise FileNotFoundError(f"{ckpt_dir}: found no weights, expected consolidated.00.pth; {remedy}")
+        raise FileNotFoundError(f"{ckpt_dir}: found no weights, expected consolidated.00.pth; download it "
+                                "again")
     for i, path in enumerate(files):
         if path.name != f"consolidated.{i:02d}.pth":
             raise FileNotFoundError(f"{ckpt_dir}: found {path.name}, but no consolidated.{i:02d}.pth; "
@@ -528,7 +534,8 @@ def open_checkpoint(ckpt_dir):
             state["output.weight"] = state["tok_embeddings.weight"]
         check_tensors(f"{path}, one of {len(files)} files" if len(files) > 1 else path, state, shapes)
         for name in shapes:
-            if split_dim(name) is None and not torch.equal(state[name], states[0][name]):
+            if (state is not states[0] and split_dim(name) is None
+                    and not torch.equal(state[name], states[0][name])):
                 raise ValueError(f"{path}: its {name} differs from that of {files[0].name}; expected files "
                                  "of one model, download them again")
     args.tie_word_embeddings |= all(torch.equal(state["output.weight"], state["tok_embeddings.weight"])
@@ -656,11 +663,12 @@ def choose_device(device=None):
 
 def choose_dtype(dtype):
     """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
-    if isinstance(dtype, str):
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {dtype}; expected float32, bfloat16 or float16")
-        return getattr(torch, dtype)
-    return dtype
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {name}; expected float32, bfloat16 or float16")
+    return getattr(torch, name)
 
 
 def check_vocabulary(tokenizer, args):
@@ -724,6 +732,9 @@ class Llama:
         its name; None: bfloat16 on cuda, elsewhere as stored. ValueError or FileNotFoundError names what is
         wrong with the files.
         """
+        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
         device, dtype = choose_device(device), choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
@@ -789,6 +800,9 @@ class Llama:
         for step in range(max_gen_len):
             start = time.perf_counter()
             logits = self.model.forward_cached(tokens, start_pos, caches, last)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
+                                 "weights")
             for i in range(B):
                 if not ended[i]:
                     newest[i] = sample_token(logits[i], temperature, top_p, top_k, min_p, generators[i])
@@ -1067,11 +1081,22 @@ def save_training(path, model, optimizer, tokenizer_path, progress):
     if is_master:
         shutil.rmtree(optimizer_dir, ignore_errors=True)
     state = get_optimizer_state_dict(model, optimizer)["state"]
-    with warnings.catch_warnings(action="ignore"):  # it warns of a process that is alone
-        dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
+    try:
+        with warnings.catch_warnings(action="ignore"):  # it warns of a process that is alone
+            dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:  # such as no space left
+        raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
     weights = whole_weights(model)
     if is_master:
         save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
+
+
+def cause_of(error):
+    """One line on an error, or on the first rank's of those that DCP gathered."""
+    for cause, _ in getattr(error, "failures", {}).values():
+        error = cause
+        break
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def load_optimizer(path, model, optimizer):
@@ -1082,10 +1107,9 @@ def load_optimizer(path, model, optimizer):
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state["state"], checkpoint_id=path, no_dist=not dist.is_initialized())
-    except Exception as error:  # of many kinds, as are the ways to be damaged
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint ({reason})"
-                         ) from error
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+        raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint "
+                         f"({cause_of(error)})") from error
     set_optimizer_state_dict(model, optimizer, state)
 
 # -----------------------------------------------------------------------------
@@ -1140,7 +1164,10 @@ def entropy_floor(folder):
 def cut_log(path, last_step):
     """Leaves in a log the complete lines of steps up to last_step; returns the last one's step, or 0."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: found a line that is no step's ({error}); mend or remove it") from None
     part = path.with_name(f"{path.name}.part")
     part.write_text("".join(kept))
     os.replace(part, path)
@@ -1291,6 +1318,12 @@ def check_training_flags(flags):
     least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
                  warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
                  sample_interval=0, save_interval=0, keep=1)
+    if not 0 <= flags["seed"] < 2**63:
+        raise ValueError(f"seed is {flags['seed']}; expected 0 to 2**63 - 1")
+    if not all(0 <= beta < 1 for beta in flags["betas"]):
+        raise ValueError(f"betas are {flags['betas']}; expected two numbers from 0 to below 1")
+    if Path(flags["out_dir"]).is_file():
+        raise ValueError(f"out_dir is {flags['out_dir']}, a file; expected a folder")
     for name, minimum in least.items():
         if flags[name] is not None and not minimum <= flags[name] < math.inf:
             raise ValueError(f"{name} is {flags[name]}; expected at least {minimum}")
@@ -1373,9 +1406,13 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     num_parameters = sum(p.numel() for p in model.parameters())
     check_disk(out_dir, 12 * num_parameters)  # weights and AdamW's two averages
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
+    order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # of the windows, which resuming has to keep
     progress = dict(step=0)
     if saved:
         progress = load_file(saved[-1] / "progress.pt")
+        if progress["order"] != order or progress["step"] > steps:
+            raise ValueError(f"{saved[-1]} has step {progress['step']} and {progress['order']}; found steps "
+                             f"{steps} and {order}: resume with the same, and no fewer steps")
         load_optimizer(saved[-1] / "optimizer", model, optimizer)
         loader.load_state_dict(progress["loader"])
     if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -1431,7 +1468,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                 optimizer.step()
                 optimizer.zero_grad()
                 tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
-                progress = dict(step=step, loader=loader.state_dict(), record=dict(
+                progress = dict(step=step, order=order, loader=loader.state_dict(), record=dict(
                     step=step, loss=loss, lr=rate, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
                     mfu=model.flops_per_token(seq_len) * tokens_per_s / peak, memory=used_memory(device)))
                 if step == steps or interrupted or save_interval and step % save_interval == 0:
@@ -1448,7 +1485,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             if is_master:
                 report(record, out_dir, bar, floor, (steps - step) * total_batch_tokens)
             if sample_interval and step % sample_interval == 0 and (is_master or fsdp):  # all hold a shard
-                for completion in Llama(model, tokenizer).text_completion(PROMPTS, 100, echo=True):
+                llama = Llama(model, tokenizer, max_seq_len=256)
+                for completion in llama.text_completion(PROMPTS, 100, echo=True):
                     if is_master:
                         bar.write(completion["generation"] + "\n")
     bar.close()
@@ -1482,7 +1520,10 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         raise ValueError("found --prompt and --prompt_file; expected one of them")
     prompts = PROMPTS if prompt is None else [prompt]
     if prompt_file is not None:
-        prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        try:
+            prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{prompt_file}: expected UTF-8, a prompt per line ({error})") from None
     llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype)
     later = [["\n", prompt] for prompt in prompts[1:]]
     pieces = llama.stream_text(prompts, max_gen_len, stop=[] if stop is None else stop, top_p=top_p,

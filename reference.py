@@ -206,6 +206,8 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
     if not temperature >= 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError("expected a temperature of at least 0, and top_p and min_p from 0 to 1; found "
                          f"{temperature}, {top_p} and {min_p}")
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("found --prompt and --prompt_file; expected one of them")
     llama = Llama.build(ckpt_dir, tokenizer_path)
     prompts = PROMPTS if prompt is None else [prompt]
     if prompt_file is not None:

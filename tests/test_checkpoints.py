@@ -156,7 +156,9 @@ def test_a_saved_checkpoint_carries_the_rope_scale_factor_that_was_detected(tmp_
     (drop("tok_embeddings.weight"), "tok_embeddings.weight is missing"),
     (put(extra=torch.ones(2)), r"extra is \[2\], expected absent"),
     (put(optimizer={"step": 3}), "optimizer is dict, expected absent"),
-    (put(step=3), "step is int, expected absent"),
+    (put(step=3), "step is int, expected absent"), (lambda state: state.update({3: 4}), "3 is int"),
+    (put(**{"norm.weight": torch.ones(64).to_sparse()}), "norm.weight is torch.sparse_coo"),
+    (put(**{"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}), "norm.weight is .*float8"),
     (put(**{"norm.weight": torch.ones(63)}), r"norm.weight is \[63\], expected \[64\]"),
     (put(**{"norm.weight": torch.ones(64, dtype=torch.int8)}), "norm.weight is torch.int8"),
     (put(**{f"extra{i}": torch.ones(1) for i in range(9)}), "and 5 more")])
@@ -175,6 +177,24 @@ def test_a_folder_without_weights_is_named_with_the_way_on(tmp_path):
     assert "found no weights, expected consolidated.00.pth" in error_of(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "convert.py from_hf" in error_of(tmp_path)
+    (tmp_path / "params.json").unlink()
+    assert "convert.py from_hf" in error_of(tmp_path)
+
+
+def test_a_file_of_torchs_old_format_loads(tmp_path):
+    model = random_model()
+    write(tmp_path, model)
+    torch.save(model.state_dict(), tmp_path / "consolidated.00.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(Llama.build(tmp_path, device="cpu").model(TOKENS), model(TOKENS))
+
+
+def test_logits_that_are_not_finite_are_said(tmp_path):
+    model = random_model()
+    model.norm.weight.data[3] = float("nan")
+    write(tmp_path, model)
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="logits are not all finite"):
+            Llama.build(tmp_path, device="cpu").generate([[1, 2]], 3, temperature=temperature)
 
 
 @pytest.mark.parametrize("lost", range(8))

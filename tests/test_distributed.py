@@ -175,7 +175,19 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_run_goes_on_exactly(folder, t
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
 
 
-def test_a_rank_that_fails_ends_the_job_with_its_own_error(folder, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=str)
+def test_a_rank_that_alone_fails_ends_the_job_with_its_own_error(folder, tmp_path, flags):
+    shard = np.fromfile(folder / "train.bin", dtype="<u4")
+    shard[256 + 18 * 16 + 5] = 600  # in window 18, which rank 1 of 2 reads in step 5
+    for name, content in (("train", shard), ("val", np.fromfile(folder / "val.bin", dtype="<u4"))):
+        content.tofile(tmp_path / f"{name}.bin")
+    shutil.copytree(folder / "ckpt", tmp_path / "ckpt")
+    result, _ = torchrun(tmp_path, 2, tmp_path / "out", "--batch_size=2", *flags)
+    assert result.returncode != 0 and "holds token 600, the vocabulary ends at 512" in result.stderr
+    assert 0 < len(records(tmp_path / "out")) < 6
+
+
+def test_an_error_of_all_ranks_ends_the_job(folder, tmp_path):
     result, _ = torchrun(folder, 2, tmp_path, "--lr=1e30", "--grad_clip=0", "--batch_size=4")
     assert result.returncode != 0 and "expected finite" in result.stderr
     result, _ = torchrun(folder, 2, tmp_path / "b", "--batch_size=3", "--total_batch_tokens=128")

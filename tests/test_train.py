@@ -158,7 +158,8 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
     (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
-    (dict(seq_len=10_000), "T \\+ 1 = 10001")])
+    (dict(seq_len=10_000), "T \\+ 1 = 10001"), (dict(seed=-1), "seed is -1"),
+    (dict(seed=2**64), "seed is 1844"), (dict(betas=(0.9, 1.5)), "betas are")])
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run(corpus, tmp_path / "out", **flags)
@@ -189,7 +190,7 @@ def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"windows \d+ to \d+\) has loss nan|gradient norm (nan|inf)"):
+    with pytest.raises(ValueError, match=r"windows \d+ to \d+\) has loss (nan|.* gradient norm (nan|inf))"):
         run(corpus, tmp_path, lr=1e30, grad_clip=0.0, save_interval=1, steps=9)
     assert llama31.checkpoints_of_run(tmp_path)
 
@@ -284,3 +285,27 @@ def test_each_step_is_told_in_a_line_where_there_is_no_terminal(corpus, tmp_path
     for step, line in enumerate(lines, 1):
         assert re.fullmatch(rf"step {step}: loss [\d.]+, lr \d.\de-\d\d, norm [\d.]+, [\d,]+ tokens/s, "
                             r"MFU \d+%, [\d.]+ GB, \d+:\d\d:\d\d left", line), line
+
+
+def test_a_damaged_optimizer_is_one_line(corpus, tmp_path):
+    run(corpus, tmp_path, steps=2)
+    [part] = (tmp_path / "step_000002" / "optimizer").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="optimizer: damaged, or of another model; .*Error") as error:
+        run(corpus, tmp_path, steps=4, resume=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [dict(steps=3), dict(seq_len=8), dict(seed=2), dict(shuffle=True)])
+def test_a_run_is_not_resumed_with_another_order_or_fewer_steps(corpus, tmp_path, flags):
+    run(corpus, tmp_path, steps=4)
+    before = (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="step_000004 has step 4 and .*: resume with the same"):
+        run(corpus, tmp_path, resume=True, **{"steps": 5, **flags})
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_samples_of_a_short_context_do_not_end_a_run(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(llama31.PRESETS, "short", {**SHAPE, "max_seq_len": 8})
+    run(corpus, tmp_path, preset="short", seq_len=8, steps=2, sample_interval=2)
+    assert capsys.readouterr().out.count(llama31.PROMPTS[0]) == 1
