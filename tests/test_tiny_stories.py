@@ -452,7 +452,8 @@ def test_the_command_line_tokenizes_and_an_unknown_flag_fails_before_anything_ru
 
 def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
     write_shards(tmp_path, [some_stories(random.Random(2), 20_000)] * 30)
-    for delay in (0, 0.1, 0.3, 0.6, 1.0):  # while workers start, and while they work
+    interrupted = 0
+    for delay in (0, 0.1, 0.2, 0.4, 0.6):  # while workers start, and while they work
         process = subprocess.Popen(
             [sys.executable, SCRIPT, "tokenize", "--data_dir", str(tmp_path),
              "--tokenizer_path", tokenizer_path, "--num_workers", "2"],
@@ -462,5 +463,9 @@ def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, workers included
         _, errors = process.communicate(timeout=30)  # its pipes close when the workers, too, are gone
+        if process.returncode == 0:  # it was faster
+            break
         assert process.returncode == 130 and "Traceback" not in errors
-    assert not list(tmp_path.glob("*.bin"))
+        assert not list(tmp_path.glob("*.bin"))
+        interrupted += 1
+    assert interrupted >= 2
