@@ -426,14 +426,16 @@ def process_shards(jobs, num_workers):
     resource_tracker.ensure_running()  # its start would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for
     try:                                                                # this process, which then kills them
-        results = [pool.submit(finish_shard, *job) for job in jobs]
+        results = []
+        for job in jobs:
+            shard = job[1]
+            results.append(pool.submit(finish_shard, *job))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for (_, shard, *_), result in zip(jobs, results, strict=True):
-            try:
-                yield result.result()
-            except concurrent.futures.BrokenExecutor:
-                raise OSError(f"{shard}: its worker, or that of a later shard, was killed; if memory ran "
-                              "out, try fewer --num_workers") from None
+            yield result.result()
+    except concurrent.futures.BrokenExecutor:
+        raise OSError(f"{shard}: its worker, or that of a later shard, was killed; if memory ran out, try "
+                      "fewer --num_workers") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for worker in set(multiprocessing.active_children()) - others:
