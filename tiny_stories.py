@@ -431,7 +431,8 @@ def process_shards(jobs, num_workers):
             shard = job[1]
             results.append(pool.submit(finish_shard, *job))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for (_, shard, *_), result in zip(jobs, results, strict=True):
+        for job, result in zip(jobs, results, strict=True):
+            shard = job[1]
             yield result.result()
     except concurrent.futures.BrokenExecutor:
         raise OSError(f"{shard}: its worker, or that of a later shard, was killed; if memory ran out, try "
