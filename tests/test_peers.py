@@ -119,14 +119,15 @@ def test_hugging_face_has_our_logits_loss_and_gradients(changes, attention):
 def test_hugging_face_has_our_logits_loss_and_gradients_for_any_small_configuration(data):
     def draw(*options):
         return data.draw(st.sampled_from(options))
-    n_kv_heads, group, pairs, vocab_size = draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 3, 8), draw(2, 7, 50)
+    n_kv_heads, group, pairs, vocab_size = draw(1, 2, 3), draw(1, 2, 3), draw(2, 3, 8), draw(7, 50)
     changes = dict(
         n_heads=n_kv_heads * group, n_kv_heads=n_kv_heads, dim=2 * pairs * n_kv_heads * group,
         n_layers=draw(1, 2, 3), vocab_size=vocab_size, multiple_of=draw(1, 8, 32),
         ffn_dim_multiplier=draw(None, 0.6, 1.3), norm_eps=draw(1e-5, 1e-2),
         rope_theta=draw(500000.0, 10000.0, 100.0), use_scaled_rope=draw(False, True),
         rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True))
-    tokens = random_tokens(draw(1, 2, 3), draw(2, 3, 9, 20), vocab_size=vocab_size,
+    # of three tokens or fewer, gradients of wq and wk are nearly 0, differences of much larger numbers
+    tokens = random_tokens(draw(1, 2, 3), draw(9, 20, 40), vocab_size=vocab_size,
                            seed=data.draw(st.integers(0, 1000)))
     assert_peers(changes, tokens, tokens)
 

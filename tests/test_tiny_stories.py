@@ -458,7 +458,8 @@ def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
             [sys.executable, SCRIPT, "tokenize", "--data_dir", str(tmp_path),
              "--tokenizer_path", tokenizer_path, "--num_workers", "2"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
+            env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
         assert process.stdout.readline().startswith("Tokenizing val")
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, workers included
