@@ -1,18 +1,311 @@
-"""What training takes of a device.
+"""What this machine can do and how much of it llama31.py reaches, also beside other programs.
 
-    python bench.py memory    # GB of each GPU, computed without computing
-    python bench.py doc_mask  # what it costs that documents don't see each other, measured here
+    python bench.py                                          # the checkpoint last written under out/
+    python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
+    python bench.py memory                                   # what training takes of a device's memory
+    python bench.py doc_mask                                 # what it costs that documents don't see each other
 """
 
+import contextlib
 import dataclasses
+import importlib.util
+import itertools
+import os
+import platform
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cli
-from llama31 import PRESETS, ChunkedCrossEntropy, ModelArgs, Transformer
+import llama31
+from llama31 import PRESETS, ChunkedCrossEntropy, Llama, ModelArgs, Transformer
+
+# -----------------------------------------------------------------------------
+# The machine
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_seconds(f, device, rounds=12):
+    """The least time that f takes, after two calls to warm up."""
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        f()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def gemm_peak(dtype, device):
+    """FLOP/s of the best of some products of large matrices."""
+    best = 0.0
+    for n in (1024, 2048):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        best = max(best, 2 * n**3 / best_seconds(lambda a=a, b=b: a @ b.T, device))
+    return best
+
+
+def read_bandwidth(device):
+    """Bytes/s of the best of two sums over 512 MB, far more than a cache holds."""
+    x = torch.ones(2**27, device=device)
+    return x.nbytes / min(best_seconds(x.sum, device), best_seconds(lambda: x @ x, device))
+
+
+def processor(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+# -----------------------------------------------------------------------------
+# The work
+
+
+def matrix_weights(args):
+    """How many weights all layers' matrices have, and the output matrix."""
+    rows = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim
+    return args.n_layers * args.dim * rows, args.dim * args.vocab_size
+
+
+def prefill_flops(args, lengths):
+    """Operations that prompts of these lengths take: 2 a weight and token, attention's, the last logits'."""
+    layers, output = matrix_weights(args)
+    attention = 2 * args.n_layers * args.dim * sum(n * (n + 1) for n in lengths)  # half of 4 n n
+    return 2 * layers * sum(lengths) + attention + 2 * output * len(lengths)
+
+
+def decode_bytes(args, lengths, weight_bytes, cache_bytes):
+    """Bytes read for one token of each of several rows of these lengths: all weights and the rows' caches.
+
+    weight_bytes, cache_bytes: of one entry.
+    """
+    entries = 2 * args.n_layers * args.n_kv_heads * args.head_dim * sum(lengths)
+    return sum(matrix_weights(args)) * weight_bytes + entries * cache_bytes
+
+
+def ragged(lengths_up_to, B):
+    """The lengths of B prompts, evenly from the longest down to half of it."""
+    return [lengths_up_to - lengths_up_to * i // (2 * B) for i in range(B)]
+
+# -----------------------------------------------------------------------------
+# Contestants: functions of prompts and a number of new tokens that give the seconds of prefill and decoding.
+# Decoding makes the tokens after the first, which comes with the prefill.
+
+
+def ours(llama):
+    def run(prompts, new):
+        llama.generate(prompts, new, temperature=0, stop_tokens=[])
+        return llama.stats["prefill"][1], llama.stats["decode"][1]
+    return run
+
+
+def transformers_runner(ckpt_dir, folder, dtype, device):
+    """transformers' generate, with batches padded on the left, from a Hugging Face folder that it writes."""
+    import transformers
+
+    from convert import to_hf
+    to_hf(ckpt_dir, folder)
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+    def seconds(prompts, new):
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+        start = time.perf_counter()
+        model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                       pad_token_id=0, eos_token_id=[])
+        synchronize(device)
+        return time.perf_counter() - start
+
+    def run(prompts, new):
+        first = seconds(prompts, 1)
+        return first, seconds(prompts, new) - first if new > 1 else 0.0
+    return run
+
+
+GGUF_NAMES = {
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+    "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
+
+
+def write_gguf(path, args, pieces, kind):
+    """Writes llama.cpp's file of open_checkpoint's, without a vocabulary; kind: F32, F16, BF16 or Q8_0."""
+    import gguf
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("no_vocab")
+    for name, value in dict(
+            vocab_size=args.vocab_size, context_length=args.max_seq_len, embedding_length=args.dim,
+            block_count=args.n_layers, feed_forward_length=args.hidden_dim, head_count=args.n_heads,
+            head_count_kv=args.n_kv_heads, rope_freq_base=args.rope_theta, layer_norm_rms_eps=args.norm_eps,
+            rope_dimension_count=args.head_dim).items():
+        getattr(writer, f"add_{name}")(value)
+    kinds = gguf.GGMLQuantizationType
+    for name, tensor in llama31.checkpoint_tensors(args, pieces):
+        layer, _, part = name.removesuffix(".weight").removeprefix("layers.").partition(".")
+        name = {"tok_embeddings": "token_embd", "norm": "output_norm"}.get(layer, layer)
+        name = f"blk.{layer}.{GGUF_NAMES[part]}.weight" if part else f"{name}.weight"
+        chosen = kinds.F32 if tensor.dim() == 1 else kinds[kind]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), chosen), raw_dtype=chosen)
+    if args.use_scaled_rope:
+        unscaled = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
+        writer.add_tensor("rope_freqs.weight", (unscaled / llama31.rope_frequencies(args)).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file, through llama-cpp-python's low-level interface."""
+
+    def __init__(self, path, max_seq_len, max_batch_size):
+        import llama_cpp
+        self.cpp = llama_cpp
+        self.log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept, as C calls it
+        llama_cpp.llama_log_set(self.log, None)
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path),
+                                                          llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = max_seq_len * max_batch_size, max_batch_size
+        settings.n_batch = max_seq_len * max_batch_size
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
+
+    def step(self, rows, start_pos):
+        """Reads tokens of every row, from its position on; the likeliest next token of each."""
+        batch, last, n = self.batch, [], 0
+        for i, (row, start) in enumerate(zip(rows, start_pos, strict=True)):
+            for j, token in enumerate(row):
+                batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, start + j, 1, i
+                batch.logits[n] = j == len(row) - 1
+                n += 1
+            last.append(n - 1)
+        batch.n_tokens = n
+        if status := self.cpp.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode returned {status}")
+        return [int(np.ctypeslib.as_array(self.cpp.llama_get_logits_ith(self.context, i), (self.vocab_size,))
+                    .argmax()) for i in last]
+
+    def __call__(self, prompts, new):
+        self.cpp.llama_memory_clear(self.cpp.llama_get_memory(self.context), True)
+        start = time.perf_counter()
+        tokens, lengths = self.step(prompts, [0] * len(prompts)), list(map(len, prompts))
+        read = time.perf_counter()
+        for step in range(new - 1):
+            tokens = self.step([[token] for token in tokens], [n + step for n in lengths])
+        return read - start, time.perf_counter() - read
+
+# -----------------------------------------------------------------------------
+# Speed
+
+
+def spread(ratios):
+    """The median of some ratios, and their range."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
+    """Name -> contestant, of those that are installed; one line names what is not."""
+    absent = [name for name in ("transformers", "llama_cpp", "gguf") if not importlib.util.find_spec(name)]
+    if absent:
+        print(f"not installed, so not measured: {', '.join(absent)}", file=sys.stderr)
+    peers = {}
+    if "transformers" not in absent:
+        peers["transformers"] = transformers_runner(ckpt_dir, folder / "hf", dtype, device)
+    if device.type == "cpu" and not {"llama_cpp", "gguf"} & set(absent):
+        write_gguf(folder / "model.gguf", *llama31.open_checkpoint(ckpt_dir), kind)
+        peers[f"llama.cpp, {kind}"] = LlamaCpp(folder / "model.gguf", room, batch_size)
+    return peers
+
+
+def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: str | None = None,
+          compile: bool = True, device: str | None = None, batch_size: int = 8, prompt_len: int = 512,
+          decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False):
+    """Measures the machine, then loading, prefill and decoding of a checkpoint directory, as a table.
+
+    ckpt_dir None: the checkpoint last written under out/. peers: also transformers and llama.cpp where they
+    are installed, with the same weights, in alternation; ratios are of tokens per second, ours to theirs,
+    their median over the rounds and their range. A batch's prompts, random tokens, are of several lengths.
+    """
+    if ckpt_dir is None and (ckpt_dir := llama31.newest_checkpoint("out")) is None:
+        raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
+                                " --ckpt_dir DIR takes another")
+    for name, value, least in (("batch_size", batch_size, 1), ("prompt_len", prompt_len, 1), ("new", new, 2),
+                               ("decode_prompt_len", decode_prompt_len, 1), ("rounds", rounds, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+    device, room = llama31.choose_device(device), max(prompt_len, decode_prompt_len) + new
+    bandwidth = read_bandwidth(device)
+    peaks = {d: gemm_peak(getattr(torch, d), device) for d in ("float32", "bfloat16")}
+    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: reads "
+          f"{bandwidth / 1e9:.1f} GB/s; "
+          + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
+    start = time.perf_counter()
+    llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
+    load = time.perf_counter() - start
+    args, held = llama.model.args, llama.model.norm.weight.dtype
+    kind = str(held).removeprefix("torch.")
+
+    def prompts(*lengths):
+        return [torch.randint(args.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    generator = torch.Generator().manual_seed(0)
+    jobs = {f"prefill of {prompt_len}": (prompts(prompt_len), 1),
+            "decode": (prompts(decode_prompt_len), new),
+            f"decode, batch of {batch_size}": (prompts(*ragged(decode_prompt_len, batch_size)), new)}
+    start = time.perf_counter()
+    llama.generate(prompts(1), 2, temperature=0, stop_tokens=[])
+    first = time.perf_counter() - start
+    contestants, rates = {"llama31.py": ours(llama)}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        if peers:
+            gguf_kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[kind]
+            gguf_kind = "Q8_0" if quantize else gguf_kind
+            contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, held, device, room, batch_size)
+        for job, (rows, count) in jobs.items():
+            for run in contestants.values():
+                run(rows, min(count, 4))  # warms up
+            for _, (name, run) in itertools.product(range(rounds), contestants.items()):
+                prefill, decode = run(rows, count)
+                rate = sum(map(len, rows)) / prefill if count == 1 else len(rows) * (count - 1) / decode
+                rates.setdefault((job, name), []).append(rate)
+    weight_bytes = 1 + 4 / 64 if quantize else held.itemsize
+    print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
+          f"{'compiled' if llama.model.decode else 'eager'}; loading {load:.1f} s, two tokens {first:.1f} s")
+    print()
+    peer_names = list(contestants)[1:]
+    print("| | tokens/s | reached | of the limit |" + "".join(f" to {name} |" for name in peer_names))
+    print("|---|---|---|---|" + "---|" * len(peer_names))
+    for job, (rows, count) in jobs.items():
+        lengths, ours_rates = list(map(len, rows)), rates[job, "llama31.py"]
+        rate = statistics.median(ours_rates)
+        if count == 1:
+            reached = rate / sum(lengths) * prefill_flops(args, lengths)
+            limit, unit = peaks.get(kind, peaks["float32"]), "GFLOP/s"
+        else:
+            halfway = [n + count // 2 for n in lengths]
+            reached = rate / len(rows) * decode_bytes(args, halfway, weight_bytes, held.itemsize)
+            limit, unit = bandwidth, "GB/s"
+        ratios = [spread([a / b for a, b in zip(ours_rates, rates[job, name], strict=True)])
+                  for name in peer_names]
+        print(f"| {job} | {rate:,.0f} | {reached / 1e9:,.1f} {unit} | {reached / limit:.0%} |"
+              + "".join(f" {ratio} |" for ratio in ratios))
 
 # -----------------------------------------------------------------------------
 # Memory of training
@@ -117,4 +410,4 @@ def doc_mask(*, batch_size: int = 4, seq_len: int = 512, document: int = 150, ro
 
 
 if __name__ == "__main__":
-    cli.run({"memory": memory, "doc_mask": doc_mask}, default=None)
+    cli.run({"speed": speed, "memory": memory, "doc_mask": doc_mask}, default="speed")

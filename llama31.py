@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 import cli
@@ -348,6 +349,7 @@ class Transformer(nn.Module):
         self.tie()
         self.rope_frequencies = rope_frequencies(args)  # no buffer: .to(bfloat16) must not round it
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
+        self.decode = None  # what compile_decoding makes, to read one token a row faster
         if not self.output.weight.is_meta:
             self.init_weights()
 
@@ -420,6 +422,8 @@ class Transformer(nn.Module):
         room = caches[0].k.size(1)
         if max(start_pos) + T > room:
             raise ValueError(f"the KV cache holds {room} positions; {max(start_pos) + T} are needed")
+        if self.decode is not None and T == 1:
+            return self.decode(tokens, start_pos, caches)
         hidden = [None] * B
         width = max(1, PREFILL_TOKENS // B)
         for begin in range(0, T, width):
@@ -451,6 +455,203 @@ class Transformer(nn.Module):
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         fused = parameters[0].device.type in ("cuda", "cpu", "mps")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+# -----------------------------------------------------------------------------
+# Int8 weights
+
+
+def dequantize(quantized, scale):
+    """The float32 values (out, in) of int8 weights with a scale (out, in / 64) for every 64 in a row."""
+    return (quantized.float().unflatten(1, (scale.size(1), -1)) * scale[..., None]).flatten(1)
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose weights are whole numbers from -127 to 127, times a scale for every 64 of them.
+
+    Half of bfloat16's memory. `weight`, in a state dict too, are the values they stand for, in dtype.
+    """
+
+    def __init__(self, quantized, scale, dtype):
+        super().__init__()
+        self.register_buffer("quantized", quantized, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.dtype = dtype
+
+    @staticmethod
+    def quantize(weight):
+        """weight (out, in) -> (quantized, scale); a scale for a whole row would cost 1% of perplexity."""
+        groups = weight.float().unflatten(1, (-1, math.gcd(64, weight.size(1))))
+        scale = groups.abs().amax(-1).clamp(min=1e-30) / 127
+        return (groups / scale[..., None]).round().to(torch.int8).flatten(1), scale
+
+    @property
+    def weight(self):
+        return dequantize(self.quantized, self.scale).to(self.dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = self.weight
+
+    def forward(self, x):
+        rows = max(1, 2**18 // x.size(-1))  # at a time, as then they stay in the processor's cache
+        parts = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
+        return torch.cat([F.linear(x, dequantize(*part).to(x.dtype)) for part in parts], -1)
+
+
+class Int8Embedding(Int8Linear):
+    """The rows of the same, looked up."""
+
+    def forward(self, tokens):
+        rows = dequantize(self.quantized[tokens.flatten()], self.scale[tokens.flatten()])
+        return rows.to(self.dtype).unflatten(0, tokens.shape)
+
+
+def load_int8(model, tensors, device, dtype):
+    """Gives a model on the meta device its weights, from (name, tensor) pairs, matrices as int8."""
+    for name, tensor in tensors:
+        path = name.removesuffix(".weight")
+        tensor = tensor.to(device)
+        if tensor.dim() == 1:  # copied, as a slice would keep its whole file mapped into memory
+            model.get_submodule(path).weight = nn.Parameter(tensor.to(dtype, copy=True))
+            continue
+        kind = Int8Embedding if path == "tok_embeddings" else Int8Linear
+        model.set_submodule(path, kind(*Int8Linear.quantize(tensor), dtype))
+    if model.args.tie_word_embeddings:
+        model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
+
+# -----------------------------------------------------------------------------
+# Compiled decoding
+#
+# Decoding a token reads every weight once and computes little, so that the memory's bandwidth is its limit.
+# Three things keep PyTorch from it: for few rows F.linear reads the weights at half of that speed, attention
+# kernels are made for many queries, and every operation costs some microseconds of its own. So a layer is
+# written here as plain arithmetic, with activations in float32, for torch.compile to fuse. All that differs
+# between layers, steps and prompts comes in as tensors: one compilation serves them all.
+
+
+def can_compile(device):
+    """Whether torch.compile can work for a device; where not, one line on standard error says why."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
+        return False
+    return True
+
+
+def packed_linear(x, weights):
+    """F.linear of x (B, in) and matrices (out, in) one above the other, from a copy in oneDNN's own order.
+
+    F.linear brings the weights into that order at each call. The copy lives as long as the first matrix.
+    """
+    packed = PACKED.get(weights[0])
+    if packed is None:
+        packed = PACKED[weights[0]] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), x.size(0))
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+PACKED = WeakTensorKeyDictionary()  # a matrix -> it, and those under it, in oneDNN's order
+LIBRARY = torch.library.Library("llama31", "DEF")  # makes of packed_linear what the compiler need not look into
+LIBRARY.define("packed_linear(Tensor x, Tensor[] weights) -> Tensor")
+LIBRARY.impl("packed_linear", packed_linear, "CPU")
+LIBRARY.impl("packed_linear", lambda x, weights: x.new_empty(x.size(0), sum(map(len, weights))), "Meta")
+
+
+def products(x, matrices, dtype):
+    """x (B, in) float32 times matrices (out, in) -> (B, out) float32 each; dtype None: as sums, for few rows."""
+    if dtype is None:
+        values = [weight.float() if scale is None else dequantize(weight, scale) for weight, scale in matrices]
+        return [torch.stack([(matrix * row).sum(-1) for row in x]) for matrix in values]
+    weights = [weight if scale is None else dequantize(weight, scale).to(dtype) for weight, scale in matrices]
+    if x.is_cpu and matrices[0][1] is None:
+        y = torch.ops.llama31.packed_linear(x.to(dtype), weights).float()
+        return y.split([len(weight) for weight in weights], 1)
+    return [F.linear(x.to(dtype), weight).float() for weight in weights]
+
+
+def decode_layers(x, cos, sin, rows, positions, hidden, caches, layers, eps, dtype):
+    """TransformerBlocks for one token a row: x (B, dim), at positions (B, 1); hidden (B, S): 0 or -inf."""
+    def norm(x, weight):
+        return F.rms_norm(x, weight.shape, weight.float(), eps)
+    for (k_cache, v_cache), (attention_norm, ffn_norm, wqkv, wo, w13, w2) in zip(caches, layers, strict=True):
+        (B, S), (K, D) = hidden.shape, k_cache.shape[2:]
+        q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm), wqkv, dtype))
+        k_cache[rows, positions] = apply_rope(k, cos, sin).to(k_cache.dtype)
+        v_cache[rows, positions] = v.to(v_cache.dtype)
+        q = apply_rope(q, cos, sin).view(B, K, -1, 1, D)
+        k, v = (cache[:, :S].transpose(1, 2)[:, :, None].float() for cache in (k_cache, v_cache))
+        scores = (q * k).sum(-1) / math.sqrt(D)  # (B, K, H/K, S)
+        probs = (scores + hidden[:, None, None]).softmax(-1)
+        x = x + products((probs[..., None] * v).sum(-2).view(B, -1), wo, dtype)[0]
+        gate, up = products(norm(x, ffn_norm), w13, dtype)
+        x = x + products(F.silu(gate) * up, w2, dtype)[0]
+    return x
+
+
+def compile_ahead(f, example, dynamic=()):
+    """f compiled for arguments like the example's, but for the (tensor, dimension) pairs that are dynamic.
+
+    No two dynamic sizes may be equal in the example. Nothing is checked when f is called, which would take a
+    millisecond a token.
+    """
+    for tensor, dim in dynamic:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    options = {"cpp.enable_floating_point_contract_flag": "fast",  # one instruction to multiply and add
+               "realize_reads_threshold": 2,  # makes what is normalized once, not for each row of weights
+               "size_asserts": False}
+    f = torch.compile(f, fullgraph=True, options=options).aot_compile((tuple(example), {}))
+    f.disable_guard_check()
+    return f
+
+
+def compile_decoding(model):
+    """Sets model.decode: forward_cached for one token a row, compiled when it is first used.
+
+    Weights may change later, but in place only.
+    """
+    def matrices(*modules):
+        return [(m.quantized, m.scale) if isinstance(m, Int8Linear) else (m.weight.detach(), None) for m in modules]
+    args, compiled = model.args, {}
+    layers = []
+    for layer in model.layers:
+        attention, ffn = layer.attention, layer.feed_forward
+        layers.append((layer.attention_norm.weight.detach(), layer.ffn_norm.weight.detach(),
+                       matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
+                       matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
+    output = matrices(model.output)
+    few = 4  # rows; for more, sums take longer than matrix products
+    together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call: more take long to compile
+
+    def inputs(tokens, start_pos):
+        device = tokens.device
+        positions = torch.tensor(start_pos, device=device)[:, None]
+        rows = torch.arange(len(start_pos), device=device)[:, None]
+        angles = positions[..., None, None].float() * model.rope_frequencies.to(device)  # (B, 1, 1, D/2)
+        seen = torch.arange(max(start_pos) + 1, device=device) <= positions
+        hidden = torch.where(seen, 0.0, -math.inf)  # (B, S)
+        x = model.tok_embeddings(tokens[:, 0]).float()
+        return x, angles.cos(), angles.sin(), rows, positions, hidden
+
+    def compile_for(B, cache, dtype):
+        cache = KVCache(args, B, 13, cache.k.dtype, cache.k.device)
+        tokens = torch.zeros(B, 1, dtype=torch.int64, device=cache.k.device)
+        caches = [(cache.k.clone(), cache.v.clone()) for _ in range(together)]
+        example = inputs(tokens, [10] * B)
+        dynamic = [(tensor, 1) for tensor in (example[-1], *sum(caches, ()))]  # positions seen, caches' room
+        dynamic += [] if dtype is None else [(tensor, 0) for tensor in (*example, *sum(caches, ()))]
+        return (compile_ahead(decode_layers, [*example, caches, layers[:together], args.norm_eps, dtype], dynamic),
+                compile_ahead(products, [example[0], output, dtype], [] if dtype is None else [(example[0], 0)]))
+
+    def decode(tokens, start_pos, caches):
+        B = len(start_pos)
+        dtype = None if B <= few else caches[0].k.dtype
+        rows = B if dtype is None else 17  # any number
+        if rows not in compiled:
+            compiled[rows] = compile_for(rows, caches[0], dtype)
+        step, logits = compiled[rows]
+        x, *rest = inputs(tokens, start_pos)
+        for i in range(0, args.n_layers, together):
+            pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
+            x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, dtype)
+        return logits(model.norm(x), output, dtype)[0]
+    model.decode = decode
 
 # -----------------------------------------------------------------------------
 # Checkpoints
@@ -579,18 +780,21 @@ def load_weights(model, tensors, device, dtype):
     model.tie()  # assign gives each name a parameter of its own
 
 
-def load_checkpoint(ckpt_dir, device="cpu", dtype=None):
+def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
     """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
 
-    On the CPU and in the stored dtype, weights of a single file stay memory-mapped.
+    On the CPU and in the stored dtype, weights of a single file stay memory-mapped. quantize: int8 or None.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}; expected int8 or None")
     args, pieces = open_checkpoint(ckpt_dir)
     dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
     with torch.device("meta"):
         model = Transformer(args)
-    num_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else dtype.itemsize)
     check_memory(f"the weights of {ckpt_dir}", num_bytes, torch.device(device))
-    load_weights(model, checkpoint_tensors(args, pieces), device, dtype)
+    load = load_int8 if quantize else load_weights
+    load(model, checkpoint_tensors(args, pieces), device, dtype)
     return model.eval()
 
 
@@ -725,12 +929,14 @@ class Llama:
         self.max_batch_size = max_batch_size
 
     @staticmethod
-    def build(ckpt_dir, tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None):
+    def build(ckpt_dir, tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None,
+              compile=False, quantize=None):
         """Loads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another.
 
         max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
-        its name; None: bfloat16 on cuda, elsewhere as stored. ValueError or FileNotFoundError names what is
-        wrong with the files.
+        its name; None: bfloat16 on cuda, elsewhere as stored. compile: decode faster, after some seconds.
+        quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names what is wrong with
+        the files.
         """
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if value is not None and value < 1:
@@ -738,7 +944,9 @@ class Llama:
         device, dtype = choose_device(device), choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
-        model = load_checkpoint(ckpt_dir, device, dtype)
+        model = load_checkpoint(ckpt_dir, device, dtype, quantize)
+        if compile and can_compile(device):
+            compile_decoding(model)
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
@@ -747,7 +955,7 @@ class Llama:
 
     def new_caches(self, batch_size, max_seq_len=None):
         """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
-        args, weight = self.model.args, self.model.tok_embeddings.weight
+        args, weight = self.model.args, self.model.norm.weight
         room = self.max_seq_len if max_seq_len is None else max_seq_len
         num_bytes = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim * weight.itemsize
         check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, weight.device)
@@ -792,7 +1000,7 @@ class Llama:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
         unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
         width = max(map(len, unread))
-        device = self.model.tok_embeddings.weight.device
+        device = self.model.norm.weight.device
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)
         last = [len(row) - 1 for row in unread]
         newest, ended = [0] * B, [False] * B
@@ -800,7 +1008,7 @@ class Llama:
         for step in range(max_gen_len):
             start = time.perf_counter()
             logits = self.model.forward_cached(tokens, start_pos, caches, last)
-            if not logits.isfinite().all():
+            if not torch.stack(torch.aminmax(logits)).isfinite().all():
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
             for i in range(B):
@@ -854,7 +1062,7 @@ class Llama:
     @torch.inference_mode()
     def prompt_logprobs(self, prompt):
         """The log-probability of each of a prompt's tokens after those before it; 0 for the first."""
-        tokens = torch.tensor(prompt, device=self.model.tok_embeddings.weight.device)
+        tokens = torch.tensor(prompt, device=self.model.norm.weight.device)
         nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         return [0.0, *(-nats).tolist()]
 
@@ -1415,9 +1623,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                              f"{steps} and {order}: resume with the same, and no fewer steps")
         load_optimizer(saved[-1] / "optimizer", model, optimizer)
         loader.load_state_dict(progress["loader"])
-    if compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
-    elif compile:
+    if compile and can_compile(device):
         for layer in model.layers:  # one block, compiled once, serves all layers
             layer.compile()
     wrapped = (DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 and not fsdp
@@ -1506,12 +1712,13 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
            prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.6,
            top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, stop: str | None = None, seed: int = 1337,
-           device: str | None = None, dtype: str | None = None):
+           device: str | None = None, dtype: str | None = None, compile: bool = False,
+           quantize: str | None = None):
     """Prints completions of a prompt, of every line of a prompt_file, or of four default prompts.
 
     ckpt_dir None: the checkpoint last written under out/. Several prompts are one batch, of which the first
-    streams as its tokens come and the others follow at the end. stop: a text before which to end. The speed
-    goes to standard error.
+    streams as its tokens come and the others follow at the end. stop: a text before which to end. compile:
+    faster after some seconds. quantize: int8 halves bfloat16's memory. The speed goes to standard error.
     """
     if ckpt_dir is None and (ckpt_dir := newest_checkpoint("out")) is None:
         raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
@@ -1524,7 +1731,8 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
             prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{prompt_file}: expected UTF-8, a prompt per line ({error})") from None
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype,
+                        compile=compile, quantize=quantize)
     later = [["\n", prompt] for prompt in prompts[1:]]
     pieces = llama.stream_text(prompts, max_gen_len, stop=[] if stop is None else stop, top_p=top_p,
                                temperature=temperature, top_k=top_k, min_p=min_p, seed=seed)

@@ -1,0 +1,92 @@
+"""bench.py: its arithmetic against counts and by hand, llama.cpp's file read back, and its command."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_generate import random_llama
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from llama31 import ModelArgs, Transformer, open_checkpoint, save_checkpoint
+
+ROOT = Path(bench.__file__).parent
+ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=130, multiple_of=32)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_counted_are_those_of_the_matrices_that_multiply(tied):
+    model = Transformer(ModelArgs(**{**vars(ARGS), "tie_word_embeddings": tied}))
+    layers, output = bench.matrix_weights(model.args)
+    assert layers == sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    assert output == model.output.weight.numel()
+
+
+def test_prefill_operations_are_those_that_torch_counts_but_for_what_causality_spares():
+    model, n = Transformer(ARGS), 24
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, n, dtype=torch.int64))
+    linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    _, output = bench.matrix_weights(ARGS)
+    attention = ARGS.n_layers * 4 * ARGS.dim * sum(range(1, n + 1))  # query i sees i keys, 4 dim operations each
+    expected = linear - 2 * output * (n - 1) + attention  # only the last token's logits are made
+    assert bench.prefill_flops(ARGS, [n]) == expected
+    assert bench.prefill_flops(ARGS, [n, 5]) == expected + bench.prefill_flops(ARGS, [5])
+
+
+def test_decoding_reads_every_weight_once_and_each_rows_own_keys_and_values():
+    model = Transformer(ARGS)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.tok_embeddings.weight.numel()
+    caches = 2 * 3 * 2 * 16 * (10 + 7)  # keys and values, layers, heads, head_dim, positions
+    assert bench.decode_bytes(ARGS, [10, 7], 2, 2) == 2 * (weights + caches)
+    assert bench.decode_bytes(ARGS, [10, 7], 1, 4) == weights + 4 * caches
+
+
+def test_the_prompts_of_a_batch_are_of_several_lengths_down_to_half():
+    assert bench.ragged(128, 8) == [128, 120, 112, 104, 96, 88, 80, 72]
+    assert bench.ragged(7, 1) == [7] and bench.ragged(1, 3) == [1, 1, 1]
+
+
+def test_a_spread_is_the_median_and_the_range():
+    assert bench.spread([2.0, 1.0, 1.5]) == "1.50 (1.00 to 2.00)"
+
+
+def test_the_least_time_counts_after_two_calls_to_warm_up(monkeypatch):
+    clock = iter([0, 1, 10, 11, 20, 25, 30, 33, 40, 44])  # calls that take 1, 1, 5, 3 and 4 seconds
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.best_seconds(lambda: None, torch.device("cpu"), rounds=3) == 3
+
+
+@pytest.mark.parametrize("kind, bound", [("F32", 0), ("BF16", 2 ** -8), ("Q8_0", 0.02)])
+def test_llama_cpps_file_holds_the_same_weights(kind, bound, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = Transformer(ModelArgs(**{**vars(ARGS), "use_scaled_rope": True}))
+    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
+    bench.write_gguf(tmp_path / "model.gguf", *open_checkpoint(tmp_path / "ckpt"), kind)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    state = model.state_dict()
+    assert len(found) == len(state) + 1 and found["rope_freqs.weight"].shape == (8,)
+    for name, theirs in (("blk.1.attn_q.weight", "layers.1.attention.wq.weight"), ("output.weight", "output.weight"),
+                         ("blk.2.ffn_down.weight", "layers.2.feed_forward.w2.weight"),
+                         ("token_embd.weight", "tok_embeddings.weight"), ("output_norm.weight", "norm.weight")):
+        expected = state[theirs]
+        assert (found[name] - expected).abs().max() <= bound * expected.abs().max()
+    assert reader.fields["llama.attention.head_count_kv"].contents() == 2
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_machine_and_a_row_for_each_job(tmp_path):
+    model = random_llama().model
+    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
+    words = [sys.executable, "bench.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt_len", "16", "--new", "4",
+             "--decode_prompt_len", "8", "--rounds", "1", "--device", "cpu", "--batch_size", "3"]
+    result = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert re.search(r"reads [\d.]+ GB/s; float32 [\d,]+ GFLOP/s, bfloat16 [\d,]+ GFLOP/s", result.stdout)
+    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["prefill of 16", "decode", "decode, batch of 3"]
+    for row in rows[2:]:
+        assert float(row[1].replace(",", "")) > 0 and re.fullmatch(r" \d+% ", row[3])

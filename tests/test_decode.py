@@ -1,0 +1,185 @@
+"""Compiled decoding and int8 weights: the same numbers, one compilation, Meta's keys, half of the memory."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_generate import random_llama
+from test_weights import folder, tokenizer, windows  # noqa: F401 (fixtures)
+from torch._dynamo.utils import counters
+
+import llama31
+from llama31 import (
+    Int8Linear,
+    Llama,
+    ModelArgs,
+    Transformer,
+    compile_decoding,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tokenizer import train_tokenizer
+
+ROOT = Path(llama31.__file__).parent
+BATCHES = {"one token": [[5]], "one row": [[5, 6, 7]], "few rows": [[5, 6, 7], [1], [8, 9]],
+           "many rows": [[i + 1] * (i % 4 + 1) for i in range(9)]}
+
+
+def saved(model, tmp_path):
+    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
+    return tmp_path / "ckpt"
+
+
+def greedy(llama, prompts, n=40):
+    """The logits of every step, which compiled decoding need not own, and the tokens."""
+    steps = [(logits.clone(), newest) for logits, newest in llama.steps(prompts, n, temperature=0)]
+    return torch.stack([logits for logits, _ in steps]), [newest for _, newest in steps]
+
+
+@pytest.fixture(params=[None, "int8"])
+def llama(request, tmp_path):
+    random = random_llama()
+    return Llama(load_checkpoint(saved(random.model, tmp_path), quantize=request.param), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+def test_compiled_decoding_has_the_logits_and_tokens_of_eager_decoding(llama, batch):
+    eager, tokens = greedy(llama, BATCHES[batch])
+    compile_decoding(llama.model)
+    compiled, same = greedy(llama, BATCHES[batch])
+    assert same == tokens
+    assert (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+@pytest.mark.slow
+def test_bfloat16_decodes_as_near_to_float32_compiled_as_eagerly(tmp_path):
+    reference = random_llama()
+    prompts = BATCHES["few rows"]
+    exact, tokens = greedy(reference, prompts, 2)
+    rounded = Llama(load_checkpoint(saved(reference.model, tmp_path), dtype=torch.bfloat16), None)
+    eager = (greedy(rounded, prompts, 2)[0] - exact).abs().max()
+    compile_decoding(rounded.model)
+    assert (greedy(rounded, prompts, 2)[0] - exact).abs().max() <= 1.1 * eager
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llama):
+    compile_decoding(llama.model)
+
+    def graphs():
+        return counters["stats"]["unique_graphs"]
+    for few in (1, 3):
+        llama.generate([[1, 2]] * few, 3)
+        compiled = graphs()
+        for prompt, n in (([7], 2), ([1] * 30, 33), ([4, 5, 6], 60)):
+            llama.generate([prompt] * few, n, stop_tokens=[])
+        assert graphs() == compiled
+    llama.generate([[1, 2]] * 9, 3)
+    compiled = graphs()
+    for many in (9, 10, 17, 11, 13):  # 11 and 13 are sizes of the example that it was compiled for
+        llama.generate([[1] * i for i in range(1, many + 1)], 40, stop_tokens=[])
+    assert graphs() == compiled
+
+
+@pytest.mark.slow
+def test_sizes_that_happen_to_be_equal_are_not_taken_for_one(llama):
+    """A batch as large as the number of positions, or as the caches' room."""
+    prompts = [[i + 1] * 9 for i in range(10)]
+    eager, tokens = greedy(llama, prompts, 5)
+    compile_decoding(llama.model)
+    compiled, same = greedy(llama, prompts, 5)
+    assert same == tokens and (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
+    with torch.inference_mode():  # all of the caches' room
+        caches = llama.new_caches(1, 4)
+        llama.model.forward_cached(torch.tensor([[1, 2, 3]]), [0], caches, [2])
+        logits = llama.model.forward_cached(torch.tensor([[4]]), [3], caches, [0])
+        full = llama.model(torch.tensor([[1, 2, 3, 4]]))[:, -1]
+    assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+def test_without_a_compiler_one_line_says_so_and_decoding_goes_on(tmp_path, monkeypatch, capsys):
+    expected = random_llama()
+    ckpt_dir = saved(expected.model, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    llama = Llama.build(ckpt_dir, device="cpu", compile=True)
+    assert llama.model.decode is None
+    assert capsys.readouterr().err == "no C++ compiler found (g++, or CXX), so --compile has no effect\n"
+    assert llama.generate([[1, 2]], 9, temperature=0) == expected.generate([[1, 2]], 9, temperature=0)
+
+
+@pytest.mark.slow
+def test_the_sample_command_compiles_and_quantizes(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    train_tokenizer(["once upon a time there was a cat"] * 9, 520, path)
+    model = random_llama(vocab_size=520).model
+    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict(), path)
+    texts = [Llama.build(tmp_path / "ckpt", device="cpu", quantize=quantize).text_completion(
+        ["a cat"], 12, temperature=0, echo=True)[0]["generation"] for quantize in (None, "int8")]
+    for flags, text in (["--compile"], texts[0]), (["--compile", "--quantize", "int8"], texts[1]):
+        words = [sys.executable, "llama31.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt", "a cat",
+                 "--max_gen_len", "12", "--temperature", "0", "--device", "cpu", *flags]
+        assert subprocess.run(words, cwd=ROOT, text=True, capture_output=True).stdout == text + "\n"
+
+
+@pytest.mark.parametrize("shape", [(5, 128), (3, 48), (7, 7), (1, 1), (64, 200)])
+def test_every_int8_weight_is_within_half_a_step_of_its_own(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight *= 10 ** torch.linspace(-9, 3, len(weight))[:, None]
+    weight[-1] = 0
+    linear = Int8Linear(*Int8Linear.quantize(weight), torch.float32)
+    groups = weight.unflatten(1, (-1, math.gcd(64, shape[1])))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    error = (linear.weight - weight).unflatten(1, (-1, groups.size(-1))).abs()
+    assert (error <= step * (0.5 + 1e-4)).all()
+    assert linear.quantized.dtype is torch.int8 and linear.quantized.abs().max() <= 127
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_model_computes_with_the_weights_of_its_state_dict(tied, dtype, tmp_path):
+    source = random_llama().model
+    if tied:
+        source.args.tie_word_embeddings = True
+        source.tie()
+    model = load_checkpoint(saved(source, tmp_path), dtype=dtype, quantize="int8")
+    state = model.state_dict()
+    assert {n: p.shape for n, p in state.items()} == {n: p.shape for n, p in source.state_dict().items()}
+    assert all(p.dtype is dtype for p in state.values())
+    whole = Transformer(model.args).to(dtype)
+    whole.load_state_dict(state)
+    tokens = torch.arange(24).view(2, 12)
+    expected = whole(tokens)
+    assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    loss, its = (m.forward_loss(tokens[:, :-1], tokens[:, 1:]) for m in (whole, model))
+    assert float(its) == pytest.approx(float(loss), rel=1e-5)
+    exact = source(tokens)
+    assert (expected - exact).abs().max() <= 0.1 * exact.abs().max()
+
+
+def test_int8_takes_about_half_of_bfloat16s_memory_and_keeps_no_file_open(tmp_path):
+    args = ModelArgs(dim=128, n_layers=2, n_heads=2, vocab_size=997, multiple_of=64)
+    source = Transformer(args).bfloat16()
+    model = load_checkpoint(saved(source, tmp_path), quantize="int8")
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
+    assert sum(t.nbytes for t in tensors) < 0.55 * 2 * sum(p.numel() for p in source.parameters())
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)  # none is a slice of the file
+
+
+def test_another_quantization_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="quantize is 'int4'; expected int8"):
+        Llama.build(saved(random_llama().model, tmp_path), device="cpu", quantize="int4")
+
+
+@pytest.mark.weights
+def test_int8_has_bfloat16s_perplexity_of_real_text_within_half_a_percent(folder, windows):  # noqa: F811
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    with torch.inference_mode():
+        ours, expected = (math.exp(load_checkpoint(folder, quantize=quantize)(inputs, targets))
+                          for quantize in ("int8", None))
+    assert ours == pytest.approx(expected, rel=5e-3)
