@@ -3,7 +3,7 @@
     python bench.py                                          # the checkpoint last written under out/
     python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
     python bench.py memory                                   # what training takes of a device's memory
-    python bench.py doc_mask                                 # what it costs that documents don't see each other
+    python bench.py doc_mask                                 # what --doc_mask costs
 """
 
 import contextlib

@@ -548,40 +548,43 @@ def packed_linear(x, weights):
 
 
 PACKED = WeakTensorKeyDictionary()  # a matrix -> it, and those under it, in oneDNN's order
-LIBRARY = torch.library.Library("llama31", "DEF")  # makes of packed_linear what the compiler need not look into
+LIBRARY = torch.library.Library("llama31", "DEF")  # torch.compile calls what is in it as it is
 LIBRARY.define("packed_linear(Tensor x, Tensor[] weights) -> Tensor")
 LIBRARY.impl("packed_linear", packed_linear, "CPU")
 LIBRARY.impl("packed_linear", lambda x, weights: x.new_empty(x.size(0), sum(map(len, weights))), "Meta")
 
 
-def products(x, matrices, dtype):
-    """x (B, in) float32 times matrices (out, in) -> (B, out) float32 each; dtype None: as sums, for few rows."""
-    if dtype is None:
-        values = [weight.float() if scale is None else dequantize(weight, scale) for weight, scale in matrices]
-        return [torch.stack([(matrix * row).sum(-1) for row in x]) for matrix in values]
-    weights = [weight if scale is None else dequantize(weight, scale).to(dtype) for weight, scale in matrices]
-    if x.is_cpu and matrices[0][1] is None:
-        y = torch.ops.llama31.packed_linear(x.to(dtype), weights).float()
-        return y.split([len(weight) for weight in weights], 1)
-    return [F.linear(x.to(dtype), weight).float() for weight in weights]
+def products(x, matrices, how):
+    """x (B, in) float32 times each matrix (out, in), a (weight, scale or None): (B, out) float32 each.
+
+    how: "sums" for few rows, "packed" from a packed copy in the weights' dtype, or a dtype for F.linear.
+    """
+    if how == "packed":
+        weights = [weight for weight, _ in matrices]
+        y = torch.ops.llama31.packed_linear(x.to(weights[0].dtype), weights).float()
+        return y.split([weight.size(0) for weight in weights], -1)
+    values = [weight if scale is None else dequantize(weight, scale) for weight, scale in matrices]
+    if how == "sums":
+        return [torch.stack([(weight.float() * row).sum(-1) for row in x]) for weight in values]
+    return [F.linear(x.to(how), weight.to(how)).float() for weight in values]
 
 
-def decode_layers(x, cos, sin, rows, positions, hidden, caches, layers, eps, dtype):
-    """TransformerBlocks for one token a row: x (B, dim), at positions (B, 1); hidden (B, S): 0 or -inf."""
+def decode_layers(x, cos, sin, rows, positions, hidden, caches, layers, eps, how):
+    """Blocks for one token a row: x (B, dim), at positions (B, 1); hidden (B, S): 0 or -inf."""
     def norm(x, weight):
         return F.rms_norm(x, weight.shape, weight.float(), eps)
-    for (k_cache, v_cache), (attention_norm, ffn_norm, wqkv, wo, w13, w2) in zip(caches, layers, strict=True):
+    for (k_cache, v_cache), (attention_norm, wqkv, wo, ffn_norm, w13, w2) in zip(caches, layers):  # noqa: B905
         (B, S), (K, D) = hidden.shape, k_cache.shape[2:]
-        q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm), wqkv, dtype))
+        q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm), wqkv, how))
         k_cache[rows, positions] = apply_rope(k, cos, sin).to(k_cache.dtype)
         v_cache[rows, positions] = v.to(v_cache.dtype)
         q = apply_rope(q, cos, sin).view(B, K, -1, 1, D)
         k, v = (cache[:, :S].transpose(1, 2)[:, :, None].float() for cache in (k_cache, v_cache))
         scores = (q * k).sum(-1) / math.sqrt(D)  # (B, K, H/K, S)
         probs = (scores + hidden[:, None, None]).softmax(-1)
-        x = x + products((probs[..., None] * v).sum(-2).view(B, -1), wo, dtype)[0]
-        gate, up = products(norm(x, ffn_norm), w13, dtype)
-        x = x + products(F.silu(gate) * up, w2, dtype)[0]
+        x = x + products((probs[..., None] * v).sum(-2).view(B, -1), wo, how)[0]
+        gate, up = products(norm(x, ffn_norm), w13, how)
+        x = x + products(F.silu(gate) * up, w2, how)[0]
     return x
 
 
@@ -607,17 +610,19 @@ def compile_decoding(model):
     Weights may change later, but in place only.
     """
     def matrices(*modules):
-        return [(m.quantized, m.scale) if isinstance(m, Int8Linear) else (m.weight.detach(), None) for m in modules]
-    args, compiled = model.args, {}
-    layers = []
+        return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
+                (module.weight.detach(), None) for module in modules]
+    args, layers, compiled = model.args, [], {}
     for layer in model.layers:
         attention, ffn = layer.attention, layer.feed_forward
-        layers.append((layer.attention_norm.weight.detach(), layer.ffn_norm.weight.detach(),
+        layers.append((layer.attention_norm.weight.detach(),
                        matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
-                       matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
-    output = matrices(model.output)
-    few = 4  # rows; for more, sums take longer than matrix products
-    together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call: more take long to compile
+                       layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
+    output, dtype = matrices(model.output), model.norm.weight.dtype
+    packs = (output[0][0].is_cpu and torch.backends.mkldnn.is_available()
+             and output[0][0].dtype in (torch.float32, torch.bfloat16))
+    few = 4 if packs else 8  # rows; for more, sums are slower
+    together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call; more compile longer
 
     def inputs(tokens, start_pos):
         device = tokens.device
@@ -629,28 +634,31 @@ def compile_decoding(model):
         x = model.tok_embeddings(tokens[:, 0]).float()
         return x, angles.cos(), angles.sin(), rows, positions, hidden
 
-    def compile_for(B, cache, dtype):
-        cache = KVCache(args, B, 13, cache.k.dtype, cache.k.device)
-        tokens = torch.zeros(B, 1, dtype=torch.int64, device=cache.k.device)
-        caches = [(cache.k.clone(), cache.v.clone()) for _ in range(together)]
-        example = inputs(tokens, [10] * B)
-        dynamic = [(tensor, 1) for tensor in (example[-1], *sum(caches, ()))]  # positions seen, caches' room
-        dynamic += [] if dtype is None else [(tensor, 0) for tensor in (*example, *sum(caches, ()))]
-        return (compile_ahead(decode_layers, [*example, caches, layers[:together], args.norm_eps, dtype], dynamic),
-                compile_ahead(products, [example[0], output, dtype], [] if dtype is None else [(example[0], 0)]))
+    def compile_for(B, how, device):
+        if how == "packed":
+            num_bytes = sum(p.nbytes for p in model.parameters())
+            check_memory("a copy of the weights, packed for batches,", num_bytes, device)
+        caches = [KVCache(args, B, 13, dtype, device) for _ in range(together)]
+        caches = [(cache.k, cache.v) for cache in caches]
+        example = inputs(torch.zeros(B, 1, dtype=torch.int64, device=device), [10] * B)
+        sized = [example[-1], *itertools.chain(*caches)]  # by the positions seen, by the caches' room
+        dynamic = [(tensor, 1) for tensor in sized]
+        every = [] if how == "sums" else [(tensor, 0) for tensor in (*example[:-1], *sized)]
+        return (compile_ahead(decode_layers, [*example, caches, layers[:together], args.norm_eps, how],
+                              dynamic + every),
+                compile_ahead(products, [example[0], output, how], every[:1]))
 
     def decode(tokens, start_pos, caches):
         B = len(start_pos)
-        dtype = None if B <= few else caches[0].k.dtype
-        rows = B if dtype is None else 17  # any number
+        how, rows = ("sums", B) if B <= few else ("packed" if packs else dtype, 17)  # 17: any number
         if rows not in compiled:
-            compiled[rows] = compile_for(rows, caches[0], dtype)
+            compiled[rows] = compile_for(rows, how, tokens.device)
         step, logits = compiled[rows]
         x, *rest = inputs(tokens, start_pos)
         for i in range(0, args.n_layers, together):
             pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
-            x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, dtype)
-        return logits(model.norm(x), output, dtype)[0]
+            x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
+        return logits(model.norm(x), output, how)[0]
     model.decode = decode
 
 # -----------------------------------------------------------------------------

@@ -39,18 +39,19 @@ def greedy(llama, prompts, n=40):
     return torch.stack([logits for logits, _ in steps]), [newest for _, newest in steps]
 
 
-@pytest.fixture(params=[None, "int8"])
-def llama(request, tmp_path):
-    random = random_llama()
-    return Llama(load_checkpoint(saved(random.model, tmp_path), quantize=request.param), None)
+@pytest.fixture(scope="module", params=[None, "int8"])
+def llamas(request, tmp_path_factory):
+    """The same model twice, of which the second decodes compiled."""
+    ckpt_dir = saved(random_llama().model, tmp_path_factory.mktemp("decode"))
+    eager, compiled = (Llama(load_checkpoint(ckpt_dir, quantize=request.param), None) for _ in range(2))
+    compile_decoding(compiled.model)
+    return eager, compiled
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", BATCHES)
-def test_compiled_decoding_has_the_logits_and_tokens_of_eager_decoding(llama, batch):
-    eager, tokens = greedy(llama, BATCHES[batch])
-    compile_decoding(llama.model)
-    compiled, same = greedy(llama, BATCHES[batch])
+def test_compiled_decoding_has_the_logits_and_tokens_of_eager_decoding(llamas, batch):
+    (eager, tokens), (compiled, same) = (greedy(llama, BATCHES[batch]) for llama in llamas)
     assert same == tokens
     assert (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
 
@@ -67,8 +68,8 @@ def test_bfloat16_decodes_as_near_to_float32_compiled_as_eagerly(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llama):
-    compile_decoding(llama.model)
+def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llamas):
+    _, llama = llamas
 
     def graphs():
         return counters["stats"]["unique_graphs"]
@@ -82,17 +83,16 @@ def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llama)
     compiled = graphs()
     for many in (9, 10, 17, 11, 13):  # 11 and 13 are sizes of the example that it was compiled for
         llama.generate([[1] * i for i in range(1, many + 1)], 40, stop_tokens=[])
-    assert graphs() == compiled
+    assert graphs() == compiled > 0
 
 
 @pytest.mark.slow
-def test_sizes_that_happen_to_be_equal_are_not_taken_for_one(llama):
+def test_sizes_that_happen_to_be_equal_are_not_taken_for_one(llamas):
     """A batch as large as the number of positions, or as the caches' room."""
     prompts = [[i + 1] * 9 for i in range(10)]
-    eager, tokens = greedy(llama, prompts, 5)
-    compile_decoding(llama.model)
-    compiled, same = greedy(llama, prompts, 5)
+    (eager, tokens), (compiled, same) = (greedy(llama, prompts, 5) for llama in llamas)
     assert same == tokens and (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
+    _, llama = llamas
     with torch.inference_mode():  # all of the caches' room
         caches = llama.new_caches(1, 4)
         llama.model.forward_cached(torch.tensor([[1, 2, 3]]), [0], caches, [2])
@@ -118,12 +118,11 @@ def test_the_sample_command_compiles_and_quantizes(tmp_path):
     train_tokenizer(["once upon a time there was a cat"] * 9, 520, path)
     model = random_llama(vocab_size=520).model
     save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict(), path)
-    texts = [Llama.build(tmp_path / "ckpt", device="cpu", quantize=quantize).text_completion(
-        ["a cat"], 12, temperature=0, echo=True)[0]["generation"] for quantize in (None, "int8")]
-    for flags, text in (["--compile"], texts[0]), (["--compile", "--quantize", "int8"], texts[1]):
-        words = [sys.executable, "llama31.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt", "a cat",
-                 "--max_gen_len", "12", "--temperature", "0", "--device", "cpu", *flags]
-        assert subprocess.run(words, cwd=ROOT, text=True, capture_output=True).stdout == text + "\n"
+    text = Llama.build(tmp_path / "ckpt", device="cpu", quantize="int8").text_completion(
+        ["a cat"], 12, temperature=0, echo=True)[0]["generation"]
+    words = [sys.executable, "llama31.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt", "a cat", "--max_gen_len",
+             "12", "--temperature", "0", "--device", "cpu", "--compile", "--quantize", "int8"]
+    assert subprocess.run(words, cwd=ROOT, text=True, capture_output=True).stdout == text + "\n"
 
 
 @pytest.mark.parametrize("shape", [(5, 128), (3, 48), (7, 7), (1, 1), (64, 200)])
