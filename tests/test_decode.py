@@ -120,8 +120,8 @@ def test_the_sample_command_compiles_and_quantizes(tmp_path):
     save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict(), path)
     text = Llama.build(tmp_path / "ckpt", device="cpu", quantize="int8").text_completion(
         ["a cat"], 12, temperature=0, echo=True)[0]["generation"]
-    words = [sys.executable, "llama31.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt", "a cat", "--max_gen_len",
-             "12", "--temperature", "0", "--device", "cpu", "--compile", "--quantize", "int8"]
+    words = [sys.executable, "llama31.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt", "a cat", "--device",
+             "cpu", "--max_gen_len", "12", "--temperature", "0", "--compile", "--quantize", "int8"]
     assert subprocess.run(words, cwd=ROOT, text=True, capture_output=True).stdout == text + "\n"
 
 
