@@ -305,24 +305,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     gradients are made along with the loss. dtype: of the products. Targets of -100 don't count.
     """
     LOGITS_AT_ONCE = 2**25
+    CACHED_LOGITS = 2**20  # what of them a processor's cache holds in float32, for several passes
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_gradients):
         w, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), None, None
         if with_gradients:
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        size = max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // len(w))
+        V, kept = len(w), (targets != -100)[:, None]
+        index = targets[:, None].clamp(min=0)
+        size = max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // V)
+        part = max(1, ChunkedCrossEntropy.CACHED_LOGITS // V) if x.device.type == "cpu" else size
         for begin in range(0, len(x), size):
             rows = slice(begin, begin + size)
-            h, kept = x[rows].to(dtype), (targets[rows] != -100)[:, None]
-            index = targets[rows, None].clamp(min=0)
-            logprobs = (h @ w.T).float().log_softmax(-1)
-            total -= (logprobs.gather(1, index) * kept).sum()
+            h = x[rows].to(dtype)
+            logits = h @ w.T
+            for some, i, counts in zip(*(t.split(part) for t in (logits, index[rows], kept[rows])), strict=True):
+                logprobs = some.float().log_softmax(-1)
+                total -= (logprobs.gather(1, i) * counts).sum()
+                if with_gradients:  # of the logits, in their place
+                    ones = torch.ones_like(i, dtype=torch.float32)
+                    some.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
             if with_gradients:
-                d = logprobs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-                d = (d * kept).to(dtype)
-                dx[rows] = d @ w
-                dweight += d.T @ h
+                dx[rows] = logits @ w * kept[rows]
+                dweight += logits.T @ (h * kept[rows])
         ctx.save_for_backward(dx, dweight)
         return total
 
