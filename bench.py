@@ -3,23 +3,27 @@
     python bench.py                                          # the checkpoint last written under out/
     python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
     python bench.py memory                                   # what training takes of a device's memory
-    python bench.py doc_mask                                 # what --doc_mask costs
+    python bench.py train --peers                            # steps of training, beside transformers
 """
 
 import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cli
@@ -237,13 +241,17 @@ def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
 
 def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: str | None = None,
           compile: bool = True, device: str | None = None, batch_size: int = 8, prompt_len: int = 512,
-          decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False):
+          decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False,
+          train: bool = False):
     """Measures the machine, then loading, prefill and decoding of a checkpoint directory, as a table.
 
     ckpt_dir None: the checkpoint last written under out/. peers: also transformers and llama.cpp where they
     are installed, with the same weights, in alternation; ratios are of tokens per second, ours to theirs,
     their median over the rounds and their range. A batch's prompts, random tokens, are of several lengths.
+    train: instead of all this what the train command does.
     """
+    if train:
+        return train_speed(compile=compile, device=device, rounds=rounds, peers=peers)
     if ckpt_dir is None and (ckpt_dir := llama31.newest_checkpoint("out")) is None:
         raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
                                 " --ckpt_dir DIR takes another")
@@ -382,32 +390,94 @@ def memory(*, batch_size: int = 1, seq_len: int = 2048):
 
 
 # -----------------------------------------------------------------------------
-# Document mask
+# Speed of training
 
 
-def doc_mask(*, batch_size: int = 4, seq_len: int = 512, document: int = 150, rounds: int = 12):
-    """Prints training's tokens/s with and without --doc_mask, in alternation, and the ratio of their times.
+class Trainer:
+    """A model in a process of its own, for its peak memory, that trains a step when it is told to."""
 
-    document: its mean length in tokens, about a TinyStory's. The model: 6 layers of dim 576.
-    """
-    model = Transformer(ModelArgs(dim=576, n_layers=6, n_heads=9, n_kv_heads=3, vocab_size=2048,
-                                  tie_word_embeddings=True))
-    tokens = torch.randint(2047, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    tokens[torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 1 / document] = 2047
-    seconds = {2047: [], None: []}  # by the id at which documents begin
-    for _ in range(rounds + 1):
-        for bos_id, times in seconds.items():
+    def __init__(self, *settings):
+        context = multiprocessing.get_context("spawn")
+        self.process = ProcessPoolExecutor(1, context, Trainer.prepare, settings)
+
+    @staticmethod
+    def prepare(name, args, batch_size, seq_len, document, device, compile):
+        shape, generator = (batch_size, seq_len + 1), torch.Generator().manual_seed(0)
+        tokens = torch.randint(args.vocab_size - 1, shape, generator=generator)
+        tokens[torch.rand(shape, generator=generator) < 1 / document] = args.vocab_size - 1  # documents' begin
+        x, y = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+        if name == "transformers":
+            import transformers
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                args.vocab_size, args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads,
+                tie_word_embeddings=True, use_cache=False)).to(device)
+            forward = torch.compile(model) if compile else model
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        else:
+            model = Transformer(args).to(device)
+            optimizer, bos_id = model.configure_optimizers(1e-3), y.max() if "mask" in name else None
+            for layer in model.layers if compile else []:
+                layer.compile()
+
+        def step():
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(tokens[:, :-1], tokens[:, 1:], bos_id)
+            with torch.autocast(device.type, torch.bfloat16):
+                if name == "transformers":
+                    loss = F.cross_entropy(forward(x).logits.float().flatten(0, 1), y.flatten())
+                else:
+                    loss = model(x, y, bos_id)
             loss.backward()
-            model.zero_grad()
-            times.append(time.perf_counter() - start)
-    masked, causal = (times[1:] for times in seconds.values())  # the first warms up
-    speeds = [batch_size * seq_len / statistics.median(times) for times in (masked, causal)]
-    ratio = statistics.median(m / c for m, c in zip(masked, causal, strict=True))
-    print(f"{speeds[0]:,.0f} tokens/s with the mask, {speeds[1]:,.0f} without: {ratio:.3f} times as long")
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            synchronize(device)
+            return time.perf_counter() - start, (
+                torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        Trainer.prepared = step
+
+    @staticmethod
+    def run_prepared():
+        return Trainer.prepared()
+
+    def step(self):
+        """The seconds it took, and the bytes of memory at the peak so far."""
+        return self.process.submit(Trainer.run_prepared).result()
+
+
+def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49152, n_layers: int = 30,
+          document: int = 150, rounds: int = 5, compile: bool = True, device: str | None = None,
+          peers: bool = False):
+    """Measures steps of training a model of dim 576, in bfloat16 over float32 weights, as a table.
+
+    Once with causal attention, once with --doc_mask and documents of that many tokens on average, a
+    TinyStory's; with peers also transformers. In alternation; ratios are of the first row's tokens per second
+    to the others', their median over the rounds and their range.
+    """
+    device = llama31.choose_device(device)
+    args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
+                     multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
+    with torch.device("meta"):
+        flops = batch_size * seq_len * Transformer(args).flops_per_token(seq_len)
+    peak = gemm_peak(torch.bfloat16, device)
+    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: bfloat16 "
+          f"{peak / 1e9:,.0f} GFLOP/s; {'compiled' if compile else 'eager'}")
+    names = ["causal", "document mask"] + ["transformers"] * peers
+    steps = {name: [] for name in names}
+    trainers = {name: Trainer(name, args, batch_size, seq_len, document, device, compile) for name in names}
+    first = {name: trainer.step()[0] for name, trainer in trainers.items()}
+    for _, (name, trainer) in itertools.product(range(rounds + 1), trainers.items()):
+        steps[name].append(trainer.step())
+    print("\n| | first step | tokens/s | GFLOP/s | of the limit | peak memory | causal to this |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        times, peaks = zip(*steps[name][1:], strict=True)  # the first warms up
+        seconds = statistics.median(times)
+        ratios = [theirs / ours for (ours, _), theirs in zip(steps["causal"][1:], times, strict=True)]
+        print(f"| {name} | {first[name]:.0f} s | {batch_size * seq_len / seconds:,.0f} | "
+              f"{flops / seconds / 1e9:,.0f} | {flops / seconds / peak:.0%} | {peaks[-1] / 1e9:.1f} GB | "
+              f"{spread(ratios)} |")
 
 
 if __name__ == "__main__":
-    cli.run({"speed": speed, "memory": memory, "doc_mask": doc_mask}, default="speed")
+    cli.run({"speed": speed, "train": train_speed, "memory": memory}, default="speed")

@@ -320,7 +320,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(begin, begin + size)
             h = x[rows].to(dtype)
             logits = h @ w.T
-            for some, i, counts in zip(*(t.split(part) for t in (logits, index[rows], kept[rows])), strict=True):
+            parts = (tensor.split(part) for tensor in (logits, index[rows], kept[rows]))
+            for some, i, counts in zip(*parts, strict=True):
                 logprobs = some.float().log_softmax(-1)
                 total -= (logprobs.gather(1, i) * counts).sum()
                 if with_gradients:  # of the logits, in their place

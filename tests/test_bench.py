@@ -92,3 +92,13 @@ def test_the_command_prints_the_machine_and_a_row_for_each_job(tmp_path):
     assert [row[0].strip() for row in rows[2:]] == ["prefill of 16", "decode", "decode, batch of 3"]
     for row in rows[2:]:
         assert float(row[1].replace(",", "")) > 0 and re.fullmatch(r" \d+% ", row[3])
+
+
+@pytest.mark.slow
+def test_the_train_command_prints_a_row_for_each_way_of_training():
+    words = [sys.executable, "bench.py", "train", "--seq_len", "16", "--vocab_size", "64", "--n_layers", "1",
+             "--rounds", "2", "--compile=False", "--device", "cpu"]
+    result = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
+    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["causal", "document mask"]
+    assert float(rows[2][2].replace(",", "")) > 0 and rows[2][6] == " 1.00 (1.00 to 1.00) "
