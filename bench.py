@@ -404,7 +404,7 @@ class Trainer:
     def prepare(name, args, batch_size, seq_len, document, device, compile):
         shape, generator = (batch_size, seq_len + 1), torch.Generator().manual_seed(0)
         tokens = torch.randint(args.vocab_size - 1, shape, generator=generator)
-        tokens[torch.rand(shape, generator=generator) < 1 / document] = args.vocab_size - 1  # documents' begin
+        tokens[torch.rand(shape, generator=generator) < 1 / document] = args.vocab_size - 1  # BOS
         x, y = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
         if name == "transformers":
             import transformers
@@ -431,9 +431,9 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
             synchronize(device)
-            return time.perf_counter() - start, (
-                torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            seconds, unit = time.perf_counter() - start, 1 if sys.platform == "darwin" else 1024
+            return seconds, (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         Trainer.prepared = step
 
     @staticmethod
@@ -451,8 +451,8 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     """Measures steps of training a model of dim 576, in bfloat16 over float32 weights, as a table.
 
     Once with causal attention, once with --doc_mask and documents of that many tokens on average, a
-    TinyStory's; with peers also transformers. In alternation; ratios are of the first row's tokens per second
-    to the others', their median over the rounds and their range.
+    TinyStory's; with peers also transformers. In alternation; ratios are of the first row's tokens/s to the
+    others', their median over the rounds and their range.
     """
     device = llama31.choose_device(device)
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
