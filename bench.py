@@ -409,8 +409,9 @@ class Trainer:
         if name == "transformers":
             import transformers
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                args.vocab_size, args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads,
-                tie_word_embeddings=True, use_cache=False)).to(device)
+                vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.hidden_dim,
+                num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
+                num_key_value_heads=args.n_kv_heads, tie_word_embeddings=True, use_cache=False)).to(device)
             forward = torch.compile(model) if compile else model
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         else:
