@@ -576,13 +576,17 @@ def products(x, matrices, how):
     return [F.linear(x.to(how), weight.to(how)).float() for weight in values]
 
 
-def decode_layers(x, cos, sin, rows, positions, hidden, caches, layers, eps, how):
+def norm(x, weight, eps):
+    """RMSNorm, which the compiler finds easier."""
+    return F.rms_norm(x, weight.shape, weight.float(), eps)
+
+
+def decode_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
     """Blocks for one token a row: x (B, dim), at positions (B, 1); hidden (B, S): 0 or -inf."""
-    def norm(x, weight):
-        return F.rms_norm(x, weight.shape, weight.float(), eps)
     for (k_cache, v_cache), (attention_norm, wqkv, wo, ffn_norm, w13, w2) in zip(caches, layers):  # noqa: B905
         (B, S), (K, D) = hidden.shape, k_cache.shape[2:]
-        q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm), wqkv, how))
+        rows = torch.arange(B, device=x.device)[:, None]
+        q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm, eps), wqkv, how))
         k_cache[rows, positions] = apply_rope(k, cos, sin).to(k_cache.dtype)
         v_cache[rows, positions] = v.to(v_cache.dtype)
         q = apply_rope(q, cos, sin).view(B, K, -1, 1, D)
@@ -590,9 +594,14 @@ def decode_layers(x, cos, sin, rows, positions, hidden, caches, layers, eps, how
         scores = (q * k).sum(-1) / math.sqrt(D)  # (B, K, H/K, S)
         probs = (scores + hidden[:, None, None]).softmax(-1)
         x = x + products((probs[..., None] * v).sum(-2).view(B, -1), wo, how)[0]
-        gate, up = products(norm(x, ffn_norm), w13, how)
+        gate, up = products(norm(x, ffn_norm, eps), w13, how)
         x = x + products(F.silu(gate) * up, w2, how)[0]
     return x
+
+
+def decode_logits(x, norm_weight, output, eps, how):
+    """x (B, dim), after all blocks -> logits (B, V)."""
+    return products(norm(x, norm_weight, eps), output, how)[0]
 
 
 def compile_ahead(f, example, dynamic=()):
@@ -625,7 +634,8 @@ def compile_decoding(model):
         layers.append((layer.attention_norm.weight.detach(),
                        matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
                        layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
-    output, dtype = matrices(model.output), model.norm.weight.dtype
+    last_norm, output = model.norm.weight.detach(), matrices(model.output)
+    dtype = last_norm.dtype
     packs = (output[0][0].is_cpu and torch.backends.mkldnn.is_available()
              and output[0][0].dtype in (torch.float32, torch.bfloat16))
     few = 4 if packs else 8  # rows; for more, sums are slower
@@ -634,12 +644,11 @@ def compile_decoding(model):
     def inputs(tokens, start_pos):
         device = tokens.device
         positions = torch.tensor(start_pos, device=device)[:, None]
-        rows = torch.arange(len(start_pos), device=device)[:, None]
         angles = positions[..., None, None].float() * model.rope_frequencies.to(device)  # (B, 1, 1, D/2)
         seen = torch.arange(max(start_pos) + 1, device=device) <= positions
         hidden = torch.where(seen, 0.0, -math.inf)  # (B, S)
         x = model.tok_embeddings(tokens[:, 0]).float()
-        return x, angles.cos(), angles.sin(), rows, positions, hidden
+        return x, angles.cos(), angles.sin(), positions, hidden
 
     def compile_for(B, how, device):
         if how == "packed":
@@ -653,7 +662,7 @@ def compile_decoding(model):
         every = [] if how == "sums" else [(tensor, 0) for tensor in (*example[:-1], *sized)]
         return (compile_ahead(decode_layers, [*example, caches, layers[:together], args.norm_eps, how],
                               dynamic + every),
-                compile_ahead(products, [example[0], output, how], every[:1]))
+                compile_ahead(decode_logits, [example[0], last_norm, output, args.norm_eps, how], every[:1]))
 
     def decode(tokens, start_pos, caches):
         B = len(start_pos)
@@ -665,7 +674,7 @@ def compile_decoding(model):
         for i in range(0, args.n_layers, together):
             pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
             x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
-        return logits(model.norm(x), output, how)[0]
+        return logits(x, last_norm, output, args.norm_eps, how)
     model.decode = decode
 
 # -----------------------------------------------------------------------------
