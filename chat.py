@@ -100,14 +100,16 @@ def note(text):
 def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None = None,
          max_seq_len: int | None = None, max_gen_len: int = 256, temperature: float = 0.6,
          top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337,
-         device: str | None = None, dtype: str | None = None):
+         device: str | None = None, dtype: str | None = None, compile: bool = False,
+         quantize: str | None = None):
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
     /reset starts anew with the same system prompt, /exit or Ctrl-D leaves, Ctrl-C stops an answer, which
     stays as far as it got. max_seq_len: the tokens a conversation can take; None: as in params.json, but at
-    most 8192, as the whole KV cache is made at the start.
+    most 8192, as the whole KV cache is made at the start. compile, quantize: see llama31.py.
     """
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
+                        compile=compile, quantize=quantize)
     if max_seq_len is None:
         llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:

@@ -57,8 +57,10 @@ def plain_loss(model, inputs, targets):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("logits_at_once", [1, 97, 97 * 5, 97 * 34, 2**25])
-def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(monkeypatch, logits_at_once, tied):
+@pytest.mark.parametrize("logits_at_once, cached_logits", [
+    (1, 1), (97, 2**20), (97 * 5, 97 * 2), (97 * 34, 97 * 7), (2**25, 1), (2**25, 97 * 4), (2**25, 2**20)])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
+        monkeypatch, logits_at_once, cached_logits, tied):
     model, tokens = model_of(tie_word_embeddings=tied), random_tokens(2, 18)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
     targets[0, 2:7], targets[1, 3] = -100, -100
@@ -66,6 +68,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(monkey
     expected.backward()
     expected_gradients = gradients(model)
     monkeypatch.setattr(ChunkedCrossEntropy, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(ChunkedCrossEntropy, "CACHED_LOGITS", cached_logits)
     loss = 3 * model(inputs, targets) / 3
     loss.backward()
     assert_close(loss, expected)
