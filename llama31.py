@@ -555,10 +555,11 @@ def packed_linear(x, weights):
 
 
 PACKED = WeakTensorKeyDictionary()  # a matrix -> it, and those under it, in oneDNN's order
-LIBRARY = torch.library.Library("llama31", "DEF")  # torch.compile calls what is in it as it is
-LIBRARY.define("packed_linear(Tensor x, Tensor[] weights) -> Tensor")
-LIBRARY.impl("packed_linear", packed_linear, "CPU")
-LIBRARY.impl("packed_linear", lambda x, weights: x.new_empty(x.size(0), sum(map(len, weights))), "Meta")
+if not hasattr(torch.ops.llama31, "packed_linear"):  # this file may be loaded under two names
+    LIBRARY = torch.library.Library("llama31", "DEF")  # torch.compile calls what is in it as it is
+    LIBRARY.define("packed_linear(Tensor x, Tensor[] weights) -> Tensor")
+    LIBRARY.impl("packed_linear", packed_linear, "CPU")
+    LIBRARY.impl("packed_linear", lambda x, weights: x.new_empty(x.size(0), sum(map(len, weights))), "Meta")
 
 
 def products(x, matrices, how):
