@@ -532,7 +532,8 @@ def load_int8(model, tensors, device, dtype):
 # Three things keep PyTorch from it: for few rows F.linear reads the weights at half of that speed, attention
 # kernels are made for many queries, and every operation costs some microseconds of its own. So a layer is
 # written here as plain arithmetic, with activations in float32, for torch.compile to fuse. All that differs
-# between layers, steps and prompts comes in as tensors: one compilation serves them all.
+# between layers, steps and prompts comes in as tensors: one compilation serves them all. For more rows, sums
+# of products take longer than reading; then oneDNN multiplies, from weights packed beforehand.
 
 
 def can_compile(device):
@@ -584,7 +585,8 @@ def norm(x, weight, eps):
 
 def decode_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
     """Blocks for one token a row: x (B, dim), at positions (B, 1); hidden (B, S): 0 or -inf."""
-    for (k_cache, v_cache), (attention_norm, wqkv, wo, ffn_norm, w13, w2) in zip(caches, layers):  # noqa: B905
+    for (k_cache, v_cache), layer in zip(caches, layers, strict=True):
+        attention_norm, wqkv, wo, ffn_norm, w13, w2 = layer
         (B, S), (K, D) = hidden.shape, k_cache.shape[2:]
         rows = torch.arange(B, device=x.device)[:, None]
         q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm, eps), wqkv, how))
@@ -624,7 +626,7 @@ def compile_ahead(f, example, dynamic=()):
 def compile_decoding(model):
     """Sets model.decode: forward_cached for one token a row, compiled when it is first used.
 
-    Weights may change later, but in place only.
+    The weights must not change after that, as there may be packed copies of them.
     """
     def matrices(*modules):
         return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
@@ -667,7 +669,7 @@ def compile_decoding(model):
 
     def decode(tokens, start_pos, caches):
         B = len(start_pos)
-        how, rows = ("sums", B) if B <= few else ("packed" if packs else dtype, 17)  # 17: any number
+        how, rows = ("sums", B) if B <= few else ("packed" if packs else dtype, 17)  # 17: as an example
         if rows not in compiled:
             compiled[rows] = compile_for(rows, how, tokens.device)
         step, logits = compiled[rows]

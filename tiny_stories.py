@@ -429,7 +429,10 @@ def process_shards(jobs, num_workers):
         results = []
         for job in jobs:
             shard = job[1]
-            results.append(pool.submit(finish_shard, *job))
+            try:
+                results.append(pool.submit(finish_shard, *job))
+            except OSError:  # the pool is closing its pipes, as a worker has died
+                raise concurrent.futures.BrokenExecutor from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for job, result in zip(jobs, results, strict=True):
             shard = job[1]

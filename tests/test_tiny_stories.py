@@ -163,6 +163,16 @@ def test_a_killed_worker_is_an_error_that_names_a_shard(tmp_path, tokenizer_path
     assert set(multiprocessing.active_children()) == children and not list(tmp_path.glob("*.bin"))
 
 
+def test_a_pool_that_breaks_while_it_is_given_work_names_a_shard(tmp_path, tokenizer_path, monkeypatch):
+    write_shards(tmp_path, [["a"]] * 3)
+
+    def submit(*_):
+        raise OSError("handle is closed")
+    monkeypatch.setattr(tiny_stories.concurrent.futures.ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(OSError, match="data00.json: its worker.*killed.*num_workers"):
+        tiny_stories.tokenize(str(tmp_path), tokenizer_path, 2)
+
+
 def test_a_lone_surrogate_or_an_empty_story_is_tokenized(tmp_path, tokenizer_path):
     write_shards(tmp_path, [["\ud83d", ""], ["a"]])
     tiny_stories.tokenize(str(tmp_path), tokenizer_path, 1)
