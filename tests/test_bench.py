@@ -85,7 +85,8 @@ def test_the_command_prints_the_machine_and_a_row_for_each_job(tmp_path):
     model = random_llama().model
     save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
     words = [sys.executable, "bench.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt_len", "16", "--new", "4",
-             "--decode_prompt_len", "8", "--rounds", "1", "--device", "cpu", "--batch_size", "3"]
+             "--decode_prompt_len", "8", "--rounds", "1", "--device", "cpu", "--batch_size", "3",
+             "--compile=False"]
     result = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
     assert re.search(r"reads [\d.]+ GB/s; float32 [\d,]+ GFLOP/s, bfloat16 [\d,]+ GFLOP/s", result.stdout)
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
