@@ -225,11 +225,24 @@ def spread(ratios):
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
-    """Name -> contestant, of those that are installed; one line names what is not."""
-    absent = [name for name in ("transformers", "llama_cpp", "gguf") if not importlib.util.find_spec(name)]
+def check_least(**settings):
+    """ValueError for a setting, name=(value, least), that is below its least."""
+    for name, (value, least) in settings.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def missing(*names):
+    """Those of the packages that are not installed, which one line tells."""
+    absent = [name for name in names if not importlib.util.find_spec(name)]
     if absent:
         print(f"not installed, so not measured: {', '.join(absent)}", file=sys.stderr)
+    return absent
+
+
+def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
+    """Name -> contestant, of those that are installed."""
+    absent = missing("transformers", "llama_cpp", "gguf")
     peers = {}
     if "transformers" not in absent:
         peers["transformers"] = transformers_runner(ckpt_dir, folder / "hf", dtype, device)
@@ -255,10 +268,8 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
     if ckpt_dir is None and (ckpt_dir := llama31.newest_checkpoint("out")) is None:
         raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
                                 " --ckpt_dir DIR takes another")
-    for name, value, least in (("batch_size", batch_size, 1), ("prompt_len", prompt_len, 1), ("new", new, 2),
-                               ("decode_prompt_len", decode_prompt_len, 1), ("rounds", rounds, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
+    check_least(batch_size=(batch_size, 1), prompt_len=(prompt_len, 1), new=(new, 2), rounds=(rounds, 1),
+                decode_prompt_len=(decode_prompt_len, 1))
     device, room = llama31.choose_device(device), max(prompt_len, decode_prompt_len) + new
     bandwidth = read_bandwidth(device)
     peaks = {d: gemm_peak(getattr(torch, d), device) for d in ("float32", "bfloat16")}
@@ -416,7 +427,8 @@ class Trainer:
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         else:
             model = Transformer(args).to(device)
-            optimizer, bos_id = model.configure_optimizers(1e-3), y.max() if "mask" in name else None
+            optimizer = model.configure_optimizers(1e-3)
+            bos_id = args.vocab_size - 1 if "mask" in name else None
             for layer in model.layers if compile else []:
                 layer.compile()
 
@@ -447,15 +459,18 @@ class Trainer:
 
 
 def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49152, n_layers: int = 30,
-          document: int = 150, rounds: int = 5, compile: bool = True, device: str | None = None,
-          peers: bool = False):
+                document: int = 150, rounds: int = 5, compile: bool = True, device: str | None = None,
+                peers: bool = False):
     """Measures steps of training a model of dim 576, in bfloat16 over float32 weights, as a table.
 
     Once with causal attention, once with --doc_mask and documents of that many tokens on average, a
     TinyStory's; with peers also transformers. In alternation; ratios are of the first row's tokens/s to the
     others', their median over the rounds and their range.
     """
+    check_least(batch_size=(batch_size, 1), seq_len=(seq_len, 1), vocab_size=(vocab_size, 2),
+                document=(document, 1), rounds=(rounds, 1))
     device = llama31.choose_device(device)
+    compile = compile and llama31.can_compile(device)
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
                      multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
     with torch.device("meta"):
@@ -463,7 +478,7 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     peak = gemm_peak(torch.bfloat16, device)
     print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: bfloat16 "
           f"{peak / 1e9:,.0f} GFLOP/s; {'compiled' if compile else 'eager'}")
-    names = ["causal", "document mask"] + ["transformers"] * peers
+    names = ["causal", "document mask"] + ["transformers"] * (peers and not missing("transformers"))
     steps = {name: [] for name in names}
     trainers = {name: Trainer(name, args, batch_size, seq_len, document, device, compile) for name in names}
     first = {name: trainer.step()[0] for name, trainer in trainers.items()}

@@ -103,3 +103,17 @@ def test_the_train_command_prints_a_row_for_each_way_of_training():
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["causal", "document mask"]
     assert float(rows[2][2].replace(",", "")) > 0 and rows[2][6] == " 1.00 (1.00 to 1.00) "
+
+
+@pytest.mark.parametrize("command, flag", [(bench.speed, "rounds"), (bench.speed, "new"),
+                                           (bench.train_speed, "rounds"), (bench.train_speed, "document")])
+def test_a_setting_below_its_least_is_refused_before_anything_is_measured(command, flag, monkeypatch):
+    monkeypatch.setattr(bench, "gemm_peak", None)
+    monkeypatch.setattr(bench.llama31, "newest_checkpoint", lambda _: "out/some")
+    with pytest.raises(ValueError, match=f"{flag} is 0; expected at least"):
+        command(**{flag: 0})
+
+
+def test_what_is_not_installed_is_named_in_one_line(capsys):
+    assert bench.missing("numpy", "no_such_package") == ["no_such_package"]
+    assert capsys.readouterr().err == "not installed, so not measured: no_such_package\n"
