@@ -602,9 +602,9 @@ def decode_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
     return x
 
 
-def decode_logits(x, norm_weight, output, eps, how):
-    """x (B, dim), after all blocks -> logits (B, V)."""
-    return products(norm(x, norm_weight, eps), output, how)[0]
+def decode_logits(x, halves, how):
+    """x (B, dim), normalized -> logits (B, V), of both halves of the output matrix side by side."""
+    return torch.cat(products(x, halves, how), -1)
 
 
 def compile_ahead(f, example, dynamic=()):
@@ -637,10 +637,11 @@ def compile_decoding(model):
         layers.append((layer.attention_norm.weight.detach(),
                        matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
                        layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
-    last_norm, output = model.norm.weight.detach(), matrices(model.output)
+    last_norm, [(output, scale)] = model.norm.weight.detach(), matrices(model.output)
+    halves = list(zip(output.chunk(2), (None, None) if scale is None else scale.chunk(2), strict=False))
     dtype = last_norm.dtype
-    packs = (output[0][0].is_cpu and torch.backends.mkldnn.is_available()
-             and output[0][0].dtype in (torch.float32, torch.bfloat16))
+    packs = (output.is_cpu and torch.backends.mkldnn.is_available()
+             and output.dtype in (torch.float32, torch.bfloat16))
     few = 4 if packs else 8  # rows; for more, sums are slower
     together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call; more compile longer
 
@@ -665,7 +666,7 @@ def compile_decoding(model):
         every = [] if how == "sums" else [(tensor, 0) for tensor in (*example[:-1], *sized)]
         return (compile_ahead(decode_layers, [*example, caches, layers[:together], args.norm_eps, how],
                               dynamic + every),
-                compile_ahead(decode_logits, [example[0], last_norm, output, args.norm_eps, how], every[:1]))
+                compile_ahead(decode_logits, [example[0], halves, how], every[:1]))
 
     def decode(tokens, start_pos, caches):
         B = len(start_pos)
@@ -677,7 +678,7 @@ def compile_decoding(model):
         for i in range(0, args.n_layers, together):
             pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
             x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
-        return logits(x, last_norm, output, args.norm_eps, how)
+        return logits(norm(x, last_norm, args.norm_eps), halves, how)
     model.decode = decode
 
 # -----------------------------------------------------------------------------
