@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -611,15 +612,17 @@ def compile_ahead(f, example, dynamic=()):
     """f compiled for arguments like the example's, but for the (tensor, dimension) pairs that are dynamic.
 
     No two dynamic sizes may be equal in the example. Nothing is checked when f is called, which would take a
-    millisecond a token.
+    millisecond a token; as what is compiled belongs to f's code, this is a copy of it.
     """
     for tensor, dim in dynamic:
         torch._dynamo.mark_dynamic(tensor, dim)
-    options = {"cpp.enable_floating_point_contract_flag": "fast",  # one instruction to multiply and add
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+               "cpp.enable_floating_point_contract_flag": "fast",  # one instruction to multiply and add
                "realize_reads_threshold": 2,  # makes what is normalized once, not for each row of weights
                "size_asserts": False}
-    f = torch.compile(f, fullgraph=True, options=options).aot_compile((tuple(example), {}))
-    f.disable_guard_check()
+    f = types.FunctionType(f.__code__.replace(), f.__globals__)
+    f = torch.compile(f, fullgraph=True, options=options)
+    f(*example)
     return f
 
 
@@ -675,10 +678,11 @@ def compile_decoding(model):
             compiled[rows] = compile_for(rows, how, tokens.device)
         step, logits = compiled[rows]
         x, *rest = inputs(tokens, start_pos)
-        for i in range(0, args.n_layers, together):
-            pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
-            x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
-        return logits(norm(x, last_norm, args.norm_eps), halves, how)
+        with torch.compiler.set_stance("fail_on_recompile"):  # as sizes would be fixed, after dynamo.reset()
+            for i in range(0, args.n_layers, together):
+                pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
+                x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
+            return logits(norm(x, last_norm, args.norm_eps), halves, how)
     model.decode = decode
 
 # -----------------------------------------------------------------------------

@@ -87,6 +87,16 @@ def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llamas
 
 
 @pytest.mark.slow
+def test_what_is_compiled_is_used_for_its_own_sizes_or_not_at_all(tmp_path):
+    eager, compiled = random_llama(), random_llama()
+    compile_decoding(compiled.model)
+    assert greedy(compiled, [[5]], 3)[1] == greedy(eager, [[5]], 3)[1]
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="recompile"):
+        greedy(compiled, [[5]], 3)
+
+
+@pytest.mark.slow
 def test_sizes_that_happen_to_be_equal_are_not_taken_for_one(llamas):
     """A batch as large as the number of positions, or as the caches' room."""
     prompts = [[i + 1] * 9 for i in range(10)]
