@@ -265,9 +265,7 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
     """
     if train:
         return train_speed(compile=compile, device=device, rounds=rounds, peers=peers)
-    if ckpt_dir is None and (ckpt_dir := llama31.newest_checkpoint("out")) is None:
-        raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
-                                " --ckpt_dir DIR takes another")
+    ckpt_dir = ckpt_dir or llama31.newest_checkpoint()
     check_least(batch_size=(batch_size, 1), prompt_len=(prompt_len, 1), new=(new, 2), rounds=(rounds, 1),
                 decode_prompt_len=(decode_prompt_len, 1))
     device, room = llama31.choose_device(device), max(prompt_len, decode_prompt_len) + new

@@ -53,9 +53,9 @@ class Conversation:
         cut = f"stopped at --max_gen_len {self.max_gen_len}"
         self.tokens += message
         try:
-            for [token] in self.llama.stream([self.tokens.copy()], self.max_gen_len, caches=self.caches,
-                                             start_pos=[self.held], seed=self.seed + self.turn,
-                                             **self.settings):
+            for _, [token] in self.llama.steps([self.tokens.copy()], self.max_gen_len, caches=self.caches,
+                                               start_pos=[self.held], seed=self.seed + self.turn,
+                                               **self.settings):
                 self.held = len(self.tokens)  # all but the new token
                 if token is None:
                     cut = ""

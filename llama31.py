@@ -49,6 +49,12 @@ from tokenizer import Tokenizer, train_tokenizer
 # Configuration
 
 
+def expect(fits, name, value, expected):
+    """ValueError where the value of a setting doesn't fit."""
+    if not fits:
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
 @dataclass
 class ModelArgs:
     """The shape of a Llama 3, with the field names of Meta's params.json.
@@ -80,16 +86,13 @@ class ModelArgs:
                 fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
             else:
                 fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
-            if not fits:
-                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+            expect(fits, field.name, repr(value), expected)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; expected a divisor of n_heads, here "
-                             f"{self.n_heads}")
-        if self.dim % (2 * self.n_heads):
-            raise ValueError(f"dim is {self.dim}; expected a multiple of 2 * n_heads = {2 * self.n_heads}: "
-                             "RoPE turns pairs of a head's elements")
+        expect(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
+               f"a divisor of n_heads, here {self.n_heads}")
+        expect(self.dim % (2 * self.n_heads) == 0, "dim", self.dim, f"a multiple of 2 * n_heads = "
+               f"{2 * self.n_heads}: RoPE turns pairs of a head's elements")
 
     @property
     def head_dim(self):
@@ -817,8 +820,7 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
 
     On the CPU and in the stored dtype, weights of a single file stay memory-mapped. quantize: int8 or None.
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}; expected int8 or None")
+    expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
     args, pieces = open_checkpoint(ckpt_dir)
     dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
     with torch.device("meta"):
@@ -859,11 +861,14 @@ def save_checkpoint(path, args, state, tokenizer_path=None, progress=None, optim
         raise
 
 
-def newest_checkpoint(folder):
-    """The checkpoint directory last written anywhere under a folder, None where there is none."""
+def newest_checkpoint(folder="out"):
+    """The checkpoint directory last written anywhere under a folder; FileNotFoundError if there is none."""
     found = [path for path in Path(folder).rglob("params.json")
              if all(parent.suffix != ".part" for parent in path.parents)]
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
+    if not found:
+        raise FileNotFoundError(f"no checkpoint under {folder}/; `python llama31.py demo` trains one in 3 "
+                                "minutes, --ckpt_dir DIR takes another")
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def checkpoints_of_run(out_dir):
@@ -902,8 +907,7 @@ def choose_dtype(dtype):
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {name}; expected float32, bfloat16 or float16")
+    expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
     return getattr(torch, name)
 
 
@@ -970,9 +974,8 @@ class Llama:
         quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names what is wrong with
         the files.
         """
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+        expect(max_seq_len is None or max_seq_len >= 1, "max_seq_len", max_seq_len, "at least 1")
+        expect(max_batch_size >= 1, "max_batch_size", max_batch_size, "at least 1")
         device, dtype = choose_device(device), choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
@@ -1015,16 +1018,14 @@ class Llama:
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
                 raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
                                  f"{self.model.args.vocab_size - 1}")
-            if not 0 <= held < len(prompt):
-                raise ValueError(f"start_pos is {held} for prompt {i}; expected 0 to {len(prompt) - 1}: at "
-                                 "least its last token is to be read")
-        for name, value, fits, expected in (
-                ("max_gen_len", max_gen_len, max_gen_len >= 0, "at least 0"),
-                ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
-                ("top_p", top_p, 0 <= top_p <= 1, "0 to 1"), ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
-                ("top_k", top_k, top_k >= 0, "at least 0"), ("seed", seed, 0 <= seed < 2**62, "0 to 2**62")):
-            if not fits:
-                raise ValueError(f"{name} is {value}; expected {expected}")
+            expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
+                   f"0 to {len(prompt) - 1}: at least its last token is to be read")
+        expect(max_gen_len >= 0, "max_gen_len", max_gen_len, "at least 0")
+        expect(0 <= temperature < math.inf, "temperature", temperature, "at least 0")
+        expect(0 <= top_p <= 1, "top_p", top_p, "0 to 1")
+        expect(top_k >= 0, "top_k", top_k, "at least 0")
+        expect(0 <= min_p <= 1, "min_p", min_p, "0 to 1")
+        expect(0 <= seed < 2**62, "seed", seed, "0 to 2**62")
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
         if caches is None:
@@ -1063,11 +1064,6 @@ class Llama:
         """One line on the last generation: tokens read and generated, and how many per second."""
         return ", ".join(f"{name} {tokens:,} tokens at {tokens / max(seconds, 1e-9):,.1f}/s"
                          for name, (tokens, seconds) in self.stats.items())
-
-    def stream(self, prompt_tokens, max_gen_len, **settings):
-        """Yields, a step at a time, the next token of every row, None for one that has ended; see steps."""
-        for _, newest in self.steps(prompt_tokens, max_gen_len, **settings):
-            yield newest
 
     def generate(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
                  echo=False, stop_tokens=None, logprobs=False):
@@ -1111,13 +1107,13 @@ class Llama:
         if "" in prompts:
             raise ValueError(f"prompt {prompts.index('')} is empty; expected a text")
         stop = [stop] if isinstance(stop, str) else stop
-        if not all(stop):
-            raise ValueError(f"stop is {stop!r}; expected texts of at least one character")
+        expect(all(stop), "stop", stop, "texts of at least one character")
         tokens = [self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else
                   self.tokenizer.encode_dialog(prompt) for prompt in prompts]
         decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
         held, ended = [""] * len(prompts), [False] * len(prompts)
-        for newest in itertools.chain(self.stream(tokens, max_gen_len, **settings), [[None] * len(prompts)]):
+        steps = self.steps(tokens, max_gen_len, **settings)
+        for _, newest in itertools.chain(steps, [(None, [None] * len(prompts))]):
             pieces = [""] * len(prompts)
             for i, token in enumerate(newest):
                 if not ended[i]:
@@ -1520,8 +1516,7 @@ def training_source(saved, ckpt_dir, preset, tokenizer_path):
     if source is None and (preset is None or tokenizer_path is None):
         raise ValueError("found neither --ckpt_dir, to finetune, nor both --preset and --tokenizer_path, to "
                          "train from scratch")
-    if preset not in (None, *PRESETS):
-        raise ValueError(f"preset is {preset}; expected one of {', '.join(PRESETS)}")
+    expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
     tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
     asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
     args, pieces = open_checkpoint(source) if source else (asked, None)
@@ -1558,18 +1553,15 @@ def check_training_flags(flags):
     least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
                  warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
                  sample_interval=0, save_interval=0, keep=1)
-    if not 0 <= flags["seed"] < 2**63:
-        raise ValueError(f"seed is {flags['seed']}; expected 0 to 2**63 - 1")
-    if not all(0 <= beta < 1 for beta in flags["betas"]):
-        raise ValueError(f"betas are {flags['betas']}; expected two numbers from 0 to below 1")
-    if Path(flags["out_dir"]).is_file():
-        raise ValueError(f"out_dir is {flags['out_dir']}, a file; expected a folder")
     for name, minimum in least.items():
-        if flags[name] is not None and not minimum <= flags[name] < math.inf:
-            raise ValueError(f"{name} is {flags[name]}; expected at least {minimum}")
-    if choose_dtype(flags["dtype"]) not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype is {flags['dtype']}; training takes float32 or bfloat16, as float16 "
-                         "underflows")
+        expect(flags[name] is None or minimum <= flags[name] < math.inf, name, flags[name],
+               f"at least {minimum}")
+    expect(0 <= flags["seed"] < 2**63, "seed", flags["seed"], "0 to 2**63 - 1")
+    expect(all(0 <= beta < 1 for beta in flags["betas"]), "betas", flags["betas"],
+           "two numbers from 0 to below 1")
+    expect(not Path(flags["out_dir"]).is_file(), "out_dir", flags["out_dir"], "a folder, not a file")
+    expect(choose_dtype(flags["dtype"]) != torch.float16, "dtype", flags["dtype"],
+           "float32 or bfloat16, as float16 underflows in training")
 
 
 def training_loaders(train_data, val_data, *settings, shuffle, seed, tokenizer):
@@ -1634,9 +1626,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                                           shuffle=shuffle, seed=seed, tokenizer=tokenizer)
     micro_batch_tokens = batch_size * seq_len * world_size
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
-    if total_batch_tokens % micro_batch_tokens:
-        raise ValueError(f"total_batch_tokens is {total_batch_tokens}; expected a multiple of batch_size * "
-                         f"seq_len * processes = {micro_batch_tokens}")
+    expect(total_batch_tokens % micro_batch_tokens == 0, "total_batch_tokens", total_batch_tokens,
+           f"a multiple of batch_size * seq_len * processes = {micro_batch_tokens}")
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
     val_batches = math.ceil(val_loader.num_windows / (batch_size * world_size))
     eval_steps = min(eval_steps or val_batches, val_batches)
@@ -1752,9 +1743,6 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     streams as its tokens come and the others follow at the end. stop: a text before which to end. compile:
     faster after some seconds. quantize: int8 halves bfloat16's memory. The speed goes to standard error.
     """
-    if ckpt_dir is None and (ckpt_dir := newest_checkpoint("out")) is None:
-        raise FileNotFoundError("no checkpoint under out/; `python llama31.py demo` trains one in 3 minutes,"
-                                " --ckpt_dir DIR takes another")
     if prompt is not None and prompt_file is not None:
         raise ValueError("found --prompt and --prompt_file; expected one of them")
     prompts = PROMPTS if prompt is None else [prompt]
@@ -1763,8 +1751,8 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
             prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{prompt_file}: expected UTF-8, a prompt per line ({error})") from None
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=len(prompts), device=device, dtype=dtype,
-                        compile=compile, quantize=quantize)
+    llama = Llama.build(ckpt_dir or newest_checkpoint(), tokenizer_path, max_batch_size=len(prompts),
+                        device=device, dtype=dtype, compile=compile, quantize=quantize)
     later = [["\n", prompt] for prompt in prompts[1:]]
     pieces = llama.stream_text(prompts, max_gen_len, stop=[] if stop is None else stop, top_p=top_p,
                                temperature=temperature, top_k=top_k, min_p=min_p, seed=seed)

@@ -176,7 +176,7 @@ def test_a_drawn_answer_is_what_generate_draws_with_the_turns_seed(tokenizer):
 def test_a_character_spread_over_tokens_comes_whole_with_the_last(tokenizer, polite, monkeypatch):
     conversation = Conversation(polite)
     ids = [*tokenizer.encode("né😀"), *tokenizer.encode("é")[:1]]
-    monkeypatch.setattr(Llama, "stream", lambda *args, **settings: iter([[i] for i in [*ids, None]]))
+    monkeypatch.setattr(Llama, "steps", lambda *args, **settings: ((None, [i]) for i in [*ids, None]))
     pieces = []
     conversation.answer("hi", pieces.append)
     assert pieces == ["n", "", "é", "", "", "", "😀", "", "\ufffd\n"]

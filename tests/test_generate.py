@@ -157,15 +157,13 @@ def test_caches_that_hold_the_beginning_are_not_read_again_and_change_nothing(mo
         tokens += turn
         expected = llama.generate([tokens], 6, seed=len(tokens), **settings)[0]
         read.clear()
-        answer = []
-        for [token] in llama.stream([tokens + answer], 6, seed=len(tokens), caches=caches, start_pos=[held],
-                                    **settings):
-            answer.append(token)
+        steps = llama.steps([tokens], 6, seed=len(tokens), caches=caches, start_pos=[held], **settings)
+        answer = [token for _, [token] in steps]
         assert answer == expected and read == [len(tokens) - held, 1, 1, 1, 1, 1]
         tokens += answer
         held = len(tokens) - 1
-    with pytest.raises(ValueError, match="start_pos is 3 for prompt 0; expected 0 to 2"):
-        llama.generate([[1, 2, 3]], 5) and next(llama.stream([[1, 2, 3]], 5, caches=caches, start_pos=[3]))
+    with pytest.raises(ValueError, match="start_pos of prompt 0 is 3; expected 0 to 2"):
+        llama.generate([[1, 2, 3]], 5) and next(llama.steps([[1, 2, 3]], 5, caches=caches, start_pos=[3]))
 
 
 def test_an_exception_in_the_middle_leaves_the_model_usable(monkeypatch):
@@ -226,7 +224,7 @@ def test_a_character_spread_over_tokens_comes_whole_with_the_last(tokenizer, mon
     llama = random_llama(tokenizer, vocab_size=520)
     ids = tokenizer.encode("né😀")
     assert len(ids) == 7  # every byte is a token of its own in this vocabulary
-    monkeypatch.setattr(llama, "stream", lambda *args, **settings: iter([[i] for i in [*ids, ids[1]]]))
+    monkeypatch.setattr(llama, "steps", lambda *args, **settings: ((None, [i]) for i in [*ids, ids[1]]))
     assert [piece for piece, in llama.stream_text(["x"])] == ["n", "", "é", "", "", "", "😀", "", "\ufffd"]
 
 

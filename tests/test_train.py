@@ -153,13 +153,13 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
 @pytest.mark.parametrize("flags, said", [
     (dict(preset="huge"), "preset is huge; expected one of demo, "),
     (dict(ckpt_dir="here"), "expected one of them"),
-    (dict(dtype="float16"), "training takes float32 or bfloat16"),
+    (dict(dtype="float16"), "expected float32 or bfloat16"),
     (dict(total_batch_tokens=48), "multiple of .* = 32"), (dict(tokenizer_path=None), "--tokenizer_path"),
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
     (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
     (dict(seq_len=10_000), "T \\+ 1 = 10001"), (dict(seed=-1), "seed is -1"),
-    (dict(seed=2**64), "seed is 1844"), (dict(betas=(0.9, 1.5)), "betas are")])
+    (dict(seed=2**64), "seed is 1844"), (dict(betas=(0.9, 1.5)), "betas is")])
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run(corpus, tmp_path / "out", **flags)
