@@ -929,14 +929,16 @@ def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=N
         return int(logits.argmax())
     logits = logits.float().cpu()
     probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
-    probs, ids = probs.sort(descending=True, stable=True)
+    # tokens rarer than this hold less than 1 - top_p together: they need no sorting (0.9: for rounding)
+    ids = (probs >= 0.9 * (1 - top_p) / len(probs)).nonzero()[:, 0]
+    probs, order = probs[ids].sort(descending=True, stable=True)
     kept = probs >= min_p * probs[0]
     if top_p < 1:
         kept &= probs.cumsum(-1) - probs < top_p  # what the likelier tokens hold
     if top_k:
         kept[top_k:] = False
     kept[0] = True
-    return int(ids[torch.multinomial(probs * kept, 1, generator=generator)])
+    return int(ids[order[torch.multinomial(probs * kept, 1, generator=generator)]])
 
 
 def split_at_stop(text, stop, final):
