@@ -308,8 +308,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Logits are many times larger than all else here, so only LOGITS_AT_ONCE of them exist at a time, and the
     gradients are made along with the loss. dtype: of the products. Targets of -100 don't count.
     """
-    LOGITS_AT_ONCE = 2**25
-    CACHED_LOGITS = 2**20  # what of them a processor's cache holds in float32, for several passes
+    LOGITS_AT_ONCE = 2**26
+    CACHED_ENTRIES = 2**20  # of a matrix, which a processor's cache holds in float32 for several passes
+
+    @staticmethod
+    def parts(*tensors):
+        """Rows of several tensors, as many at a time as a processor's cache holds of the first's."""
+        first = tensors[0]
+        size = max(1, ChunkedCrossEntropy.CACHED_ENTRIES // first.size(1)) if first.is_cpu else len(first)
+        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_gradients):
@@ -318,14 +325,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         V, kept = len(w), (targets != -100)[:, None]
         index = targets[:, None].clamp(min=0)
-        size = max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // V)
-        part = max(1, ChunkedCrossEntropy.CACHED_LOGITS // V) if x.device.type == "cpu" else size
+        size = min(len(x), max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // V))
+        chunk, product = w.new_empty(size, V), torch.empty_like(w)  # for all: fresh memory takes time
         for begin in range(0, len(x), size):
             rows = slice(begin, begin + size)
             h = x[rows].to(dtype)
-            logits = h @ w.T
-            parts = (tensor.split(part) for tensor in (logits, index[rows], kept[rows]))
-            for some, i, counts in zip(*parts, strict=True):
+            logits = torch.mm(h, w.T, out=chunk[:len(h)])
+            for some, i, counts in ChunkedCrossEntropy.parts(logits, index[rows], kept[rows]):
                 logprobs = some.float().log_softmax(-1)
                 total -= (logprobs.gather(1, i) * counts).sum()
                 if with_gradients:  # of the logits, in their place
@@ -333,7 +339,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     some.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
             if with_gradients:
                 dx[rows] = logits @ w * kept[rows]
-                dweight += logits.T @ (h * kept[rows])
+                torch.mm(logits.T, h * kept[rows], out=product)
+                for some, grad in ChunkedCrossEntropy.parts(dweight, product):
+                    some += grad
         ctx.save_for_backward(dx, dweight)
         return total
 
@@ -1793,7 +1801,7 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
         bins = glob.escape(str(data))
         train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
               out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
-              seq_len=256, steps=1200, lr=5e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
+              seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
               eval_steps=0, save_interval=0, shuffle=True, dtype="bfloat16" if fast_bfloat16 else "float32")
         shutil.rmtree(old, ignore_errors=True)
         if out_dir.exists():

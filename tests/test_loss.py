@@ -68,7 +68,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
     expected.backward()
     expected_gradients = gradients(model)
     monkeypatch.setattr(ChunkedCrossEntropy, "LOGITS_AT_ONCE", logits_at_once)
-    monkeypatch.setattr(ChunkedCrossEntropy, "CACHED_LOGITS", cached_logits)
+    monkeypatch.setattr(ChunkedCrossEntropy, "CACHED_ENTRIES", cached_logits)
     loss = 3 * model(inputs, targets) / 3
     loss.backward()
     assert_close(loss, expected)
