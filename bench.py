@@ -354,12 +354,14 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype):
         return sum(storage.nbytes() for storage in kept.values())
 
 
-def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False):
+def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False,
+                    bytes_per_logit=2 + 4 + 4):
     """Bytes that each process of training takes at its peak, in bfloat16 over float32 weights.
 
     Weights, gradients and AdamW's averages are 16 bytes a parameter. FSDP shares them out, but gathers the
     embedding, the output and two blocks in bfloat16, and sums gradients in float32. To this comes what the
-    forward pass keeps, and a chunk of logits with its softmax and gradient.
+    forward pass keeps, the output matrix and its gradient in bfloat16, and a chunk of logits: a GPU takes
+    their softmax of all at once in float32, the CPU in small parts, which leaves 2 bytes of each.
     """
     def saved(n_layers, recomputed):
         return saved_bytes(dataclasses.replace(args, n_layers=n_layers), batch_size, seq_len, recomputed,
@@ -375,24 +377,25 @@ def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activati
     kept = saved(args.n_layers, activation_checkpointing)
     if activation_checkpointing:  # one block at a time is computed again
         kept += saved(2, False) - saved(1, False)
-    logits = 3 * 4 * min(ChunkedCrossEntropy.LOGITS_AT_ONCE, batch_size * seq_len * args.vocab_size)
-    return int(states + kept + logits)
+    logits = min(ChunkedCrossEntropy.LOGITS_AT_ONCE, batch_size * seq_len * args.vocab_size)
+    output = args.vocab_size * args.dim
+    return int(states + kept + (2 + 2) * output + bytes_per_logit * logits)
 
 
 def memory(*, batch_size: int = 1, seq_len: int = 2048):
-    """Prints as a Markdown table what training takes of each GPU, in GB, and where that fits.
+    """Prints as a Markdown table what training takes of each GPU, in GiB, and where that fits.
 
     batch_size, seq_len: of a micro-batch.
     """
     ways = {"one GPU, or eight with DDP": {}, "eight with --fsdp": dict(processes=8, fsdp=True)}
-    print(f"| model | {batch_size} x {seq_len:,} tokens a GPU | GB | with --activation_checkpointing |")
+    print(f"| model | {batch_size} x {seq_len:,} tokens a GPU | GiB | with --activation_checkpointing |")
     print("|---|---|---|---|")
     for name in ("llama3.2-1b", "llama3.1-8b", "llama3.1-70b"):
         for way, settings in ways.items():
             cells = []
             for recomputed in (False, True):
                 size = training_memory(ModelArgs(**PRESETS[name]), batch_size, seq_len,
-                                       activation_checkpointing=recomputed, **settings) / 1e9
+                                       activation_checkpointing=recomputed, **settings) / 2**30
                 fits = [f"{room} GB" for room in (24, 80) if size < 0.95 * room]  # CUDA itself takes some
                 cells.append(f"{size:,.0f}: " + (f"fits {fits[0]}" if fits else "does not fit 80 GB"))
             print(f"| {name} | {way} | {cells[0]} | {cells[1]} |")

@@ -48,7 +48,8 @@ def test_training_takes_the_memory_that_is_computed(args, batch_size, seq_len, r
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     printed = subprocess.check_output([sys.executable, "-c", MEASURE, *words], env=environment,
                                       cwd=Path(bench.__file__).parent)
-    computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed)
+    computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
+                                     bytes_per_logit=2)
     assert int(printed) == pytest.approx(computed, rel=0.1)
 
 
