@@ -16,7 +16,7 @@ class Conversation:
     """A dialog with a model, whose KV caches keep what they read: no token is read twice.
 
     tokens: the dialog so far, of which the caches hold the first `held`. system: its system prompt, if any.
-    settings: as in Llama.stream; turn i = 0, 1, … draws with seed + i. ValueError: max_seq_len is too short
+    settings: as in Llama.steps; turn i = 0, 1, … draws with seed + i. ValueError: max_seq_len is too short
     for the system prompt.
     """
 

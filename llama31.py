@@ -313,7 +313,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def parts(*tensors):
-        """Rows of several tensors, as many at a time as a processor's cache holds of the first's."""
+        """Rows of several tensors: as many at a time as a processor's cache holds, elsewhere all at once."""
         first = tensors[0]
         size = max(1, ChunkedCrossEntropy.CACHED_ENTRIES // first.size(1)) if first.is_cpu else len(first)
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
@@ -323,10 +323,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), None, None
         if with_gradients:
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+            product = torch.empty_like(w)
         V, kept = len(w), (targets != -100)[:, None]
         index = targets[:, None].clamp(min=0)
-        size = min(len(x), max(1, ChunkedCrossEntropy.LOGITS_AT_ONCE // V))
-        chunk, product = w.new_empty(size, V), torch.empty_like(w)  # for all: fresh memory takes time
+        size = max(1, min(len(x), ChunkedCrossEntropy.LOGITS_AT_ONCE // V))
+        chunk = w.new_empty(size, V)  # one for all, as fresh memory takes time
         for begin in range(0, len(x), size):
             rows = slice(begin, begin + size)
             h = x[rows].to(dtype)
@@ -623,7 +624,7 @@ def compile_ahead(f, example, dynamic=()):
     """f compiled for arguments like the example's, but for the (tensor, dimension) pairs that are dynamic.
 
     No two dynamic sizes may be equal in the example. Nothing is checked when f is called, which would take a
-    millisecond a token; as what is compiled belongs to f's code, this is a copy of it.
+    millisecond a token. What is compiled is kept with a function's code: each call compiles a copy of f's.
     """
     for tensor, dim in dynamic:
         torch._dynamo.mark_dynamic(tensor, dim)
@@ -640,7 +641,8 @@ def compile_ahead(f, example, dynamic=()):
 def compile_decoding(model):
     """Sets model.decode: forward_cached for one token a row, compiled when it is first used.
 
-    The weights must not change after that, as there may be packed copies of them.
+    The weights must not change after that, as there may be packed copies of them. Only one thread at a time
+    may decode or compile.
     """
     def matrices(*modules):
         return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
@@ -689,7 +691,7 @@ def compile_decoding(model):
             compiled[rows] = compile_for(rows, how, tokens.device)
         step, logits = compiled[rows]
         x, *rest = inputs(tokens, start_pos)
-        with torch.compiler.set_stance("fail_on_recompile"):  # as sizes would be fixed, after dynamo.reset()
+        with torch.compiler.set_stance("fail_on_recompile"):  # torch._dynamo.reset() loses what was compiled
             for i in range(0, args.n_layers, together):
                 pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
                 x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
@@ -946,7 +948,8 @@ def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=N
     if top_k:
         kept[top_k:] = False
     kept[0] = True
-    return int(ids[order[torch.multinomial(probs * kept, 1, generator=generator)]])
+    noise = torch.empty_like(logits).exponential_(generator=generator)  # as many as before, whatever is kept
+    return int(ids[order[(probs * kept / noise[:len(ids)]).argmax()]])  # as torch.multinomial draws
 
 
 def split_at_stop(text, stop, final):
@@ -1035,7 +1038,7 @@ class Llama:
         expect(0 <= top_p <= 1, "top_p", top_p, "0 to 1")
         expect(top_k >= 0, "top_k", top_k, "at least 0")
         expect(0 <= min_p <= 1, "min_p", min_p, "0 to 1")
-        expect(0 <= seed < 2**62, "seed", seed, "0 to 2**62")
+        expect(0 <= seed < 2**62, "seed", seed, "0 to 2**62 - 1")
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
         if caches is None:
@@ -1567,10 +1570,10 @@ def check_training_flags(flags):
         expect(flags[name] is None or minimum <= flags[name] < math.inf, name, flags[name],
                f"at least {minimum}")
     expect(0 <= flags["seed"] < 2**63, "seed", flags["seed"], "0 to 2**63 - 1")
-    expect(all(0 <= beta < 1 for beta in flags["betas"]), "betas", flags["betas"],
-           "two numbers from 0 to below 1")
+    expect(all(0 <= beta < 1 for beta in flags["betas"]), "each of betas", flags["betas"],
+           "a number from 0 to below 1")
     expect(not Path(flags["out_dir"]).is_file(), "out_dir", flags["out_dir"], "a folder, not a file")
-    expect(choose_dtype(flags["dtype"]) != torch.float16, "dtype", flags["dtype"],
+    expect(choose_dtype(flags["dtype"]) in (torch.float32, torch.bfloat16), "dtype", flags["dtype"],
            "float32 or bfloat16, as float16 underflows in training")
 
 
@@ -1761,8 +1764,9 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
             prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{prompt_file}: expected UTF-8, a prompt per line ({error})") from None
-    llama = Llama.build(ckpt_dir or newest_checkpoint(), tokenizer_path, max_batch_size=len(prompts),
-                        device=device, dtype=dtype, compile=compile, quantize=quantize)
+    llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path,
+                        max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
+                        quantize=quantize)
     later = [["\n", prompt] for prompt in prompts[1:]]
     pieces = llama.stream_text(prompts, max_gen_len, stop=[] if stop is None else stop, top_p=top_p,
                                temperature=temperature, top_k=top_k, min_p=min_p, seed=seed)

@@ -67,8 +67,10 @@ def test_the_tokens_that_are_not_sorted_could_not_have_been_drawn(spread, top_p)
         logits = spread * torch.randn(3000, generator=torch.Generator().manual_seed(seed))
         probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
         probs[1:][(probs.cumsum(-1) - probs)[1:] >= top_p] = 0
-        expected = ids[torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(seed))]
-        assert sample_token(logits, 1.0, top_p, generator=torch.Generator().manual_seed(seed)) == expected
+        generator, same = (torch.Generator().manual_seed(seed) for _ in range(2))
+        for _ in range(2):  # the second shows that the first took as many random numbers
+            expected = ids[torch.multinomial(probs, 1, generator=generator)]
+            assert sample_token(logits, 1.0, top_p, generator=same) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
