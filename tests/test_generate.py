@@ -63,7 +63,7 @@ def test_limits_keep_the_likeliest_tokens_in_their_proportions(limits, kept):
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
 def test_the_tokens_that_are_not_sorted_could_not_have_been_drawn(spread, top_p):
-    for seed in range(40):
+    for seed in range(10):
         logits = spread * torch.randn(3000, generator=torch.Generator().manual_seed(seed))
         probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
         probs[1:][(probs.cumsum(-1) - probs)[1:] >= top_p] = 0
