@@ -228,8 +228,7 @@ def spread(ratios):
 def check_least(**settings):
     """ValueError for a setting, name=(value, least), that is below its least."""
     for name, (value, least) in settings.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
+        llama31.expect(value >= least, name, value, f"at least {least}")
 
 
 def missing(*names):
