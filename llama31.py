@@ -653,9 +653,9 @@ def compile_decoding(model):
         layers.append((layer.attention_norm.weight.detach(),
                        matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
                        layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
-    last_norm, [(output, scale)] = model.norm.weight.detach(), matrices(model.output)
+    [(output, scale)] = matrices(model.output)
     halves = list(zip(output.chunk(2), (None, None) if scale is None else scale.chunk(2), strict=False))
-    dtype = last_norm.dtype
+    dtype = model.norm.weight.dtype
     packs = (output.is_cpu and torch.backends.mkldnn.is_available()
              and output.dtype in (torch.float32, torch.bfloat16))
     few = 4 if packs else 8  # rows; for more, sums are slower
@@ -695,7 +695,7 @@ def compile_decoding(model):
             for i in range(0, args.n_layers, together):
                 pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
                 x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
-            return logits(norm(x, last_norm, args.norm_eps), halves, how)
+            return logits(model.norm(x), halves, how)
     model.decode = decode
 
 # -----------------------------------------------------------------------------
@@ -948,7 +948,7 @@ def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=N
     if top_k:
         kept[top_k:] = False
     kept[0] = True
-    noise = torch.empty_like(logits).exponential_(generator=generator)  # as many as before, whatever is kept
+    noise = torch.empty_like(logits).exponential_(generator=generator)  # V numbers, whatever is kept
     return int(ids[order[(probs * kept / noise[:len(ids)]).argmax()]])  # as torch.multinomial draws
 
 
@@ -1570,8 +1570,8 @@ def check_training_flags(flags):
         expect(flags[name] is None or minimum <= flags[name] < math.inf, name, flags[name],
                f"at least {minimum}")
     expect(0 <= flags["seed"] < 2**63, "seed", flags["seed"], "0 to 2**63 - 1")
-    expect(all(0 <= beta < 1 for beta in flags["betas"]), "each of betas", flags["betas"],
-           "a number from 0 to below 1")
+    expect(all(0 <= beta < 1 for beta in flags["betas"]), "betas", flags["betas"],
+           "two numbers from 0 to below 1")
     expect(not Path(flags["out_dir"]).is_file(), "out_dir", flags["out_dir"], "a folder, not a file")
     expect(choose_dtype(flags["dtype"]) in (torch.float32, torch.bfloat16), "dtype", flags["dtype"],
            "float32 or bfloat16, as float16 underflows in training")

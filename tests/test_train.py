@@ -159,7 +159,8 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
     (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
     (dict(seq_len=10_000), "T \\+ 1 = 10001"), (dict(seed=-1), "seed is -1"),
-    (dict(seed=2**64), "seed is 1844"), (dict(betas=(0.9, 1.5)), "each of betas is")])
+    (dict(seed=2**64), "seed is 1844"),
+    (dict(betas=(0.9, 1.5)), r"betas is \(0.9, 1.5\); expected two numbers from 0 to below 1")])
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run(corpus, tmp_path / "out", **flags)
