@@ -10,6 +10,7 @@ S cached and new tokens, H query heads, K key/value heads, D head dimension, V v
 
 import codecs
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -352,7 +353,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad * dx, grad * dweight, None, None, None
 
 
-PREFILL_TOKENS = 4096  # read at once, all rows together
+def keep_freed_memory(device):
+    """Lets the C library keep what tensors on the CPU free for the next ones, in this whole process.
+
+    By default it returns large pieces, and fetching fresh pages takes a fifth of a step of training.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # not every one has it
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no pieces apart from the others
 
 
 class Transformer(nn.Module):
@@ -368,8 +377,8 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.tie()
         self.rope_frequencies = rope_frequencies(args)  # no buffer: .to(bfloat16) must not round it
+        self.tokens_at_once = 4096  # of a prompt, all rows together
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
-        self.decode = None  # what compile_decoding makes, to read one token a row faster
         if not self.output.weight.is_meta:
             self.init_weights()
 
@@ -430,6 +439,21 @@ class Transformer(nn.Module):
                                           torch.is_grad_enabled())
         return total / kept.sum().clamp(min=1)
 
+    def read(self, tokens, start_pos, caches):
+        """Extends the caches by tokens (B, T), row b from position start_pos[b]: (B, T, dim), normalized."""
+        T, S = tokens.size(1), max(start_pos) + tokens.size(1)
+        columns = torch.arange(S, device=tokens.device)
+        positions = torch.tensor(start_pos, device=tokens.device)[:, None] + columns[:T]
+        mask = None
+        if S > T and (T > 1 or min(start_pos) < max(start_pos)):
+            mask = (columns <= positions[..., None])[:, None]
+        cached = [functools.partial(cache.update, positions=positions, S=S) for cache in caches]
+        return self.trunk(tokens, positions, mask, cached)
+
+    def logits(self, x):
+        """(B, V) float32, of normalized hidden states (B, dim)."""
+        return self.output(x).float()
+
     def forward_cached(self, tokens, start_pos, caches, last):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at last[b].
 
@@ -438,28 +462,16 @@ class Transformer(nn.Module):
         chunks of columns, so that activations stay small. ValueError where the caches are too short, also
         for such columns.
         """
-        (B, T), device = tokens.shape, tokens.device
-        room = caches[0].k.size(1)
+        (B, T), room = tokens.shape, caches[0].k.size(1)
         if max(start_pos) + T > room:
             raise ValueError(f"the KV cache holds {room} positions; {max(start_pos) + T} are needed")
-        if self.decode is not None and T == 1:
-            return self.decode(tokens, start_pos, caches)
-        hidden = [None] * B
-        width = max(1, PREFILL_TOKENS // B)
+        hidden, width = [None] * B, max(1, self.tokens_at_once // B)
         for begin in range(0, T, width):
-            end = min(begin + width, T)
-            S = max(start_pos) + end
-            columns = torch.arange(begin, end, device=device)
-            positions = torch.tensor(start_pos, device=device)[:, None] + columns
-            mask = None
-            if S > end - begin and (end - begin > 1 or min(start_pos) < max(start_pos)):
-                mask = (torch.arange(S, device=device) <= positions[..., None])[:, None]
-            cached = [functools.partial(cache.update, positions=positions, S=S) for cache in caches]
-            x = self.trunk(tokens[:, begin:end], positions, mask, cached)
+            x = self.read(tokens[:, begin:begin + width], [n + begin for n in start_pos], caches)
             for b in range(B):
-                if begin <= last[b] < end:
+                if begin <= last[b] < begin + width:
                     hidden[b] = x[b, last[b] - begin]
-        return self.output(torch.stack(hidden)).float()
+        return self.logits(torch.stack(hidden))
 
     def flops_per_token(self, seq_len):
         """Floating-point operations of training on a token: 6 a weight, and causal attention's."""
@@ -469,7 +481,11 @@ class Transformer(nn.Module):
         return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.dim
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
-        """AdamW with decay on matrices and none on norms; one fused kernel where the device has it."""
+        """AdamW with decay on matrices and none on norms; one fused kernel where the device has it.
+
+        From then on the process keeps freed memory, as training needs it again at every step.
+        """
+        keep_freed_memory(self.norm.weight.device)
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -539,14 +555,17 @@ def load_int8(model, tensors, device, dtype):
         model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
 
 # -----------------------------------------------------------------------------
-# Compiled decoding
+# Compiled inference
 #
 # Decoding a token reads every weight once and computes little, so that the memory's bandwidth is its limit.
 # Three things keep PyTorch from it: for few rows F.linear reads the weights at half of that speed, attention
-# kernels are made for many queries, and every operation costs some microseconds of its own. So a layer is
+# kernels are made for many queries, and every operation costs some microseconds of its own. So layers are
 # written here as plain arithmetic, with activations in float32, for torch.compile to fuse. All that differs
 # between layers, steps and prompts comes in as tensors: one compilation serves them all. For more rows, sums
 # of products take longer than reading; then oneDNN multiplies, from weights packed beforehand.
+#
+# Reading a prompt is matrix products, and a processor's attention kernels take half as long as all of those.
+# There, in bfloat16, prompts go through the same layers, few enough tokens at once to stay in its cache.
 
 
 def can_compile(device):
@@ -558,13 +577,14 @@ def can_compile(device):
 
 
 def packed_linear(x, weights):
-    """F.linear of x (B, in) and matrices (out, in) one above the other, from a copy in oneDNN's own order.
+    """F.linear of x (..., in) and matrices (out, in) one above the other, from a copy in oneDNN's own order.
 
     F.linear brings the weights into that order at each call. The copy lives as long as the first matrix.
     """
     packed = PACKED.get(weights[0])
     if packed is None:
-        packed = PACKED[weights[0]] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), x.size(0))
+        rows = x.flatten(0, -2).size(0)
+        packed = PACKED[weights[0]] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
@@ -573,11 +593,11 @@ if not hasattr(torch.ops.llama31, "packed_linear"):  # this file may be loaded u
     LIBRARY = torch.library.Library("llama31", "DEF")  # torch.compile calls what is in it as it is
     LIBRARY.define("packed_linear(Tensor x, Tensor[] weights) -> Tensor")
     LIBRARY.impl("packed_linear", packed_linear, "CPU")
-    LIBRARY.impl("packed_linear", lambda x, weights: x.new_empty(x.size(0), sum(map(len, weights))), "Meta")
+    LIBRARY.impl("packed_linear", lambda x, ws: x.new_empty(*x.shape[:-1], sum(map(len, ws))), "Meta")
 
 
 def products(x, matrices, how):
-    """x (B, in) float32 times each matrix (out, in), a (weight, scale or None): (B, out) float32 each.
+    """x (..., in) float32 times each matrix (out, in), a (weight, scale or None): (..., out) float32 each.
 
     how: "sums" for few rows, "packed" from a packed copy in the weights' dtype, or a dtype for F.linear.
     """
@@ -587,7 +607,9 @@ def products(x, matrices, how):
         return y.split([weight.size(0) for weight in weights], -1)
     values = [weight if scale is None else dequantize(weight, scale) for weight, scale in matrices]
     if how == "sums":
-        return [torch.stack([(weight.float() * row).sum(-1) for row in x]) for weight in values]
+        rows = x.flatten(0, -2)
+        return [torch.stack([(weight.float() * row).sum(-1) for row in rows]).view(*x.shape[:-1], -1)
+                for weight in values]
     return [F.linear(x.to(how), weight.to(how)).float() for weight in values]
 
 
@@ -596,26 +618,40 @@ def norm(x, weight, eps):
     return F.rms_norm(x, weight.shape, weight.float(), eps)
 
 
-def decode_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
-    """Blocks for one token a row: x (B, dim), at positions (B, 1); hidden (B, S): 0 or -inf."""
+def attend(q, k, v, hidden):
+    """Attention of q (B, T, H, D) to k and v (B, S, K, D) where hidden (B, T, S) is 0: (B, T, H * D)."""
+    (B, T), (K, D) = q.shape[:2], k.shape[2:]
+    q = q.unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4) / math.sqrt(D)  # (B, K, H/K, T, D)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
+    if T == 1:
+        scores = (q * k[:, :, None].float()).sum(-1)[..., None, :]  # (B, K, H/K, T, S)
+        probs = (scores + hidden[:, None, None]).softmax(-1)
+        y = (probs.mT * v[:, :, None].float()).sum(-2)[..., None, :]
+    else:
+        scores = (q.flatten(2, 3).to(k.dtype) @ k.mT).unflatten(2, (-1, T)).float()
+        probs = (scores + hidden[:, None, None]).softmax(-1)
+        y = (probs.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (-1, T)).float()
+    return y.permute(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+
+def read_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
+    """Blocks for x (B, T, dim), at positions (B, T) that see where hidden (B, T, S) is 0 and not -inf."""
+    B, _, S = hidden.shape
+    rows = torch.arange(B, device=x.device)[:, None]
     for (k_cache, v_cache), layer in zip(caches, layers, strict=True):
         attention_norm, wqkv, wo, ffn_norm, w13, w2 = layer
-        (B, S), (K, D) = hidden.shape, k_cache.shape[2:]
-        rows = torch.arange(B, device=x.device)[:, None]
-        q, k, v = (y.reshape(B, 1, -1, D) for y in products(norm(x, attention_norm, eps), wqkv, how))
+        q, k, v = (y.unflatten(-1, (-1, k_cache.size(3))) for y in
+                   products(norm(x, attention_norm, eps), wqkv, how))
         k_cache[rows, positions] = apply_rope(k, cos, sin).to(k_cache.dtype)
         v_cache[rows, positions] = v.to(v_cache.dtype)
-        q = apply_rope(q, cos, sin).view(B, K, -1, 1, D)
-        k, v = (cache[:, :S].transpose(1, 2)[:, :, None].float() for cache in (k_cache, v_cache))
-        scores = (q * k).sum(-1) / math.sqrt(D)  # (B, K, H/K, S)
-        probs = (scores + hidden[:, None, None]).softmax(-1)
-        x = x + products((probs[..., None] * v).sum(-2).view(B, -1), wo, how)[0]
+        y = attend(apply_rope(q, cos, sin), k_cache[:, :S], v_cache[:, :S], hidden)
+        x = x + products(y, wo, how)[0]
         gate, up = products(norm(x, ffn_norm, eps), w13, how)
         x = x + products(F.silu(gate) * up, w2, how)[0]
     return x
 
 
-def decode_logits(x, halves, how):
+def read_out(x, halves, how):
     """x (B, dim), normalized -> logits (B, V), of both halves of the output matrix side by side."""
     return torch.cat(products(x, halves, how), -1)
 
@@ -631,6 +667,7 @@ def compile_ahead(f, example, dynamic=()):
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                "cpp.enable_floating_point_contract_flag": "fast",  # one instruction to multiply and add
                "realize_reads_threshold": 2,  # makes what is normalized once, not for each row of weights
+               "cpp.vec_isa_ok": True,  # what the processor has; else 6 s of trying whether it compiles
                "size_asserts": False}
     f = types.FunctionType(f.__code__.replace(), f.__globals__)
     f = torch.compile(f, fullgraph=True, options=options)
@@ -638,8 +675,8 @@ def compile_ahead(f, example, dynamic=()):
     return f
 
 
-def compile_decoding(model):
-    """Sets model.decode: forward_cached for one token a row, compiled when it is first used.
+def compile_inference(model):
+    """Replaces model.read and model.logits by what is compiled when first used.
 
     The weights must not change after that, as there may be packed copies of them. Only one thread at a time
     may decode or compile.
@@ -647,7 +684,7 @@ def compile_decoding(model):
     def matrices(*modules):
         return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
                 (module.weight.detach(), None) for module in modules]
-    args, layers, compiled = model.args, [], {}
+    args, layers, read_eagerly = model.args, [], model.read
     for layer in model.layers:
         attention, ffn = layer.attention, layer.feed_forward
         layers.append((layer.attention_norm.weight.detach(),
@@ -655,48 +692,69 @@ def compile_decoding(model):
                        layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
     [(output, scale)] = matrices(model.output)
     halves = list(zip(output.chunk(2), (None, None) if scale is None else scale.chunk(2), strict=False))
-    dtype = model.norm.weight.dtype
-    packs = (output.is_cpu and torch.backends.mkldnn.is_available()
+    dtype, device = model.norm.weight.dtype, output.device
+    packs = (device.type == "cpu" and torch.backends.mkldnn.is_available()
              and output.dtype in (torch.float32, torch.bfloat16))
+    compiles_prompts = device.type == "cpu" and dtype == torch.bfloat16  # elsewhere that isn't faster
     few = 4 if packs else 8  # rows; for more, sums are slower
     together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call; more compile longer
 
     def inputs(tokens, start_pos):
-        device = tokens.device
-        positions = torch.tensor(start_pos, device=device)[:, None]
-        angles = positions[..., None, None].float() * model.rope_frequencies.to(device)  # (B, 1, 1, D/2)
-        seen = torch.arange(max(start_pos) + 1, device=device) <= positions
-        hidden = torch.where(seen, 0.0, -math.inf)  # (B, S)
-        x = model.tok_embeddings(tokens[:, 0]).float()
-        return x, angles.cos(), angles.sin(), positions, hidden
+        T = tokens.size(1)
+        positions = torch.tensor(start_pos, device=device)[:, None] + torch.arange(T, device=device)
+        angles = positions[..., None, None].float() * model.rope_frequencies.to(device)  # (B, T, 1, D/2)
+        seen = torch.arange(max(start_pos) + T, device=device) <= positions[..., None]
+        hidden = torch.where(seen, 0.0, -math.inf)  # (B, T, S)
+        return model.tok_embeddings(tokens).float(), angles.cos(), angles.sin(), positions, hidden
 
-    def compile_for(B, how, device):
+    def strategy(B):
+        """How to multiply for B rows, and the rows of an example, where 17 stand for any above few."""
+        return ("sums", B) if B <= few else ("packed" if packs else dtype, 17)
+
+    @functools.cache
+    def compiled_layers(how, B, T, n_layers):
+        """read_layers for B rows of T tokens, which stand for all but one row or few, and one token."""
         if how == "packed":
             num_bytes = sum(p.nbytes for p in model.parameters())
             check_memory("a copy of the weights, packed for batches,", num_bytes, device)
-        caches = [KVCache(args, B, 13, dtype, device) for _ in range(together)]
+        caches = [KVCache(args, B, 31, dtype, device) for _ in range(n_layers)]
         caches = [(cache.k, cache.v) for cache in caches]
-        example = inputs(torch.zeros(B, 1, dtype=torch.int64, device=device), [10] * B)
-        sized = [example[-1], *itertools.chain(*caches)]  # by the positions seen, by the caches' room
-        dynamic = [(tensor, 1) for tensor in sized]
-        every = [] if how == "sums" else [(tensor, 0) for tensor in (*example[:-1], *sized)]
-        return (compile_ahead(decode_layers, [*example, caches, layers[:together], args.norm_eps, how],
-                              dynamic + every),
-                compile_ahead(decode_logits, [example[0], halves, how], every[:1]))
+        example = inputs(torch.zeros(B, T, dtype=torch.int64, device=device), [10] * B)
+        tensors = [*itertools.chain(*caches)]
+        dynamic = [(example[-1], 2), *((tensor, 1) for tensor in tensors)]  # positions seen, caches' room
+        if how != "sums":
+            dynamic += [(tensor, 0) for tensor in (*example, *tensors)]
+        if T > 1:
+            dynamic += [(tensor, 1) for tensor in example]
+        return compile_ahead(read_layers, [*example, caches, layers[:n_layers], args.norm_eps, how], dynamic)
 
-    def decode(tokens, start_pos, caches):
-        B = len(start_pos)
-        how, rows = ("sums", B) if B <= few else ("packed" if packs else dtype, 17)  # 17: as an example
-        if rows not in compiled:
-            compiled[rows] = compile_for(rows, how, tokens.device)
-        step, logits = compiled[rows]
+    @functools.cache
+    def compiled_output(how, B):
+        x = torch.zeros(B, args.dim, device=device)
+        return compile_ahead(read_out, [x, halves, how], [] if how == "sums" else [(x, 0)])
+
+    def read(tokens, start_pos, caches):
+        B, T = tokens.shape
+        if T > 1 and not compiles_prompts:
+            return read_eagerly(tokens, start_pos, caches)
+        how, rows = strategy(B) if T == 1 else (dtype, 3)
+        n_layers = together if T == 1 else 1
+        step = compiled_layers(how, rows, 1 if T == 1 else 7, n_layers)
         x, *rest = inputs(tokens, start_pos)
         with torch.compiler.set_stance("fail_on_recompile"):  # torch._dynamo.reset() loses what was compiled
-            for i in range(0, args.n_layers, together):
-                pairs = [(cache.k, cache.v) for cache in caches[i:i + together]]
-                x = step(x, *rest, pairs, layers[i:i + together], args.norm_eps, how)
-            return logits(model.norm(x), halves, how)
-    model.decode = decode
+            for i in range(0, args.n_layers, n_layers):
+                pairs = [(cache.k, cache.v) for cache in caches[i:i + n_layers]]
+                x = step(x, *rest, pairs, layers[i:i + n_layers], args.norm_eps, how)
+        return model.norm(x)
+
+    def logits(x):
+        how, rows = strategy(len(x))
+        step = compiled_output(how, rows)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return step(x, halves, how)
+    model.read, model.logits = read, logits
+    if compiles_prompts:
+        model.tokens_at_once = 512
 
 # -----------------------------------------------------------------------------
 # Checkpoints
@@ -992,9 +1050,10 @@ class Llama:
         device, dtype = choose_device(device), choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
+        keep_freed_memory(device)
         model = load_checkpoint(ckpt_dir, device, dtype, quantize)
         if compile and can_compile(device):
-            compile_decoding(model)
+            compile_inference(model)
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:

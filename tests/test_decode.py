@@ -17,7 +17,7 @@ from llama31 import (
     Llama,
     ModelArgs,
     Transformer,
-    compile_decoding,
+    compile_inference,
     load_checkpoint,
     save_checkpoint,
 )
@@ -44,7 +44,7 @@ def llamas(request, tmp_path_factory):
     """The same model twice, of which the second decodes compiled."""
     ckpt_dir = saved(random_llama().model, tmp_path_factory.mktemp("decode"))
     eager, compiled = (Llama(load_checkpoint(ckpt_dir, quantize=request.param), None) for _ in range(2))
-    compile_decoding(compiled.model)
+    compile_inference(compiled.model)
     return eager, compiled
 
 
@@ -63,7 +63,7 @@ def test_bfloat16_decodes_as_near_to_float32_compiled_as_eagerly(tmp_path):
     exact, tokens = greedy(reference, prompts, 2)
     rounded = Llama(load_checkpoint(saved(reference.model, tmp_path), dtype=torch.bfloat16), None)
     eager = (greedy(rounded, prompts, 2)[0] - exact).abs().max()
-    compile_decoding(rounded.model)
+    compile_inference(rounded.model)
     assert (greedy(rounded, prompts, 2)[0] - exact).abs().max() <= 1.1 * eager
 
 
@@ -107,7 +107,7 @@ def test_without_a_compiler_one_line_says_so_and_decoding_goes_on(tmp_path, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     llama = Llama.build(ckpt_dir, device="cpu", compile=True)
-    assert llama.model.decode is None
+    assert "read" not in vars(llama.model)
     assert capsys.readouterr().err == "no C++ compiler found (g++, or CXX), so --compile has no effect\n"
     assert llama.generate([[1, 2]], 9, temperature=0) == expected.generate([[1, 2]], 9, temperature=0)
 
@@ -187,7 +187,7 @@ def test_int8_has_bfloat16s_perplexity_of_real_text_within_half_a_percent(folder
 @pytest.mark.slow
 def test_what_is_compiled_is_used_for_its_own_sizes_or_not_at_all():  # last: it ruins the module's models
     eager, compiled = random_llama(), random_llama()
-    compile_decoding(compiled.model)
+    compile_inference(compiled.model)
     assert greedy(compiled, [[5]], 3)[1] == greedy(eager, [[5]], 3)[1]
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="recompile"):

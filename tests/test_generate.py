@@ -150,7 +150,7 @@ def test_a_prompt_read_in_chunks_has_the_logits_of_one_pass(tokens_at_once, monk
             return llama.model.forward_cached(tokens, [0] * 4, llama.new_caches(4), [n - 1 for n in lengths])
     once = read()
     assert widths == [4 * width]
-    monkeypatch.setattr(llama31, "PREFILL_TOKENS", tokens_at_once)
+    monkeypatch.setattr(llama.model, "tokens_at_once", tokens_at_once)
     widths.clear()
     chunked = read()
     assert sum(widths) == 4 * width and max(widths) == 4 * max(1, tokens_at_once // 4)
