@@ -362,6 +362,7 @@ def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activati
     embedding, the output and two blocks in bfloat16, and sums gradients in float32. To this comes what the
     forward pass keeps, the output matrix and a chunk's gradient of it, and a chunk of logits: a GPU takes
     their softmax of all at once in float32, the CPU in small parts, which leaves 2 bytes of each.
+    Holes between what is in use are not counted; on the CPU they take up to a fifth more.
     """
     def saved(n_layers, recomputed):
         return saved_bytes(dataclasses.replace(args, n_layers=n_layers), batch_size, seq_len, recomputed,

@@ -350,7 +350,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return grad * dx, grad * dweight, None, None, None
+        return dx.mul_(grad), dweight.mul_(grad), None, None, None
 
 
 def keep_freed_memory(device):
@@ -596,6 +596,15 @@ if not hasattr(torch.ops.llama31, "packed_linear"):  # this file may be loaded u
     LIBRARY.impl("packed_linear", lambda x, ws: x.new_empty(*x.shape[:-1], sum(map(len, ws))), "Meta")
 
 
+def summed_products(x, weight, scale, streams):
+    """x (..., in) times a matrix (out, in), whose parts come from memory side by side, which is faster."""
+    parts = weight.chunk(streams)
+    if scale is not None:
+        parts = [dequantize(*part) for part in zip(parts, scale.chunk(streams), strict=True)]
+    rows = [torch.cat([(part.float() * row).sum(-1) for part in parts]) for row in x.flatten(0, -2)]
+    return torch.stack(rows).view(*x.shape[:-1], -1)
+
+
 def products(x, matrices, how):
     """x (..., in) float32 times each matrix (out, in), a (weight, scale or None): (..., out) float32 each.
 
@@ -605,11 +614,10 @@ def products(x, matrices, how):
         weights = [weight for weight, _ in matrices]
         y = torch.ops.llama31.packed_linear(x.to(weights[0].dtype), weights).float()
         return y.split([weight.size(0) for weight in weights], -1)
-    values = [weight if scale is None else dequantize(weight, scale) for weight, scale in matrices]
     if how == "sums":
-        rows = x.flatten(0, -2)
-        return [torch.stack([(weight.float() * row).sum(-1) for row in rows]).view(*x.shape[:-1], -1)
-                for weight in values]
+        streams = 4 if len(matrices) == 1 else 2  # of each: those of several are read at once
+        return [summed_products(x, *matrix, streams) for matrix in matrices]
+    values = [weight if scale is None else dequantize(weight, scale) for weight, scale in matrices]
     return [F.linear(x.to(how), weight.to(how)).float() for weight in values]
 
 
@@ -651,9 +659,9 @@ def read_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
     return x
 
 
-def read_out(x, halves, how):
-    """x (B, dim), normalized -> logits (B, V), of both halves of the output matrix side by side."""
-    return torch.cat(products(x, halves, how), -1)
+def read_out(x, output, how):
+    """x (B, dim), normalized -> logits (B, V)."""
+    return products(x, output, how)[0]
 
 
 def compile_ahead(f, example, dynamic=()):
@@ -690,11 +698,10 @@ def compile_inference(model):
         layers.append((layer.attention_norm.weight.detach(),
                        matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
                        layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
-    [(output, scale)] = matrices(model.output)
-    halves = list(zip(output.chunk(2), (None, None) if scale is None else scale.chunk(2), strict=False))
-    dtype, device = model.norm.weight.dtype, output.device
+    output = matrices(model.output)
+    dtype, device = model.norm.weight.dtype, model.norm.weight.device
     packs = (device.type == "cpu" and torch.backends.mkldnn.is_available()
-             and output.dtype in (torch.float32, torch.bfloat16))
+             and output[0][0].dtype in (torch.float32, torch.bfloat16))
     compiles_prompts = device.type == "cpu" and dtype == torch.bfloat16  # elsewhere that isn't faster
     few = 4 if packs else 8  # rows; for more, sums are slower
     together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call; more compile longer
@@ -731,7 +738,7 @@ def compile_inference(model):
     @functools.cache
     def compiled_output(how, B):
         x = torch.zeros(B, args.dim, device=device)
-        return compile_ahead(read_out, [x, halves, how], [] if how == "sums" else [(x, 0)])
+        return compile_ahead(read_out, [x, output, how], [] if how == "sums" else [(x, 0)])
 
     def read(tokens, start_pos, caches):
         B, T = tokens.shape
@@ -751,7 +758,7 @@ def compile_inference(model):
         how, rows = strategy(len(x))
         step = compiled_output(how, rows)
         with torch.compiler.set_stance("fail_on_recompile"):
-            return step(x, halves, how)
+            return step(x, output, how)
     model.read, model.logits = read, logits
     if compiles_prompts:
         model.tokens_at_once = 512

@@ -57,14 +57,22 @@ def test_compiled_decoding_has_the_logits_and_tokens_of_eager_decoding(llamas, b
 
 
 @pytest.mark.slow
-def test_bfloat16_decodes_as_near_to_float32_compiled_as_eagerly(tmp_path):
-    reference = random_llama()
-    prompts = BATCHES["few rows"]
-    exact, tokens = greedy(reference, prompts, 2)
-    rounded = Llama(load_checkpoint(saved(reference.model, tmp_path), dtype=torch.bfloat16), None)
-    eager = (greedy(rounded, prompts, 2)[0] - exact).abs().max()
-    compile_inference(rounded.model)
-    assert (greedy(rounded, prompts, 2)[0] - exact).abs().max() <= 1.1 * eager
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_bfloat16_is_as_near_to_float32_compiled_as_eagerly(quantize, tmp_path):
+    """Prompts are compiled, too, here in chunks, of which one has a single column."""
+    ckpt_dir = saved(random_llama().model, tmp_path)
+    exact, eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=dtype, quantize=quantize), None)
+                              for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    compile_inference(compiled.model)
+    first = greedy(compiled, [[7, 8]], 2)[0]
+    graphs = counters["stats"]["unique_graphs"]
+    for prompts in ([[7, 8]], [[5, 6, 7], [1], [8, 9]], [list(range(50, 89)), [3] * 25, list(range(9, 29))]):
+        compiled.model.tokens_at_once = 19 * len(prompts)
+        expected = greedy(exact, prompts, 2)[0]
+        errors = [(greedy(llama, prompts, 2)[0] - expected).abs() for llama in (eager, compiled)]
+        assert errors[1].max() <= 1.3 * errors[0].max() and errors[1].mean() <= 1.1 * errors[0].mean()
+    assert torch.equal(greedy(compiled, [[7, 8]], 2)[0], first)
+    assert counters["stats"]["unique_graphs"] == graphs + 2  # three rows of one token, and their logits
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The memory that bench.py says training takes, against what training takes here."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import bench
-from llama31 import PRESETS, ModelArgs
+from llama31 import PRESETS, ModelArgs, Transformer, save_checkpoint
 
 MEASURE = """
 import sys
-import psutil, torch
+import llama31, psutil, torch
 from llama31 import ModelArgs, Transformer
+
+llama31.keep_freed_memory = lambda device: None  # so that the peak is of what is in use
 
 def train(args, batch_size, seq_len, activation_checkpointing):
     model = Transformer(args)
@@ -44,8 +47,7 @@ print(int(line.split()[1]) * 1024 - before)
     (ModelArgs(dim=384, n_layers=3, n_heads=6, vocab_size=20000, tie_word_embeddings=True), 1, 512, True)])
 def test_training_takes_the_memory_that_is_computed(args, batch_size, seq_len, recomputed):
     words = [repr(args), str(batch_size), str(seq_len), str(int(recomputed))]
-    # freed memory goes back to the system at once, so that the peak is of what is in use
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # for the same
     printed = subprocess.check_output([sys.executable, "-c", MEASURE, *words], env=environment,
                                       cwd=Path(bench.__file__).parent)
     computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
@@ -63,3 +65,31 @@ def test_fsdp_shares_out_the_states_and_checkpointing_keeps_less():
     assert 16 * parameters < size(activation_checkpointing=True) < 20 * parameters
     two, eight = (size(processes=n, fsdp=True) for n in (2, 8))
     assert two - eight == 16 * parameters * 3 / 8
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+@pytest.mark.parametrize("begin", ["model.configure_optimizers(1e-3)",
+                                   "Llama.build(ckpt_dir, device='cpu')"])
+def test_memory_of_freed_tensors_serves_the_next_ones(begin, tmp_path):
+    """Counted in page faults, one for each fresh page, before and after the call that changes it."""
+    model = Transformer(ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=8, multiple_of=8))
+    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
+    code = f"""
+import resource, torch
+from llama31 import Llama, load_checkpoint
+ckpt_dir = {str(tmp_path / "ckpt")!r}
+model = load_checkpoint(ckpt_dir)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for megabytes in (1, 9, 40, 200, 40, 9) * 3:
+        torch.ones(megabytes * 2**20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fresh = faults()
+{begin}
+faults()
+print(fresh, faults())
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(bench.__file__).parent, capture_output=True,
+                         text=True).stdout
+    fresh, kept = map(int, out.split())
+    assert kept < 0.1 * fresh
