@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -354,14 +355,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def keep_freed_memory(device):
-    """Lets the C library keep what tensors on the CPU free for the next ones, in this whole process.
+    """Lets glibc keep what tensors on the CPU free from now on for the next ones, in this whole process.
 
     By default it returns large pieces, and fetching fresh pages takes a fifth of a step of training.
     """
-    if device.type == "cpu" and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # not every one has it
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0)  # M_MMAP_MAX: no pieces apart from the others
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.malloc_trim(0)  # returns what is free by now
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never again
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no pieces apart from the others
 
 
 class Transformer(nn.Module):
@@ -683,6 +684,16 @@ def compile_ahead(f, example, dynamic=()):
     return f
 
 
+def move_to_huge_pages(model):
+    """Puts weights on the CPU into pages of 2 MB, which are read a tenth faster than those of 4 KB."""
+    tensors = [*model.parameters(), *model.buffers()]
+    sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    for tensor, place in zip(tensors, torch.frombuffer(memory, dtype=torch.uint8).split(sizes), strict=True):
+        tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
+
+
 def compile_inference(model):
     """Replaces model.read and model.logits by what is compiled when first used.
 
@@ -692,6 +703,9 @@ def compile_inference(model):
     def matrices(*modules):
         return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
                 (module.weight.detach(), None) for module in modules]
+    dtype, device = model.norm.weight.dtype, model.norm.weight.device
+    if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+        move_to_huge_pages(model)
     args, layers, read_eagerly = model.args, [], model.read
     for layer in model.layers:
         attention, ffn = layer.attention, layer.feed_forward
@@ -699,7 +713,6 @@ def compile_inference(model):
                        matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
                        layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
     output = matrices(model.output)
-    dtype, device = model.norm.weight.dtype, model.norm.weight.device
     packs = (device.type == "cpu" and torch.backends.mkldnn.is_available()
              and output[0][0].dtype in (torch.float32, torch.bfloat16))
     compiles_prompts = device.type == "cpu" and dtype == torch.bfloat16  # elsewhere that isn't faster
@@ -1057,10 +1070,10 @@ class Llama:
         device, dtype = choose_device(device), choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
-        keep_freed_memory(device)
         model = load_checkpoint(ckpt_dir, device, dtype, quantize)
         if compile and can_compile(device):
             compile_inference(model)
+        keep_freed_memory(device)
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
