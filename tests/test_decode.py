@@ -1,6 +1,7 @@
 """Compiled decoding and int8 weights: the same numbers, one compilation, Meta's keys, half of the memory."""
 
 import math
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,36 @@ def test_sizes_that_happen_to_be_equal_are_not_taken_for_one(llamas):
         logits = llama.model.forward_cached(torch.tensor([[4]]), [3], caches, [0])
         full = llama.model(torch.tensor([[1, 2, 3, 4]]))[:, -1]
     assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+def memory_flags(address):
+    """The kernel's flags of the memory at an address of this process, such as hg for huge pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(number, 16) for number in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_is_compiled_has_its_weights_in_huge_pages_and_unchanged(tied, quantize, tmp_path):
+    source = random_llama().model
+    if tied:
+        source.args.tie_word_embeddings = True
+        source.tie()
+    ckpt_dir = saved(source, tmp_path)
+    before, model = (load_checkpoint(ckpt_dir, quantize=quantize) for _ in range(2))
+    compile_inference(model)
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in before.state_dict().items())
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all("hg" in memory_flags(tensor.data_ptr()) for tensor in tensors)
+    matrices = (m.quantized if quantize else m.weight for m in (model.tok_embeddings, model.output))
+    assert len({matrix.data_ptr() for matrix in matrices}) == (1 if tied else 2)
 
 
 def test_without_a_compiler_one_line_says_so_and_decoding_goes_on(tmp_path, monkeypatch, capsys):

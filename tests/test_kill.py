@@ -92,11 +92,10 @@ def outcome(out_dir):
                          for record in records], {name: p.tolist() for name, p in weights.items()}
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_kills_at_random_moments_change_nothing(folder, tmp_path, shuffle):
-    flags = dict(steps=30, save_interval=2, eval_interval=5, keep=2, shuffle=shuffle)
+def test_kills_at_random_moments_change_nothing(folder, tmp_path):
+    flags = dict(steps=30, save_interval=2, eval_interval=5, keep=2, shuffle=True)
     assert train_in_forks(folder, tmp_path / "whole", [{}], **flags) == [0]
-    moments = random.Random(shuffle)
+    moments = random.Random(1)
     attempts = [dict(kill_after=moments.uniform(0.02, 1.2)) for _ in range(12)] + [{}]
     statuses = train_in_forks(folder, tmp_path / "parts", attempts, **flags)
     assert statuses.count(signal.SIGKILL) >= 3 and statuses[-1] == 0
