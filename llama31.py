@@ -598,7 +598,7 @@ if not hasattr(torch.ops.llama31, "packed_linear"):  # this file may be loaded u
 
 
 def summed_products(x, weight, scale, streams):
-    """x (..., in) times a matrix (out, in), whose parts come from memory side by side, which is faster."""
+    """x (..., in) times a matrix (out, in), of which so many parts come from memory side by side."""
     parts = weight.chunk(streams)
     if scale is not None:
         parts = [dequantize(*part) for part in zip(parts, scale.chunk(streams), strict=True)]
@@ -616,7 +616,8 @@ def products(x, matrices, how):
         y = torch.ops.llama31.packed_linear(x.to(weights[0].dtype), weights).float()
         return y.split([weight.size(0) for weight in weights], -1)
     if how == "sums":
-        streams = 4 if len(matrices) == 1 else 2  # of each: those of several are read at once
+        streams = 4 if len(matrices) == 1 else 2  # of each, as several matrices are read side by side, too
+        streams = max(1, streams // x.flatten(0, -2).size(0))  # more sums than that don't fit registers
         return [summed_products(x, *matrix, streams) for matrix in matrices]
     values = [weight if scale is None else dequantize(weight, scale) for weight, scale in matrices]
     return [F.linear(x.to(how), weight.to(how)).float() for weight in values]
