@@ -354,12 +354,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx.mul_(grad), dweight.mul_(grad), None, None, None
 
 
+def glibc():
+    """The C library if it is the GNU one, which can be told what to do with freed memory; else None."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "malloc_trim") else None
+
+
 def keep_freed_memory(device):
     """Lets glibc keep what tensors on the CPU free from now on for the next ones, in this whole process.
 
     By default it returns large pieces, and fetching fresh pages takes a fifth of a step of training.
     """
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if device.type == "cpu" and (libc := glibc()):
         libc.malloc_trim(0)  # returns what is free by now
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never again
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no pieces apart from the others
@@ -584,7 +590,7 @@ def packed_linear(x, weights):
     """
     packed = PACKED.get(weights[0])
     if packed is None:
-        rows = x.flatten(0, -2).size(0)
+        rows = x.numel() // x.size(-1)
         packed = PACKED[weights[0]] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
@@ -677,7 +683,7 @@ def compile_ahead(f, example, dynamic=()):
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                "cpp.enable_floating_point_contract_flag": "fast",  # one instruction to multiply and add
                "realize_reads_threshold": 2,  # makes what is normalized once, not for each row of weights
-               "cpp.vec_isa_ok": True,  # what the processor has; else 6 s of trying whether it compiles
+               "cpp.vec_isa_ok": True,  # without 6 s of trying whether g++ knows what the processor has
                "size_asserts": False}
     f = types.FunctionType(f.__code__.replace(), f.__globals__)
     f = torch.compile(f, fullgraph=True, options=options)
@@ -690,7 +696,8 @@ def move_to_huge_pages(model):
     tensors = [*model.parameters(), *model.buffers()]
     sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]
     memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel that has none
+        memory.madvise(mmap.MADV_HUGEPAGE)
     for tensor, place in zip(tensors, torch.frombuffer(memory, dtype=torch.uint8).split(sizes), strict=True):
         tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
 
@@ -699,7 +706,7 @@ def compile_inference(model):
     """Replaces model.read and model.logits by what is compiled when first used.
 
     The weights must not change after that, as there may be packed copies of them. Only one thread at a time
-    may decode or compile.
+    may read or compile.
     """
     def matrices(*modules):
         return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
@@ -717,6 +724,7 @@ def compile_inference(model):
     packs = (device.type == "cpu" and torch.backends.mkldnn.is_available()
              and output[0][0].dtype in (torch.float32, torch.bfloat16))
     compiles_prompts = device.type == "cpu" and dtype == torch.bfloat16  # elsewhere that isn't faster
+    longest = 4096  # positions of compiled prompts, which make all their scores at once: beyond, gigabytes
     few = 4 if packs else 8  # rows; for more, sums are slower
     together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call; more compile longer
 
@@ -733,11 +741,15 @@ def compile_inference(model):
         return ("sums", B) if B <= few else ("packed" if packs else dtype, 17)
 
     @functools.cache
-    def compiled_layers(how, B, T, n_layers):
-        """read_layers for B rows of T tokens, which stand for all but one row or few, and one token."""
+    def check_room(how):
         if how == "packed":
             num_bytes = sum(p.nbytes for p in model.parameters())
             check_memory("a copy of the weights, packed for batches,", num_bytes, device)
+
+    @functools.cache
+    def compiled_layers(how, B, T, n_layers):
+        """read_layers, of an example: "sums" for just B rows, T = 1 for just one token, else for any."""
+        check_room(how)
         caches = [KVCache(args, B, 31, dtype, device) for _ in range(n_layers)]
         caches = [(cache.k, cache.v) for cache in caches]
         example = inputs(torch.zeros(B, T, dtype=torch.int64, device=device), [10] * B)
@@ -751,16 +763,19 @@ def compile_inference(model):
 
     @functools.cache
     def compiled_output(how, B):
+        check_room(how)
         x = torch.zeros(B, args.dim, device=device)
         return compile_ahead(read_out, [x, output, how], [] if how == "sums" else [(x, 0)])
 
     def read(tokens, start_pos, caches):
         B, T = tokens.shape
-        if T > 1 and not compiles_prompts:
+        if T == 1:
+            (how, rows), columns, n_layers = strategy(B), 1, together
+        elif compiles_prompts and max(start_pos) + T <= longest:
+            how, rows, columns, n_layers = dtype, 3, 7, 1
+        else:
             return read_eagerly(tokens, start_pos, caches)
-        how, rows = strategy(B) if T == 1 else (dtype, 3)
-        n_layers = together if T == 1 else 1
-        step = compiled_layers(how, rows, 1 if T == 1 else 7, n_layers)
+        step = compiled_layers(how, rows, columns, n_layers)
         x, *rest = inputs(tokens, start_pos)
         with torch.compiler.set_stance("fail_on_recompile"):  # torch._dynamo.reset() loses what was compiled
             for i in range(0, args.n_layers, n_layers):
@@ -772,7 +787,7 @@ def compile_inference(model):
         how, rows = strategy(len(x))
         step = compiled_output(how, rows)
         with torch.compiler.set_stance("fail_on_recompile"):
-            return step(x, output, how)
+            return step(x.float(), output, how)
     model.read, model.logits = read, logits
     if compiles_prompts:
         model.tokens_at_once = 512
@@ -786,8 +801,8 @@ def load_file(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
     try:
-        mmap = zipfile.is_zipfile(path)  # unlike those of torch before 1.6
-        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        # files of torch before 1.6 are no archives, and can't be memory-mapped
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # of many kinds, as are the ways to be damaged
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: damaged, or not from torch.save; get it again ({reason})") from error
@@ -874,6 +889,9 @@ def check_memory(what, num_bytes, device):
         free = torch.cuda.mem_get_info(device)[0]
     else:  # mps shares the machine's memory
         free = psutil.virtual_memory().available
+        if num_bytes > free and (libc := glibc()):
+            libc.malloc_trim(0)  # returns what keep_freed_memory keeps
+            free = psutil.virtual_memory().available
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                          "take a smaller dtype, max_seq_len, batch or model")
@@ -1062,7 +1080,7 @@ class Llama:
         """Loads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another.
 
         max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
-        its name; None: bfloat16 on cuda, elsewhere as stored. compile: decode faster, after some seconds.
+        its name; None: bfloat16 on cuda, elsewhere as stored. compile: run faster, after some seconds.
         quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names what is wrong with
         the files.
         """

@@ -1,4 +1,4 @@
-"""Compiled decoding and int8 weights: the same numbers, one compilation, Meta's keys, half of the memory."""
+"""Compiled inference and int8 weights: the same numbers, one compilation, Meta's keys, half the memory."""
 
 import math
 import mmap
@@ -42,7 +42,7 @@ def greedy(llama, prompts, n=40):
 
 @pytest.fixture(scope="module", params=[None, "int8"])
 def llamas(request, tmp_path_factory):
-    """The same model twice, of which the second decodes compiled."""
+    """The same model twice, of which the second is compiled."""
     ckpt_dir = saved(random_llama().model, tmp_path_factory.mktemp("decode"))
     eager, compiled = (Llama(load_checkpoint(ckpt_dir, quantize=request.param), None) for _ in range(2))
     compile_inference(compiled.model)
@@ -115,7 +115,7 @@ def memory_flags(address):
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
+        if "-" in first and not first.endswith(":"):  # 7f01-7f02 rw-p …, and below it its VmFlags: rd wr …
             begin, end = (int(number, 16) for number in first.split("-"))
             inside = begin <= address < end
         elif inside and first == "VmFlags:":
@@ -138,6 +138,26 @@ def test_what_is_compiled_has_its_weights_in_huge_pages_and_unchanged(tied, quan
     assert all("hg" in memory_flags(tensor.data_ptr()) for tensor in tensors)
     matrices = (m.quantized if quantize else m.weight for m in (model.tok_embeddings, model.output))
     assert len({matrix.data_ptr() for matrix in matrices}) == (1 if tied else 2)
+
+
+@pytest.mark.slow
+def test_the_logits_of_prompts_that_are_read_eagerly_are_right_in_half_precision(tmp_path):
+    ckpt_dir = saved(random_llama().model, tmp_path)
+    eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=torch.float16), None) for _ in range(2))
+    compile_inference(compiled.model)
+    (expected, _), (logits, _) = (greedy(llama, [[5, 6, 7]], 1) for llama in (eager, compiled))
+    assert (logits - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_a_prompt_longer_than_what_is_compiled_is_read_on_eagerly(tmp_path):
+    ckpt_dir = saved(random_llama(max_seq_len=5000).model, tmp_path)
+    eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=torch.bfloat16), None) for _ in range(2))
+    compile_inference(compiled.model)
+    prompt = [i % 97 for i in range(4800)]
+    expected, logits = (greedy(llama, [prompt], 1)[0] for llama in (eager, compiled))
+    exact = greedy(random_llama(max_seq_len=5000), [prompt], 1)[0]
+    assert (logits - exact).abs().max() <= 1.3 * (expected - exact).abs().max()
 
 
 def test_without_a_compiler_one_line_says_so_and_decoding_goes_on(tmp_path, monkeypatch, capsys):

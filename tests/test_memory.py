@@ -93,3 +93,16 @@ print(fresh, faults())
                          text=True).stdout
     fresh, kept = map(int, out.split())
     assert kept < 0.1 * fresh
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_kept_memory_counts_as_free():
+    code = """
+import psutil, torch
+from llama31 import check_memory, keep_freed_memory
+cpu = torch.device("cpu")
+keep_freed_memory(cpu)
+torch.ones(3 * 2**30, dtype=torch.uint8)
+check_memory("keys and values", psutil.virtual_memory().available + 2**29, cpu)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(bench.__file__).parent, check=True)
