@@ -96,7 +96,7 @@ def test_kills_at_random_moments_change_nothing(folder, tmp_path):
     flags = dict(steps=30, save_interval=2, eval_interval=5, keep=2, shuffle=True)
     assert train_in_forks(folder, tmp_path / "whole", [{}], **flags) == [0]
     moments = random.Random(1)
-    attempts = [dict(kill_after=moments.uniform(0.02, 1.2)) for _ in range(12)] + [{}]
+    attempts = [dict(kill_after=moments.uniform(0.02, 1.2)) for _ in range(8)] + [{}]
     statuses = train_in_forks(folder, tmp_path / "parts", attempts, **flags)
     assert statuses.count(signal.SIGKILL) >= 3 and statuses[-1] == 0
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts")
