@@ -302,8 +302,9 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
                 rate = sum(map(len, rows)) / prefill if count == 1 else len(rows) * (count - 1) / decode
                 rates.setdefault((job, name), []).append(rate)
     weight_bytes = 1 + 4 / 64 if quantize else held.itemsize
+    compiled = "read" in vars(llama.model) if device.type == "cpu" else compile
     print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
-          f"{'compiled' if 'read' in vars(llama.model) else 'eager'}; loading {load:.1f} s, two tokens "
+          f"{'compiled' if compiled else 'eager'}; loading {load:.1f} s, two tokens "
           f"{first:.1f} s")
     print()
     peer_names = list(contestants)[1:]

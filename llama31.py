@@ -23,10 +23,11 @@ import mmap
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-import types
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -41,7 +42,6 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 import cli
@@ -224,7 +224,7 @@ class Attention(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.head_dim = args.head_dim
+        self.head_dim, self.gqa = args.head_dim, args.n_heads != args.n_kv_heads
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -242,13 +242,12 @@ class Attention(nn.Module):
         if cached is not None:
             k, v = cached(k, v)  # (B, S, K, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        gqa = q.size(1) != k.size(1)
         if isinstance(mask, BlockMask):
             attend = compiled_flex_attention() if q.is_cuda else flex_attention
-            y = attend(q, k, v, block_mask=mask, enable_gqa=gqa)
+            y = attend(q, k, v, block_mask=mask, enable_gqa=self.gqa)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa,
-                                               is_causal=mask is None and q.size(2) > 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.gqa,
+                                               is_causal=q.size(2) > 1 and mask is None)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
 
@@ -412,10 +411,14 @@ class Transformer(nn.Module):
         shrink = math.sqrt(2 * self.args.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 1
         return p.normal_(std=scale / 2 / shrink, generator=generator)
 
+    def angles(self, positions):
+        """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
+        angles = positions[..., None, None].float() * self.rope_frequencies.to(positions.device)
+        return angles.cos(), angles.sin()
+
     def trunk(self, tokens, positions, mask=None, cached=None):
         """tokens (B, T) at positions (B or 1, T) -> normalized hidden states (B, T, dim)."""
-        angles = positions[..., None, None].float() * self.rope_frequencies.to(tokens.device)
-        cos, sin = angles.cos(), angles.sin()  # (B or 1, T, 1, D/2)
+        cos, sin = self.angles(positions)
         x = self.tok_embeddings(tokens)
         for layer, layer_cached in zip(self.layers, cached or [None] * len(self.layers), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -563,132 +566,39 @@ def load_int8(model, tensors, device, dtype):
 
 # -----------------------------------------------------------------------------
 # Compiled inference
-#
-# Decoding a token reads every weight once and computes little, so that the memory's bandwidth is its limit.
-# Three things keep PyTorch from it: for few rows F.linear reads the weights at half of that speed, attention
-# kernels are made for many queries, and every operation costs some microseconds of its own. So layers are
-# written here as plain arithmetic, with activations in float32, for torch.compile to fuse. All that differs
-# between layers, steps and prompts comes in as tensors: one compilation serves them all. For more rows, sums
-# of products take longer than reading; then oneDNN multiplies, from weights packed beforehand.
-#
-# Reading a prompt is matrix products, and a processor's attention kernels take half as long as all of those.
-# There, in bfloat16, prompts go through the same layers, few enough tokens at once to stay in its cache.
 
 
 def can_compile(device):
-    """Whether torch.compile can work for a device; where not, one line on standard error says why."""
+    """Whether compilation can work for a device; where not, one line on standard error says why."""
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
         return False
     return True
 
 
-def packed_linear(x, weights):
-    """F.linear of x (..., in) and matrices (out, in) one above the other, from a copy in oneDNN's own order.
-
-    F.linear brings the weights into that order at each call. The copy lives as long as the first matrix.
-    """
-    packed = PACKED.get(weights[0])
-    if packed is None:
-        rows = x.numel() // x.size(-1)
-        packed = PACKED[weights[0]] = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-
-PACKED = WeakTensorKeyDictionary()  # a matrix -> it, and those under it, in oneDNN's order
-if not hasattr(torch.ops.llama31, "packed_linear"):  # this file may be loaded under two names
-    LIBRARY = torch.library.Library("llama31", "DEF")  # torch.compile calls what is in it as it is
-    LIBRARY.define("packed_linear(Tensor x, Tensor[] weights) -> Tensor")
-    LIBRARY.impl("packed_linear", packed_linear, "CPU")
-    LIBRARY.impl("packed_linear", lambda x, ws: x.new_empty(*x.shape[:-1], sum(map(len, ws))), "Meta")
-
-
-def summed_products(x, weight, scale, streams):
-    """x (..., in) times a matrix (out, in), of which so many parts come from memory side by side."""
-    parts = weight.chunk(streams)
-    if scale is not None:
-        parts = [dequantize(*part) for part in zip(parts, scale.chunk(streams), strict=True)]
-    rows = [torch.cat([(part.float() * row).sum(-1) for part in parts]) for row in x.flatten(0, -2)]
-    return torch.stack(rows).view(*x.shape[:-1], -1)
+@functools.cache
+def compile_kernels(**constants):
+    """llama31.cpp as a ctypes library for the processor it runs on; RuntimeError if the compiler fails."""
+    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    source += Path(__file__).with_name("llama31.cpp").read_text(encoding="utf-8")
+    compiler = os.environ.get("CXX", "g++")
+    flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
+             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # sums in any order
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        compiled, library = os.path.join(folder, "llama31.o"), os.path.join(folder, "llama31.so")
+        for command in ([compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
+                        [compiler, "-shared", "-o", library, compiled]):  # it finds the OpenMP of PyTorch
+            done = subprocess.run(command, input=source, text=True, capture_output=True)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+                raise RuntimeError(f"{compiler} can't compile llama31.cpp: {errors[0].strip()}")
+        return ctypes.CDLL(library)
 
 
-def products(x, matrices, how):
-    """x (..., in) float32 times each matrix (out, in), a (weight, scale or None): (..., out) float32 each.
-
-    how: "sums" for few rows, "packed" from a packed copy in the weights' dtype, or a dtype for F.linear.
-    """
-    if how == "packed":
-        weights = [weight for weight, _ in matrices]
-        y = torch.ops.llama31.packed_linear(x.to(weights[0].dtype), weights).float()
-        return y.split([weight.size(0) for weight in weights], -1)
-    if how == "sums":
-        streams = 4 if len(matrices) == 1 else 2  # of each, as several matrices are read side by side, too
-        streams = max(1, streams // x.flatten(0, -2).size(0))  # more sums than that don't fit registers
-        return [summed_products(x, *matrix, streams) for matrix in matrices]
-    values = [weight if scale is None else dequantize(weight, scale) for weight, scale in matrices]
-    return [F.linear(x.to(how), weight.to(how)).float() for weight in values]
-
-
-def norm(x, weight, eps):
-    """RMSNorm, which the compiler finds easier."""
-    return F.rms_norm(x, weight.shape, weight.float(), eps)
-
-
-def attend(q, k, v, hidden):
-    """Attention of q (B, T, H, D) to k and v (B, S, K, D) where hidden (B, T, S) is 0: (B, T, H * D)."""
-    (B, T), (K, D) = q.shape[:2], k.shape[2:]
-    q = q.unflatten(2, (K, -1)).permute(0, 2, 3, 1, 4) / math.sqrt(D)  # (B, K, H/K, T, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
-    if T == 1:
-        scores = (q * k[:, :, None].float()).sum(-1)[..., None, :]  # (B, K, H/K, T, S)
-        probs = (scores + hidden[:, None, None]).softmax(-1)
-        y = (probs.mT * v[:, :, None].float()).sum(-2)[..., None, :]
-    else:
-        scores = (q.flatten(2, 3).to(k.dtype) @ k.mT).unflatten(2, (-1, T)).float()
-        probs = (scores + hidden[:, None, None]).softmax(-1)
-        y = (probs.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (-1, T)).float()
-    return y.permute(0, 3, 1, 2, 4).reshape(B, T, -1)
-
-
-def read_layers(x, cos, sin, positions, hidden, caches, layers, eps, how):
-    """Blocks for x (B, T, dim), at positions (B, T) that see where hidden (B, T, S) is 0 and not -inf."""
-    B, _, S = hidden.shape
-    rows = torch.arange(B, device=x.device)[:, None]
-    for (k_cache, v_cache), layer in zip(caches, layers, strict=True):
-        attention_norm, wqkv, wo, ffn_norm, w13, w2 = layer
-        q, k, v = (y.unflatten(-1, (-1, k_cache.size(3))) for y in
-                   products(norm(x, attention_norm, eps), wqkv, how))
-        k_cache[rows, positions] = apply_rope(k, cos, sin).to(k_cache.dtype)
-        v_cache[rows, positions] = v.to(v_cache.dtype)
-        y = attend(apply_rope(q, cos, sin), k_cache[:, :S], v_cache[:, :S], hidden)
-        x = x + products(y, wo, how)[0]
-        gate, up = products(norm(x, ffn_norm, eps), w13, how)
-        x = x + products(F.silu(gate) * up, w2, how)[0]
-    return x
-
-
-def read_out(x, output, how):
-    """x (B, dim), normalized -> logits (B, V)."""
-    return products(x, output, how)[0]
-
-
-def compile_ahead(f, example, dynamic=()):
-    """f compiled for arguments like the example's, but for the (tensor, dimension) pairs that are dynamic.
-
-    No two dynamic sizes may be equal in the example. Nothing is checked when f is called, which would take a
-    millisecond a token. What is compiled is kept with a function's code: each call compiles a copy of f's.
-    """
-    for tensor, dim in dynamic:
-        torch._dynamo.mark_dynamic(tensor, dim)
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-               "cpp.enable_floating_point_contract_flag": "fast",  # one instruction to multiply and add
-               "realize_reads_threshold": 2,  # makes what is normalized once, not for each row of weights
-               "cpp.vec_isa_ok": True,  # without 6 s of trying whether g++ knows what the processor has
-               "size_asserts": False}
-    f = types.FunctionType(f.__code__.replace(), f.__globals__)
-    f = torch.compile(f, fullgraph=True, options=options)
-    f(*example)
-    return f
+def call(function, *arguments):
+    """Calls a C function; tensors go as their addresses."""
+    function(*(ctypes.c_int64(value) if isinstance(value, int) else
+               ctypes.c_void_p(value if value is None else value.data_ptr()) for value in arguments))
 
 
 def move_to_huge_pages(model):
@@ -702,95 +612,86 @@ def move_to_huge_pages(model):
         tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
 
 
-def compile_inference(model):
-    """Replaces model.read and model.logits by what is compiled when first used.
+class CompiledReader:
+    """Reads tokens and makes logits by what is in llama31.cpp; the weights must stay where they are."""
 
-    The weights must not change after that, as there may be packed copies of them. Only one thread at a time
-    may read or compile.
-    """
-    def matrices(*modules):
-        return [(module.quantized, module.scale) if isinstance(module, Int8Linear) else
-                (module.weight.detach(), None) for module in modules]
-    dtype, device = model.norm.weight.dtype, model.norm.weight.device
-    if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        move_to_huge_pages(model)
-    args, layers, read_eagerly = model.args, [], model.read
-    for layer in model.layers:
-        attention, ffn = layer.attention, layer.feed_forward
-        layers.append((layer.attention_norm.weight.detach(),
-                       matrices(attention.wq, attention.wk, attention.wv), matrices(attention.wo),
-                       layer.ffn_norm.weight.detach(), matrices(ffn.w1, ffn.w3), matrices(ffn.w2)))
-    output = matrices(model.output)
-    packs = (device.type == "cpu" and torch.backends.mkldnn.is_available()
-             and output[0][0].dtype in (torch.float32, torch.bfloat16))
-    compiles_prompts = device.type == "cpu" and dtype == torch.bfloat16  # elsewhere that isn't faster
-    longest = 4096  # positions of compiled prompts, which make all their scores at once: beyond, gigabytes
-    few = 4 if packs else 8  # rows; for more, sums are slower
-    together = next(n for n in (3, 2, 1) if args.n_layers % n == 0)  # layers a call; more compile longer
+    def __init__(self, model):
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            move_to_huge_pages(model)
+        self.model = model
+        self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
+        self.layers = torch.tensor([self.addresses(
+            layer.attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
+            layer.attention.wo, layer.ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
+            layer.feed_forward.w2) for layer in model.layers])
+        self.output = torch.tensor(self.addresses(model.output))
+        self.kernels(1)
 
-    def inputs(tokens, start_pos):
-        T = tokens.size(1)
-        positions = torch.tensor(start_pos, device=device)[:, None] + torch.arange(T, device=device)
-        angles = positions[..., None, None].float() * model.rope_frequencies.to(device)  # (B, T, 1, D/2)
-        seen = torch.arange(max(start_pos) + T, device=device) <= positions[..., None]
-        hidden = torch.where(seen, 0.0, -math.inf)  # (B, T, S)
-        return model.tok_embeddings(tokens).float(), angles.cos(), angles.sin(), positions, hidden
+    @staticmethod
+    def addresses(*modules):
+        """Of a norm its weight's, of a matrix its values' and its scales', where 0 stands for none."""
+        addresses = []
+        for module in modules:
+            if isinstance(module, Int8Linear):
+                addresses += [module.quantized.data_ptr(), module.scale.data_ptr()]
+            else:
+                addresses += [module.weight.data_ptr()] + [0] * isinstance(module, nn.Linear)
+        return addresses
 
-    def strategy(B):
-        """How to multiply for B rows, and the rows of an example, where 17 stand for any above few."""
-        return ("sums", B) if B <= few else ("packed" if packs else dtype, 17)
+    def kernels(self, B):
+        """The library for B rows, of which it multiplies up to 8 at once."""
+        args, dtype = self.model.args, self.model.norm.weight.dtype
+        value = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}[dtype]
+        weight = "int8_t" if isinstance(self.model.output, Int8Linear) else value
+        tile, chunk = math.ceil(B / math.ceil(B / 8)), math.gcd(64, args.dim, args.hidden_dim)
+        lanes = math.gcd(16, chunk, args.head_dim)
+        return compile_kernels(
+            DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
+            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f", VALUE=value,
+            WEIGHT=weight, TILE=tile, CHUNK=chunk, LANES=lanes,
+            PAIRS=int(weight == "bfloat16" and tile > 2 and chunk % 32 == 0 and lanes == 16))
 
-    @functools.cache
-    def check_room(how):
-        if how == "packed":
-            num_bytes = sum(p.nbytes for p in model.parameters())
-            check_memory("a copy of the weights, packed for batches,", num_bytes, device)
-
-    @functools.cache
-    def compiled_layers(how, B, T, n_layers):
-        """read_layers, of an example: "sums" for just B rows, T = 1 for just one token, else for any."""
-        check_room(how)
-        caches = [KVCache(args, B, 31, dtype, device) for _ in range(n_layers)]
-        caches = [(cache.k, cache.v) for cache in caches]
-        example = inputs(torch.zeros(B, T, dtype=torch.int64, device=device), [10] * B)
-        tensors = [*itertools.chain(*caches)]
-        dynamic = [(example[-1], 2), *((tensor, 1) for tensor in tensors)]  # positions seen, caches' room
-        if how != "sums":
-            dynamic += [(tensor, 0) for tensor in (*example, *tensors)]
-        if T > 1:
-            dynamic += [(tensor, 1) for tensor in example]
-        return compile_ahead(read_layers, [*example, caches, layers[:n_layers], args.norm_eps, how], dynamic)
-
-    @functools.cache
-    def compiled_output(how, B):
-        check_room(how)
-        x = torch.zeros(B, args.dim, device=device)
-        return compile_ahead(read_out, [x, output, how], [] if how == "sums" else [(x, 0)])
-
-    def read(tokens, start_pos, caches):
-        B, T = tokens.shape
+    def read(self, tokens, start_pos, caches):
+        """As Transformer.read."""
+        (B, T), model, room = tokens.shape, self.model, caches[0].k.size(1)
+        positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
+        where = *model.angles(positions), positions
+        x = model.tok_embeddings(tokens).float()
+        caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
         if T == 1:
-            (how, rows), columns, n_layers = strategy(B), 1, together
-        elif compiles_prompts and max(start_pos) + T <= longest:
-            how, rows, columns, n_layers = dtype, 3, 7, 1
-        else:
-            return read_eagerly(tokens, start_pos, caches)
-        step = compiled_layers(how, rows, columns, n_layers)
-        x, *rest = inputs(tokens, start_pos)
-        with torch.compiler.set_stance("fail_on_recompile"):  # torch._dynamo.reset() loses what was compiled
-            for i in range(0, args.n_layers, n_layers):
-                pairs = [(cache.k, cache.v) for cache in caches[i:i + n_layers]]
-                x = step(x, *rest, pairs, layers[i:i + n_layers], args.norm_eps, how)
-        return model.norm(x)
+            call(self.kernels(B).read_token, B, x, *where, self.layers, caches, room)
+            return model.norm(x)
+        kernels, h, added = self.kernels(1), torch.empty_like(x, dtype=model.norm.weight.dtype), None
+        for layer, cache in zip(model.layers, caches, strict=True):
+            attention, ffn = layer.attention, layer.feed_forward
+            call(kernels.add_and_norm, B * T, x, added, layer.attention_norm.weight, h)
+            q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
+            call(kernels.attend_to_prompt, B, T, q, k, v, *where, cache, room, h)
+            added = attention.wo(h)
+            call(kernels.add_and_norm, B * T, x, added, layer.ffn_norm.weight, h)
+            gate, up = ffn.w1(h), ffn.w3(h)
+            call(kernels.swiglu, gate.numel(), gate, up)
+            added = ffn.w2(gate)
+        return model.norm(x + added)
 
-    def logits(x):
-        how, rows = strategy(len(x))
-        step = compiled_output(how, rows)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            return step(x.float(), output, how)
-    model.read, model.logits = read, logits
-    if compiles_prompts:
-        model.tokens_at_once = 512
+    def logits(self, x):
+        """As Transformer.logits."""
+        logits = torch.empty(len(x), self.model.args.vocab_size)
+        call(self.kernels(len(x)).logits, len(x), x.float().contiguous(), self.output, logits)
+        return logits
+
+
+def compile_inference(model):
+    """Makes model.read and model.logits faster; elsewhere than on the CPU torch.compile does it."""
+    if model.norm.weight.device.type != "cpu":
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+        return
+    try:
+        reader = CompiledReader(model)
+        model.read, model.logits = reader.read, reader.logits
+    except (OSError, RuntimeError) as error:
+        print(f"{error}; --compile has no effect", file=sys.stderr)
 
 # -----------------------------------------------------------------------------
 # Checkpoints

@@ -5,6 +5,7 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from tokenizer import train_tokenizer
 
 ROOT = Path(llama31.__file__).parent
 BATCHES = {"one token": [[5]], "one row": [[5, 6, 7]], "few rows": [[5, 6, 7], [1], [8, 9]],
-           "many rows": [[i + 1] * (i % 4 + 1) for i in range(9)]}
+           "many rows": [[i + 1] * (i % 4 + 1) for i in range(9)],
+           "rows of the same length": [[i + 1] * 9 for i in range(10)]}
 
 
 def saved(model, tmp_path):
@@ -57,56 +59,106 @@ def test_compiled_decoding_has_the_logits_and_tokens_of_eager_decoding(llamas, b
     assert (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
 
 
+SHAPES = {"a head of keys for each of queries": dict(dim=64, n_heads=4, n_kv_heads=4, multiple_of=32),
+          "one head of keys": dict(dim=64, n_heads=4, n_kv_heads=1, multiple_of=32),
+          "sizes that few powers of two divide": dict(dim=60, n_heads=6, n_kv_heads=3, multiple_of=6),
+          "odd hidden size": dict(dim=36, n_heads=2, n_kv_heads=1, multiple_of=7),
+          "heads of 128": dict(dim=256, n_heads=2, n_kv_heads=1, multiple_of=64)}
+
+
 @pytest.mark.slow
-def test_int8_in_bfloat16_is_as_near_to_float32_compiled_as_eagerly(tmp_path):
-    """Prompts are compiled, too, here in chunks, of which one has a single column."""
-    ckpt_dir = saved(random_llama().model, tmp_path)
-    exact, eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=dtype, quantize="int8"), None)
-                              for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+@pytest.mark.parametrize("shape, quantize, dtype", [
+    *((shape, None, torch.float32) for shape in SHAPES), ("odd hidden size", "int8", torch.float32),
+    ("heads of 128", None, torch.bfloat16),
+    *(("one head of keys", None, dtype) for dtype in (torch.bfloat16, torch.float16)),
+    ("a head of keys for each of queries", "int8", torch.bfloat16)])
+def test_models_of_any_shape_and_type_have_eager_logits_compiled(shape, quantize, dtype, tmp_path):
+    """In half precision: logits as near to those of float32 as eager ones."""
+    args = ModelArgs(**SHAPES[shape], n_layers=2, vocab_size=97, norm_eps=1e-3, max_seq_len=250)
+    ckpt_dir = saved(Transformer(args), tmp_path)
+    exact, eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=of, quantize=quantize), None)
+                              for of in (torch.float32, dtype, dtype))
     compile_inference(compiled.model)
-    first = greedy(compiled, [[7, 8]], 2)[0]
-    graphs = counters["stats"]["unique_graphs"]
-    for prompts in ([[7, 8]], [[5, 6, 7], [1], [8, 9]], [list(range(50, 89)), [3] * 25, list(range(9, 29))]):
-        compiled.model.tokens_at_once = 19 * len(prompts)
-        expected = greedy(exact, prompts, 2)[0]
-        errors = [(greedy(llama, prompts, 2)[0] - expected).abs() for llama in (eager, compiled)]
-        assert errors[1].max() <= 1.3 * errors[0].max() and errors[1].mean() <= 1.1 * errors[0].mean()
-    assert torch.equal(greedy(compiled, [[7, 8]], 2)[0], first)
-    assert counters["stats"]["unique_graphs"] == graphs + 2  # three rows of one token, and their logits
+    prompts = [[(7 * i * i + b) % 97 for i in range(n)] for b, n in enumerate((1, 8, 9, 70, 130))]
+    for batch in ([prompts[0]], [prompts[4]], 3 * prompts):
+        expected = greedy(exact, batch, 3)[0]
+        errors = [(greedy(llama, batch, 3)[0] - expected).abs() for llama in (eager, compiled)]
+        if dtype is torch.float32:
+            assert errors[1].max() <= 1e-5 * expected.abs().max()
+        else:
+            assert errors[1].max() <= 1.3 * errors[0].max() and errors[1].mean() <= 1.1 * errors[0].mean()
 
 
 @pytest.mark.slow
 def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llamas):
     _, llama = llamas
 
-    def graphs():
-        return counters["stats"]["unique_graphs"]
-    for few in (1, 3):
-        llama.generate([[1, 2]] * few, 3)
-        compiled = graphs()
+    def compilations():
+        return llama31.compile_kernels.cache_info().misses
+    for rows in (1, 3, 9):
+        llama.generate([[1, 2]] * rows, 3)
+        compiled = compilations()
         for prompt, n in (([7], 2), ([1] * 30, 33), ([4, 5, 6], 60)):
-            llama.generate([prompt] * few, n, stop_tokens=[])
-        assert graphs() == compiled
-    llama.generate([[1, 2]] * 9, 3)
-    compiled = graphs()
-    for many in (9, 10, 17, 11, 13):  # 11 and 13 are sizes of the example that it was compiled for
-        llama.generate([[1] * i for i in range(1, many + 1)], 40, stop_tokens=[])
-    assert graphs() == compiled > 0
+            llama.generate([prompt] * rows, n, stop_tokens=[])
+        assert compilations() == compiled > 0
 
 
 @pytest.mark.slow
-def test_sizes_that_happen_to_be_equal_are_not_taken_for_one(llamas):
-    """A batch as large as the number of positions, or as the caches' room."""
-    prompts = [[i + 1] * 9 for i in range(10)]
-    (eager, tokens), (compiled, same) = (greedy(llama, prompts, 5) for llama in llamas)
-    assert same == tokens and (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
+def test_a_prompt_is_the_same_read_in_chunks(llamas):
+    prompts = [list(range(50, 89)), [3] * 25, list(range(9, 29))]
+    expected, (_, compiled) = greedy(llamas[0], prompts, 2)[0], llamas
+    compiled.model.tokens_at_once = 19 * len(prompts)
+    assert (greedy(compiled, prompts, 2)[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+def test_a_long_prompt_in_half_precision_is_as_near_to_float32_compiled_as_eagerly(tmp_path):
+    ckpt_dir = saved(random_llama(max_seq_len=5000).model, tmp_path)
+    eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=torch.bfloat16), None) for _ in range(2))
+    compile_inference(compiled.model)
+    prompt = [i % 97 for i in range(4800)]
+    expected, logits = (greedy(llama, [prompt], 1)[0] for llama in (eager, compiled))
+    exact = greedy(random_llama(max_seq_len=5000), [prompt], 1)[0]
+    assert (logits - exact).abs().max() <= 1.3 * (expected - exact).abs().max()
+
+
+@pytest.mark.slow
+def test_keys_and_values_fill_all_of_the_caches_room_and_nothing_else(llamas):
     _, llama = llamas
-    with torch.inference_mode():  # all of the caches' room
-        caches = llama.new_caches(1, 4)
-        llama.model.forward_cached(torch.tensor([[1, 2, 3]]), [0], caches, [2])
-        logits = llama.model.forward_cached(torch.tensor([[4]]), [3], caches, [0])
-        full = llama.model(torch.tensor([[1, 2, 3, 4]]))[:, -1]
+    with torch.inference_mode():
+        caches = llama.new_caches(2, 4)
+        llama.model.forward_cached(torch.tensor([[1, 2, 3], [4, 5, 0]]), [0, 0], caches, [2, 1])
+        before = [cache.k[1, 3].clone() for cache in caches]
+        logits = llama.model.forward_cached(torch.tensor([[4], [6]]), [3, 2], caches, [0, 0])
+        full = llama.model(torch.tensor([[1, 2, 3, 4], [4, 5, 6, 0]]))[[0, 1], [3, 2]]
     assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+    assert all(torch.equal(cache.k[1, 3], k) for cache, k in zip(caches, before, strict=True))
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_noticed(tmp_path):
+    model = random_llama().model
+    compile_inference(model)
+    with torch.no_grad():
+        model.layers[1].feed_forward.w2.weight[5, 5] = math.nan
+    for prompt in ([3], [3, 4]):
+        with pytest.raises(ValueError, match="not all finite"):
+            Llama(model, None).generate([prompt], 2)
+
+
+@pytest.mark.slow
+def test_elsewhere_than_on_the_cpu_blocks_are_compiled_once_for_all_layers_and_prompts():
+    eager, compiled = random_llama(), random_llama()
+    device = torch.device("cuda")
+    compile_inference(SimpleNamespace(layers=compiled.model.layers,
+                                      norm=SimpleNamespace(weight=SimpleNamespace(device=device))))
+    prompts = [[5, 6, 7], [1, 2, 3, 4, 5], [8, 9]]
+    greedy(compiled, prompts, 9)
+    graphs = counters["stats"]["unique_graphs"]
+    for batch in (prompts, [[1] * 5, [3], [2, 4]], [[1] * 40, [7] * 30, [9] * 20]):
+        (expected, tokens), (logits, same) = greedy(eager, batch, 20), greedy(compiled, batch, 20)
+        assert same == tokens and (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def memory_flags(address):
@@ -139,26 +191,6 @@ def test_what_is_compiled_has_its_weights_in_huge_pages_and_unchanged(tied, quan
     assert len({matrix.data_ptr() for matrix in matrices}) == (1 if tied else 2)
 
 
-@pytest.mark.slow
-def test_the_logits_of_prompts_that_are_read_eagerly_are_right_in_half_precision(tmp_path):
-    ckpt_dir = saved(random_llama().model, tmp_path)
-    eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=torch.float16), None) for _ in range(2))
-    compile_inference(compiled.model)
-    (expected, _), (logits, _) = (greedy(llama, [[5, 6, 7]], 1) for llama in (eager, compiled))
-    assert (logits - expected).abs().max() <= 2e-3 * expected.abs().max()
-
-
-@pytest.mark.slow
-def test_a_prompt_longer_than_what_is_compiled_is_read_on_eagerly(tmp_path):
-    ckpt_dir = saved(random_llama(max_seq_len=5000).model, tmp_path)
-    eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=torch.bfloat16), None) for _ in range(2))
-    compile_inference(compiled.model)
-    prompt = [i % 97 for i in range(4800)]
-    expected, logits = (greedy(llama, [prompt], 1)[0] for llama in (eager, compiled))
-    exact = greedy(random_llama(max_seq_len=5000), [prompt], 1)[0]
-    assert (logits - exact).abs().max() <= 1.3 * (expected - exact).abs().max()
-
-
 def test_without_a_compiler_one_line_says_so_and_decoding_goes_on(tmp_path, monkeypatch, capsys):
     expected = random_llama()
     ckpt_dir = saved(expected.model, tmp_path)
@@ -167,6 +199,20 @@ def test_without_a_compiler_one_line_says_so_and_decoding_goes_on(tmp_path, monk
     llama = Llama.build(ckpt_dir, device="cpu", compile=True)
     assert "read" not in vars(llama.model)
     assert capsys.readouterr().err == "no C++ compiler found (g++, or CXX), so --compile has no effect\n"
+    assert llama.generate([[1, 2]], 9, temperature=0) == expected.generate([[1, 2]], 9, temperature=0)
+
+
+def test_a_compiler_that_fails_is_named_in_one_line_and_decoding_goes_on(tmp_path, monkeypatch, capsys):
+    expected = random_llama()
+    ckpt_dir = saved(expected.model, tmp_path)
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'c++: error: unrecognized option' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    llama31.compile_kernels.cache_clear()
+    llama = Llama.build(ckpt_dir, device="cpu", compile=True)
+    assert capsys.readouterr().err == (f"{compiler} can't compile llama31.cpp: c++: error: unrecognized "
+                                       "option; --compile has no effect\n")
     assert llama.generate([[1, 2]], 9, temperature=0) == expected.generate([[1, 2]], 9, temperature=0)
 
 
@@ -240,13 +286,3 @@ def test_int8_has_bfloat16s_perplexity_of_real_text_within_half_a_percent(folder
         ours, expected = (math.exp(load_checkpoint(folder, quantize=quantize)(inputs, targets))
                           for quantize in ("int8", None))
     assert ours == pytest.approx(expected, rel=5e-3)
-
-
-@pytest.mark.slow
-def test_what_is_compiled_is_used_for_its_own_sizes_or_not_at_all():  # last: it ruins the module's models
-    eager, compiled = random_llama(), random_llama()
-    compile_inference(compiled.model)
-    assert greedy(compiled, [[5]], 3)[1] == greedy(eager, [[5]], 3)[1]
-    torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="recompile"):
-        greedy(compiled, [[5]], 3)

@@ -1,0 +1,265 @@
+// Fast inference on the CPU: what llama31.py compiles, and calls to read tokens and to make logits.
+//
+// To read a token, every weight is used once, so that the memory's bandwidth is the limit. PyTorch's
+// operations reach a third of it: each starts and ends all threads, and for few rows F.linear reads at half
+// of that speed. So read_token takes a token of each row through all layers, with activations in float32.
+// Prompts are matrix products, which PyTorch does well; what lies between those is here, too.
+//
+// Defined by llama31.py: the model's DIM, HIDDEN, VOCAB, LAYERS, H (query heads), K (key/value heads), D
+// (their dimension) and EPS; VALUE, the type of norms and caches; WEIGHT, that of matrices; TILE, as many
+// rows of x as are multiplied at once; CHUNK, which divides DIM and HIDDEN; LANES, which divides CHUNK and
+// D; PAIRS, whether a processor that multiplies bfloat16 in pairs shall do so.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+#include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+struct bfloat16 {  // the upper half of a float
+    uint16_t bits;
+    bfloat16() = default;
+    bfloat16(float x) { uint32_t u; memcpy(&u, &x, 4); bits = (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+    operator float() const { uint32_t u = uint32_t(bits) << 16; float x; memcpy(&x, &u, 4); return x; }
+};
+using Value = VALUE;
+using Weight = WEIGHT;  // int8_t: times a scale for every 64 in a row, or as many as divide its length
+using Floats = float __attribute__((vector_size(4 * LANES)));
+struct Matrix { const Weight* values; const float* scales; };
+struct Layer {
+    const Value* attention_norm; Matrix wq, wk, wv, wo;
+    const Value* ffn_norm; Matrix w1, w3, w2;
+};
+struct Cache { Value *k, *v; };  // (B, room, K, D) each
+constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
+
+static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
+static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+static float exponential(float x) {  // to 1e-7, in a form that compilers vectorize
+    x = std::min(std::max(x * 1.44269504f, -126.0f), 127.0f);
+    float n = std::floor(x), f = x - n, power;
+    uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
+    memcpy(&power, &bits, 4);  // 2 to the n; times 2 to the f:
+    return power * (1 + f * (0.693151312f + f * (0.24016445f + f * (0.055799913f
+                       + f * (0.00901703029f + f * 0.00186713011f)))));
+}
+
+template <typename To>
+static void norm(const float* x, const Value* weight, To* y) {
+    float squares = 0;
+    for (int i = 0; i < DIM; i++) squares += x[i] * x[i];
+    float scale = 1 / std::sqrt(squares / DIM + EPS);
+    for (int i = 0; i < DIM; i++) y[i] = x[i] * scale * weight[i];
+}
+
+template <typename From, typename To>
+static void rotate(const From* x, const float* cos, const float* sin, To* y) {
+    for (int i = 0; i < D / 2; i++) {
+        float a = x[2 * i], b = x[2 * i + 1];
+        y[2 * i] = a * cos[i] - b * sin[i];
+        y[2 * i + 1] = a * sin[i] + b * cos[i];
+    }
+}
+
+// -----------------------------------------------------------------------------
+// Products of a matrix and few rows
+
+// sums[r][b] += row r of w times row b of x (TILE, IN), both from j on, CHUNK elements of them.
+#if PAIRS && defined(__AVX512BF16__)
+using Input = bfloat16;
+template <int IN, int ROWS>
+static inline __attribute__((always_inline))
+void add_products(Floats (*sums)[TILE], const Input* x, const Weight** w, const float**, int j) {
+    for (int i = j; i < j + CHUNK; i += 32)
+        for (int b = 0; b < TILE; b++)
+            for (int r = 0; r < ROWS; r++)
+                sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)_mm512_loadu_si512(w[r] + i),
+                                              (__m512bh)_mm512_loadu_si512(x + b * IN + i));
+}
+#else
+using Input = float;
+template <int IN, int ROWS>
+static inline __attribute__((always_inline))
+void add_products(Floats (*sums)[TILE], const Input* x, const Weight** w, const float** scales, int j) {
+    float row[ROWS][CHUNK];
+    for (int r = 0; r < ROWS; r++) {
+        float scale = INT8 ? scales[r][j / std::gcd(64, IN)] : 1;
+        for (int i = 0; i < CHUNK; i++) row[r][i] = w[r][j + i] * scale;
+    }
+    for (int i = 0; i < CHUNK; i += LANES)
+        for (int b = 0; b < TILE; b++)
+            for (int r = 0; r < ROWS; r++) sums[r][b] += load(row[r] + i) * load(x + b * IN + j + i);
+}
+#endif
+
+// use(i, b, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the matrix. It
+// is read in several places at once, which is faster than in one. Memory of x goes on to a tile's end.
+template <int OUT, int IN, typename Use>
+static void multiply(int B, const Input* x, Matrix matrix, Use use) {
+    constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
+    int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
+    int begin = OUT * me / n, end = OUT * (me + 1) / n, rows = (end - begin + ROWS - 1) / ROWS;
+    for (int i = begin; i < begin + rows; i++)
+        for (int tile = 0; tile < B; tile += TILE) {
+            const Weight* w[ROWS];
+            const float* scales[ROWS];
+            for (int r = 0; r < ROWS; r++) {
+                int64_t at = int64_t(std::min(i + r * rows, end - 1)) * IN;
+                w[r] = matrix.values + at;
+                scales[r] = INT8 ? matrix.scales + at / std::gcd(64, IN) : nullptr;
+            }
+            Floats sums[ROWS][TILE] = {};
+            for (int j = 0; j < IN; j += CHUNK) add_products<IN, ROWS>(sums, x + tile * IN, w, scales, j);
+            for (int r = 0; r < ROWS && i + r * rows < end; r++)
+                for (int b = 0; b < TILE && tile + b < B; b++) use(i + r * rows, tile + b, sum(sums[r][b]));
+        }
+}
+
+// -----------------------------------------------------------------------------
+// Attention
+
+// Of T tokens, at most QUERIES, and the G query heads that share keys and values. Softmax is that of the
+// positions seen so far, rescaled with every further block of them (Milakov and Gimelshein, 2018).
+constexpr int G = H / K, QUERIES = 8, BLOCK = 32;
+template <typename From, typename To>
+static void attend(int T, const From* q, const float* cos, const float* sin, const int64_t* positions,
+                   const Value* keys, const Value* values, To* y) {
+    float query[QUERIES * G][D], top[QUERIES * G], total[QUERIES * G], key[BLOCK][D], value[BLOCK][D];
+    Floats sums[QUERIES * G][D / LANES];
+    for (int i = 0; i < T * G; i++) {
+        rotate(q + (i / G * H + i % G) * D, cos + i / G * D / 2, sin + i / G * D / 2, query[i]);
+        for (int d = 0; d < D; d++) query[i][d] /= std::sqrt(float(D));
+        top[i] = -INFINITY, total[i] = 0;
+        memset(sums[i], 0, sizeof sums[i]);
+    }
+    for (int64_t begin = 0; begin <= positions[T - 1]; begin += BLOCK) {
+        int size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
+        for (int s = 0; s < size; s++)
+            for (int d = 0; d < D; d++) {
+                key[s][d] = keys[(begin + s) * K * D + d];
+                value[s][d] = values[(begin + s) * K * D + d];
+            }
+        for (int i = 0; i < T * G; i++) {
+            int seen = std::min<int64_t>(size, positions[i / G] + 1 - begin);
+            float probs[BLOCK], before = top[i];
+            for (int s = 0; s < seen; s++) {
+                Floats products = {};
+                for (int d = 0; d < D; d += LANES) products += load(query[i] + d) * load(key[s] + d);
+                probs[s] = sum(products);
+                top[i] = std::max(top[i], probs[s]);
+            }
+            Floats some[D / LANES];  // of the sums, in registers
+            float kept = exponential(before - top[i]);
+            for (int d = 0; d < D / LANES; d++) some[d] = sums[i][d] * kept;
+            total[i] *= kept;
+            for (int s = 0; s < seen; s++) total[i] += probs[s] = exponential(probs[s] - top[i]);
+            for (int s = 0; s < seen; s++)
+                for (int d = 0; d < D / LANES; d++) some[d] += probs[s] * load(value[s] + d * LANES);
+            memcpy(sums[i], some, sizeof some);
+        }
+    }
+    for (int i = 0; i < T * G; i++)
+        for (int d = 0; d < D; d++)
+            y[(i / G * H + i % G) * D + d] = sums[i][d / LANES][d % LANES] / total[i];
+}
+
+// Writes k and v (B, T, K, D) to the cache; y (B, T, H, D) becomes q's attention to it. All threads call it.
+template <typename From, typename To>
+static void attention(int64_t B, int64_t T, const From* q, const From* k, const From* v,
+                      const float* cos, const float* sin, const int64_t* positions, Cache cache,
+                      int64_t room, To* y) {
+    #pragma omp for collapse(2)
+    for (int64_t t = 0; t < B * T; t++)
+        for (int h = 0; h < K; h++) {
+            int64_t from = (t * K + h) * D, to = ((t / T * room + positions[t]) * K + h) * D;
+            rotate(k + from, cos + t * D / 2, sin + t * D / 2, cache.k + to);
+            for (int d = 0; d < D; d++) cache.v[to + d] = v[from + d];
+        }
+    #pragma omp for collapse(3) schedule(dynamic)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t begin = (T - 1) / QUERIES * QUERIES; begin >= 0; begin -= QUERIES)  // the longest first
+            for (int h = 0; h < K; h++) {
+                int64_t t = b * T + begin, at = (b * room * K + h) * D, head = (t * H + h * G) * D;
+                attend(std::min<int>(QUERIES, T - begin), q + head, cos + t * D / 2, sin + t * D / 2,
+                       positions + t, cache.k + at, cache.v + at, y + head);
+            }
+}
+
+// -----------------------------------------------------------------------------
+// What llama31.py calls
+
+// Takes x (B, DIM), a token of each row, through all layers, in place.
+extern "C" void read_token(int64_t B, float* x, const float* cos, const float* sin,
+                           const int64_t* positions, const Layer* layers, const Cache* caches,
+                           int64_t room) {
+    int64_t padded = (B + TILE - 1) / TILE * TILE;
+    std::vector<Input> n(padded * DIM), attended(padded * H * D), h(padded * HIDDEN);
+    std::vector<float> q(B * H * D), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
+    auto normalize = [&](const Value* weight) {
+        #pragma omp for
+        for (int b = 0; b < B; b++) norm(x + b * DIM, weight, &n[b * DIM]);
+    };
+    auto add_to_x = [&](int i, int b, float y) { x[b * DIM + i] += y; };
+    #pragma omp parallel
+    for (int l = 0; l < LAYERS; l++) {
+        const Layer& layer = layers[l];
+        normalize(layer.attention_norm);
+        multiply<H * D, DIM>(B, n.data(), layer.wq, [&](int i, int b, float y) { q[b * H * D + i] = y; });
+        multiply<K * D, DIM>(B, n.data(), layer.wk, [&](int i, int b, float y) { k[b * K * D + i] = y; });
+        multiply<K * D, DIM>(B, n.data(), layer.wv, [&](int i, int b, float y) { v[b * K * D + i] = y; });
+        #pragma omp barrier
+        attention(B, 1, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room,
+                  attended.data());
+        multiply<DIM, H * D>(B, attended.data(), layer.wo, add_to_x);
+        #pragma omp barrier
+        normalize(layer.ffn_norm);
+        multiply<HIDDEN, DIM>(B, n.data(), layer.w1, [&](int i, int b, float y) {
+            gate[b * HIDDEN + i] = y / (1 + exponential(-y));  // the same thread reads it below
+        });
+        multiply<HIDDEN, DIM>(B, n.data(), layer.w3, [&](int i, int b, float y) {
+            h[b * HIDDEN + i] = gate[b * HIDDEN + i] * y;
+        });
+        #pragma omp barrier
+        multiply<DIM, HIDDEN>(B, h.data(), layer.w2, add_to_x);
+        #pragma omp barrier
+    }
+}
+
+// x (B, DIM), normalized -> y (B, VOCAB)
+extern "C" void logits(int64_t B, const float* x, const Matrix* output, float* y) {
+    std::vector<Input> n((B + TILE - 1) / TILE * TILE * DIM);
+    std::copy(x, x + B * DIM, n.begin());
+    #pragma omp parallel
+    multiply<VOCAB, DIM>(B, n.data(), *output, [&](int i, int64_t b, float logit) {
+        y[b * VOCAB + i] = logit;
+    });
+}
+
+// Adds to x (N, DIM) what a part of a layer made of a prompt; y (N, DIM): normalized for the next.
+extern "C" void add_and_norm(int64_t N, float* x, const Value* added, const Value* weight, Value* y) {
+    #pragma omp parallel for
+    for (int64_t t = 0; t < N; t++) {
+        for (int i = 0; added && i < DIM; i++) x[t * DIM + i] += added[t * DIM + i];
+        norm(x + t * DIM, weight, y + t * DIM);
+    }
+}
+
+extern "C" void attend_to_prompt(int64_t B, int64_t T, const Value* q, const Value* k, const Value* v,
+                                 const float* cos, const float* sin, const int64_t* positions,
+                                 const Cache* cache, int64_t room, Value* y) {
+    #pragma omp parallel
+    attention(B, T, q, k, v, cos, sin, positions, *cache, room, y);
+}
+
+// gate = silu(gate) * up
+extern "C" void swiglu(int64_t N, Value* gate, const Value* up) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < N; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+}
