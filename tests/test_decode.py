@@ -174,6 +174,7 @@ def test_weights_that_are_not_finite_are_noticed(tmp_path):
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_elsewhere_than_on_the_cpu_blocks_are_compiled_once_for_all_layers_and_prompts():
     eager, compiled = random_llama(), random_llama()
     device = torch.device("cuda")
