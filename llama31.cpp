@@ -25,7 +25,11 @@
 struct bfloat16 {  // the upper half of a float
     uint16_t bits;
     bfloat16() = default;
-    bfloat16(float x) { uint32_t u; memcpy(&u, &x, 4); bits = (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+    bfloat16(float x) {
+        uint32_t u;
+        memcpy(&u, &x, 4);
+        bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // not a number, or the nearest
+    }
     operator float() const { uint32_t u = uint32_t(bits) << 16; float x; memcpy(&x, &u, 4); return x; }
 };
 using Value = VALUE;
@@ -42,7 +46,7 @@ constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
 static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
 static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 
-static float exponential(float x) {  // to 1e-7, in a form that compilers vectorize
+static float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
     x = std::min(std::max(x * 1.44269504f, -126.0f), 127.0f);
     float n = std::floor(x), f = x - n, power;
     uint32_t bits = uint32_t(int32_t(n) + 127) << 23;

@@ -578,9 +578,9 @@ def can_compile(device):
 
 @functools.cache
 def compile_kernels(**constants):
-    """llama31.cpp as a ctypes library for the processor it runs on; RuntimeError if the compiler fails."""
+    """llama31.cpp as a ctypes library for the processor it runs on; OSError if the compiler fails."""
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    source += Path(__file__).with_name("llama31.cpp").read_text(encoding="utf-8")
+    source += '#line 1 "llama31.cpp"\n' + Path(__file__).with_name("llama31.cpp").read_text(encoding="utf-8")
     compiler = os.environ.get("CXX", "g++")
     flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
              "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # sums in any order
@@ -590,8 +590,9 @@ def compile_kernels(**constants):
                         [compiler, "-shared", "-o", library, compiled]):  # it finds the OpenMP of PyTorch
             done = subprocess.run(command, input=source, text=True, capture_output=True)
             if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-                raise RuntimeError(f"{compiler} can't compile llama31.cpp: {errors[0].strip()}")
+                lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+                reason = next((line for line in lines if "error" in line), lines[0])
+                raise OSError(f"{compiler} can't compile llama31.cpp: {reason.strip()}")
         return ctypes.CDLL(library)
 
 
@@ -602,11 +603,14 @@ def call(function, *arguments):
 
 
 def move_to_huge_pages(model):
-    """Puts weights on the CPU into pages of 2 MB, which are read a tenth faster than those of 4 KB."""
+    """Puts weights on the CPU into pages of 2 MB, which are read a tenth faster than those of 4 KB.
+
+    Where a system has none, into one piece of memory.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]
     memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE)
-    with contextlib.suppress(OSError):  # a kernel that has none
+    with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     for tensor, place in zip(tensors, torch.frombuffer(memory, dtype=torch.uint8).split(sizes), strict=True):
         tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
@@ -616,16 +620,20 @@ class CompiledReader:
     """Reads tokens and makes logits by what is in llama31.cpp; the weights must stay where they are."""
 
     def __init__(self, model):
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            move_to_huge_pages(model)
-        self.model = model
+        self.model, dtype = model, model.norm.weight.dtype
+        types = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
+        if dtype not in types:
+            raise OSError(f"nothing can be compiled for {dtype}; take --dtype float32")
+        self.value = types[dtype]
+        self.weight = "int8_t" if isinstance(model.output, Int8Linear) else self.value
+        self.kernels(1)  # before anything is changed
+        move_to_huge_pages(model)
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
         self.layers = torch.tensor([self.addresses(
             layer.attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
             layer.attention.wo, layer.ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
             layer.feed_forward.w2) for layer in model.layers])
         self.output = torch.tensor(self.addresses(model.output))
-        self.kernels(1)
 
     @staticmethod
     def addresses(*modules):
@@ -640,16 +648,14 @@ class CompiledReader:
 
     def kernels(self, B):
         """The library for B rows, of which it multiplies up to 8 at once."""
-        args, dtype = self.model.args, self.model.norm.weight.dtype
-        value = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}[dtype]
-        weight = "int8_t" if isinstance(self.model.output, Int8Linear) else value
+        args = self.model.args
         tile, chunk = math.ceil(B / math.ceil(B / 8)), math.gcd(64, args.dim, args.hidden_dim)
         lanes = math.gcd(16, chunk, args.head_dim)
         return compile_kernels(
             DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
-            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f", VALUE=value,
-            WEIGHT=weight, TILE=tile, CHUNK=chunk, LANES=lanes,
-            PAIRS=int(weight == "bfloat16" and tile > 2 and chunk % 32 == 0 and lanes == 16))
+            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
+            VALUE=self.value, WEIGHT=self.weight, TILE=tile, CHUNK=chunk, LANES=lanes,
+            PAIRS=int(self.weight == "bfloat16" and tile > 2 and chunk % 32 == 0 and lanes == 16))
 
     def read(self, tokens, start_pos, caches):
         """As Transformer.read."""
@@ -690,7 +696,7 @@ def compile_inference(model):
     try:
         reader = CompiledReader(model)
         model.read, model.logits = reader.read, reader.logits
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         print(f"{error}; --compile has no effect", file=sys.stderr)
 
 # -----------------------------------------------------------------------------
