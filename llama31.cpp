@@ -46,6 +46,27 @@ constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
 static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
 static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 
+static inline Floats add_neighbours(Floats a, Floats b) {  // of a, and after them of b
+    int32_t __attribute__((vector_size(4 * LANES))) even, odd;
+    for (int i = 0; i < LANES; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+}
+
+// sums[i] = sum(v[i]) for N of at most 8, which together take a third of the steps.
+template <int N>
+static inline void add_up(const Floats* v, float* sums) {
+    if (N < 3 || LANES < 16) {
+        for (int i = 0; i < N; i++) sums[i] = sum(v[i]);
+        return;
+    }
+    Floats some[8];
+    for (int i = 0; i < 8; i++) some[i] = v[std::min(i, N - 1)];
+    for (int n = 4; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) some[i] = add_neighbours(some[2 * i], some[2 * i + 1]);
+    some[0] = add_neighbours(some[0], some[0]);
+    memcpy(sums, some, N * sizeof *sums);
+}
+
 static float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
     x = std::min(std::max(x * 1.44269504f, -126.0f), 127.0f);
     float n = std::floor(x), f = x - n, power;
@@ -121,8 +142,11 @@ static void multiply(int B, const Input* x, Matrix matrix, Use use) {
             }
             Floats sums[ROWS][TILE] = {};
             for (int j = 0; j < IN; j += CHUNK) add_products<IN, ROWS>(sums, x + tile * IN, w, scales, j);
-            for (int r = 0; r < ROWS && i + r * rows < end; r++)
-                for (int b = 0; b < TILE && tile + b < B; b++) use(i + r * rows, tile + b, sum(sums[r][b]));
+            for (int r = 0; r < ROWS && i + r * rows < end; r++) {
+                float y[TILE];
+                add_up<TILE>(sums[r], y);
+                for (int b = 0; b < TILE && tile + b < B; b++) use(i + r * rows, tile + b, y[b]);
+            }
         }
 }
 
@@ -153,12 +177,13 @@ static void attend(int T, const From* q, const float* cos, const float* sin, con
         for (int i = 0; i < T * G; i++) {
             int seen = std::min<int64_t>(size, positions[i / G] + 1 - begin);
             float probs[BLOCK], before = top[i];
-            for (int s = 0; s < seen; s++) {
-                Floats products = {};
-                for (int d = 0; d < D; d += LANES) products += load(query[i] + d) * load(key[s] + d);
-                probs[s] = sum(products);
-                top[i] = std::max(top[i], probs[s]);
+            for (int s = 0; s < seen; s += 8) {
+                Floats products[8] = {};
+                for (int d = 0; d < D; d += LANES)
+                    for (int j = 0; j < 8; j++) products[j] += load(query[i] + d) * load(key[s + j] + d);
+                add_up<8>(products, probs + s);
             }
+            for (int s = 0; s < seen; s++) top[i] = std::max(top[i], probs[s]);
             Floats some[D / LANES];  // of the sums, in registers
             float kept = exponential(before - top[i]);
             for (int d = 0; d < D / LANES; d++) some[d] = sums[i][d] * kept;

@@ -655,7 +655,7 @@ class CompiledReader:
             DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
             H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
             VALUE=self.value, WEIGHT=self.weight, TILE=tile, CHUNK=chunk, LANES=lanes,
-            PAIRS=int(self.weight == "bfloat16" and tile > 2 and chunk % 32 == 0 and lanes == 16))
+            PAIRS=int(self.weight == "bfloat16" and chunk % 32 == 0 and lanes == 16))
 
     def read(self, tokens, start_pos, caches):
         """As Transformer.read."""
