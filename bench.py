@@ -68,6 +68,11 @@ def read_bandwidth(device):
     return x.nbytes / min(best_seconds(x.sum, device), best_seconds(lambda: x @ x, device))
 
 
+def limits(device):
+    """What the machine reaches just now: bytes/s, and operations/s in float32 and in bfloat16."""
+    return read_bandwidth(device), gemm_peak(torch.float32, device), gemm_peak(torch.bfloat16, device)
+
+
 def processor(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -258,7 +263,7 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
           compile: bool = True, device: str | None = None, batch_size: int = 8, prompt_len: int = 512,
           decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False,
           train: bool = False):
-    """Measures the machine, then loading, prefill and decoding of a checkpoint directory, as a table.
+    """Measures loading, prefill and decoding of a checkpoint directory, and the machine before and after.
 
     ckpt_dir None: the checkpoint last written under out/. peers: also transformers and llama.cpp where they
     are installed, with the same weights, in alternation; ratios are of tokens per second, ours to theirs,
@@ -271,11 +276,7 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
     check_least(batch_size=(batch_size, 1), prompt_len=(prompt_len, 1), new=(new, 2), rounds=(rounds, 1),
                 decode_prompt_len=(decode_prompt_len, 1))
     device, room = llama31.choose_device(device), max(prompt_len, decode_prompt_len) + new
-    bandwidth = read_bandwidth(device)
-    peaks = {d: gemm_peak(getattr(torch, d), device) for d in ("float32", "bfloat16")}
-    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: reads "
-          f"{bandwidth / 1e9:.1f} GB/s; "
-          + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items()))
+    before = limits(device)
     start = time.perf_counter()
     llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
     load = time.perf_counter() - start
@@ -304,6 +305,10 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
                 prefill, decode = run(rows, count)
                 rate = sum(map(len, rows)) / prefill if count == 1 else len(rows) * (count - 1) / decode
                 rates.setdefault((job, name), []).append(rate)
+    bandwidth, *peaks = map(max, before, limits(device))
+    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: reads "
+          f"{bandwidth / 1e9:.1f} GB/s; float32 {peaks[0] / 1e9:,.0f} GFLOP/s, "
+          f"bfloat16 {peaks[1] / 1e9:,.0f} GFLOP/s")
     weight_bytes = 1 + 4 / 64 if quantize else held.itemsize
     compiled = "read" in vars(llama.model) if device.type == "cpu" else compile
     print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
@@ -318,7 +323,7 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
         rate = statistics.median(ours_rates)
         if count == 1:
             reached = rate / sum(lengths) * prefill_flops(args, lengths)
-            limit, unit = peaks.get(kind, peaks["float32"]), "GFLOP/s"
+            limit, unit = peaks[kind == "bfloat16"], "GFLOP/s"
         else:
             halfway = [n + count // 2 for n in lengths]
             reached = rate / len(rows) * decode_bytes(args, halfway, weight_bytes, held.itemsize)
