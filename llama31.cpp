@@ -2,7 +2,7 @@
 //
 // To read a token, every weight is used once, so that the memory's bandwidth is the limit. PyTorch's
 // operations reach a third of it: each starts and ends all threads, and for few rows F.linear reads at half
-// of that speed. So read_token takes a token of each row through all layers, with activations in float32.
+// of that speed. So read_token takes a token of each row through all layers in one call, summing in float32.
 // Prompts are matrix products, which PyTorch does well; what lies between those is here, too.
 //
 // Defined by llama31.py: the model's DIM, HIDDEN, VOCAB, LAYERS, H (query heads), K (key/value heads), D
@@ -76,6 +76,8 @@ static float exponential(float x) {  // to 4e-6, in a form that compilers vector
                        + f * (0.00901703029f + f * 0.00186713011f)))));
 }
 
+static float silu(float x) { return x / (1 + exponential(-x)); }
+
 template <typename To>
 static void norm(const float* x, const Value* weight, To* y) {
     float squares = 0;
@@ -124,8 +126,10 @@ void add_products(Floats (*sums)[TILE], const Input* x, const Weight** w, const 
 }
 #endif
 
+static int64_t whole_tiles(int64_t B) { return (B + TILE - 1) / TILE * TILE; }
+
 // use(i, b, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the matrix. It
-// is read in several places at once, which is faster than in one. Memory of x goes on to a tile's end.
+// is read in several places at once, which is faster than in one. x has room for whole_tiles(B).
 template <int OUT, int IN, typename Use>
 static void multiply(int B, const Input* x, Matrix matrix, Use use) {
     constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
@@ -228,7 +232,7 @@ static void attention(int64_t B, int64_t T, const From* q, const From* k, const 
 extern "C" void read_token(int64_t B, float* x, const float* cos, const float* sin,
                            const int64_t* positions, const Layer* layers, const Cache* caches,
                            int64_t room) {
-    int64_t padded = (B + TILE - 1) / TILE * TILE;
+    int64_t padded = whole_tiles(B);
     std::vector<Input> n(padded * DIM), attended(padded * H * D), h(padded * HIDDEN);
     std::vector<float> q(B * H * D), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
     auto normalize = [&](const Value* weight) {
@@ -250,7 +254,7 @@ extern "C" void read_token(int64_t B, float* x, const float* cos, const float* s
         #pragma omp barrier
         normalize(layer.ffn_norm);
         multiply<HIDDEN, DIM>(B, n.data(), layer.w1, [&](int i, int b, float y) {
-            gate[b * HIDDEN + i] = y / (1 + exponential(-y));  // the same thread reads it below
+            gate[b * HIDDEN + i] = silu(y);  // the same thread reads it below
         });
         multiply<HIDDEN, DIM>(B, n.data(), layer.w3, [&](int i, int b, float y) {
             h[b * HIDDEN + i] = gate[b * HIDDEN + i] * y;
@@ -263,7 +267,7 @@ extern "C" void read_token(int64_t B, float* x, const float* cos, const float* s
 
 // x (B, DIM), normalized -> y (B, VOCAB)
 extern "C" void logits(int64_t B, const float* x, const Matrix* output, float* y) {
-    std::vector<Input> n((B + TILE - 1) / TILE * TILE * DIM);
+    std::vector<Input> n(whole_tiles(B) * DIM);
     std::copy(x, x + B * DIM, n.begin());
     #pragma omp parallel
     multiply<VOCAB, DIM>(B, n.data(), *output, [&](int i, int64_t b, float logit) {
@@ -290,5 +294,5 @@ extern "C" void attend_to_prompt(int64_t B, int64_t T, const Value* q, const Val
 // gate = silu(gate) * up
 extern "C" void swiglu(int64_t N, Value* gate, const Value* up) {
     #pragma omp parallel for
-    for (int64_t i = 0; i < N; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+    for (int64_t i = 0; i < N; i++) gate[i] = silu(gate[i]) * up[i];
 }

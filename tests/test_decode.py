@@ -119,10 +119,10 @@ def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llamas
 
 
 @pytest.mark.slow
-def test_a_prompt_is_the_same_read_in_chunks(llamas):
+def test_a_prompt_is_the_same_read_in_chunks(llamas, monkeypatch):
     prompts = [list(range(50, 89)), [3] * 25, list(range(9, 29))]
     expected, (_, compiled) = greedy(llamas[0], prompts, 2)[0], llamas
-    compiled.model.tokens_at_once = 19 * len(prompts)
+    monkeypatch.setattr(compiled.model, "tokens_at_once", 19 * len(prompts))
     assert (greedy(compiled, prompts, 2)[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
