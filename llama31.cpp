@@ -96,65 +96,6 @@ static void rotate(const From* x, const float* cos, const float* sin, To* y) {
 }
 
 // -----------------------------------------------------------------------------
-// Products of a matrix and few rows
-
-// sums[r][b] += row r of w times row b of x (TILE, IN), both from j on, CHUNK elements of them.
-#if PAIRS && defined(__AVX512BF16__)
-using Input = bfloat16;
-template <int IN, int ROWS>
-static inline __attribute__((always_inline))
-void add_products(Floats (*sums)[TILE], const Input* x, const Weight** w, const float**, int j) {
-    for (int i = j; i < j + CHUNK; i += 32)
-        for (int b = 0; b < TILE; b++)
-            for (int r = 0; r < ROWS; r++)
-                sums[r][b] = _mm512_dpbf16_ps(sums[r][b], (__m512bh)_mm512_loadu_si512(w[r] + i),
-                                              (__m512bh)_mm512_loadu_si512(x + b * IN + i));
-}
-#else
-using Input = float;
-template <int IN, int ROWS>
-static inline __attribute__((always_inline))
-void add_products(Floats (*sums)[TILE], const Input* x, const Weight** w, const float** scales, int j) {
-    float row[ROWS][CHUNK];
-    for (int r = 0; r < ROWS; r++) {
-        float scale = INT8 ? scales[r][j / std::gcd(64, IN)] : 1;
-        for (int i = 0; i < CHUNK; i++) row[r][i] = w[r][j + i] * scale;
-    }
-    for (int i = 0; i < CHUNK; i += LANES)
-        for (int b = 0; b < TILE; b++)
-            for (int r = 0; r < ROWS; r++) sums[r][b] += load(row[r] + i) * load(x + b * IN + j + i);
-}
-#endif
-
-static int64_t whole_tiles(int64_t B) { return (B + TILE - 1) / TILE * TILE; }
-
-// use(i, b, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the matrix. It
-// is read in several places at once, which is faster than in one. x has room for whole_tiles(B).
-template <int OUT, int IN, typename Use>
-static void multiply(int B, const Input* x, Matrix matrix, Use use) {
-    constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
-    int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
-    int begin = OUT * me / n, end = OUT * (me + 1) / n, rows = (end - begin + ROWS - 1) / ROWS;
-    for (int i = begin; i < begin + rows; i++)
-        for (int tile = 0; tile < B; tile += TILE) {
-            const Weight* w[ROWS];
-            const float* scales[ROWS];
-            for (int r = 0; r < ROWS; r++) {
-                int64_t at = int64_t(std::min(i + r * rows, end - 1)) * IN;
-                w[r] = matrix.values + at;
-                scales[r] = INT8 ? matrix.scales + at / std::gcd(64, IN) : nullptr;
-            }
-            Floats sums[ROWS][TILE] = {};
-            for (int j = 0; j < IN; j += CHUNK) add_products<IN, ROWS>(sums, x + tile * IN, w, scales, j);
-            for (int r = 0; r < ROWS && i + r * rows < end; r++) {
-                float y[TILE];
-                add_up<TILE>(sums[r], y);
-                for (int b = 0; b < TILE && tile + b < B; b++) use(i + r * rows, tile + b, y[b]);
-            }
-        }
-}
-
-// -----------------------------------------------------------------------------
 // Attention
 
 // Of T tokens, at most QUERIES, and the G query heads that share keys and values. Softmax is that of the
@@ -226,54 +167,104 @@ static void attention(int64_t B, int64_t T, const From* q, const From* k, const 
 }
 
 // -----------------------------------------------------------------------------
-// What llama31.py calls
+// Tokens: all that is for few rows alone
+
+// sum + x * w for the STEP elements that x and w point to
+#if PAIRS && defined(__AVX512BF16__)
+using Input = bfloat16;
+constexpr int STEP = 32;
+static Floats add_product(Floats sum, const Input* x, const Input* w) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
+}
+#else
+using Input = float;
+constexpr int STEP = LANES;
+static Floats add_product(Floats sum, const Input* x, const Input* w) { return sum + load(x) * load(w); }
+#endif
+struct alignas(64) Line { Input inputs[64 / sizeof(Input)]; };  // of the processor's cache, read at once
+
+// CHUNK weights as inputs: where they are, or converted
+static const Input* as_inputs(const Input* w, float, Input*) { return w; }
+template <typename From>
+static inline const Input* as_inputs(const From* w, float scale, Input* converted) {
+    for (int i = 0; i < CHUNK; i++) converted[i] = w[i] * scale;
+    return converted;
+}
+
+// use(b * OUT + i, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the
+// matrix. It is read in several places at once, which is faster. x has room for TILE rows more.
+template <int OUT, int IN, typename Use>
+static void multiply(int64_t B, const Input* x, Matrix matrix, Use use) {
+    constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
+    int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
+    int64_t begin = OUT * me / n, end = OUT * (me + 1) / n, rows = (end - begin + ROWS - 1) / ROWS;
+    for (int64_t i = begin; i < begin + rows; i++)
+        for (int64_t tile = 0; tile < B; tile += TILE) {
+            Floats sums[ROWS][TILE] = {};
+            for (int j = 0; j < IN; j += CHUNK) {
+                alignas(64) Input converted[ROWS][CHUNK];
+                const Input* w[ROWS];
+                for (int r = 0; r < ROWS; r++) {
+                    int64_t at = std::min(i + r * rows, end - 1) * IN + j;
+                    float scale = INT8 ? matrix.scales[at / std::gcd(64, IN)] : 1;
+                    w[r] = as_inputs(matrix.values + at, scale, converted[r]);
+                }
+                for (int k = 0; k < CHUNK; k += STEP)
+                    for (int b = 0; b < TILE; b++)
+                        for (int r = 0; r < ROWS; r++)
+                            sums[r][b] = add_product(sums[r][b], x + (tile + b) * IN + j + k, w[r] + k);
+            }
+            for (int r = 0; r < ROWS && i + r * rows < end; r++) {
+                float y[TILE];
+                add_up<TILE>(sums[r], y);
+                for (int b = 0; b < TILE && tile + b < B; b++) use((tile + b) * OUT + i + r * rows, y[b]);
+            }
+        }
+}
 
 // Takes x (B, DIM), a token of each row, through all layers, in place.
 extern "C" void read_token(int64_t B, float* x, const float* cos, const float* sin,
                            const int64_t* positions, const Layer* layers, const Cache* caches,
                            int64_t room) {
-    int64_t padded = whole_tiles(B);
-    std::vector<Input> n(padded * DIM), attended(padded * H * D), h(padded * HIDDEN);
-    std::vector<float> q(B * H * D), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
+    std::vector<Line> lines((B + TILE) * (2 * DIM + HIDDEN) * sizeof(Input) / sizeof(Line) + 1);
+    Input *n = lines[0].inputs, *attended = n + (B + TILE) * DIM, *h = attended + (B + TILE) * DIM;
+    std::vector<float> q(B * DIM), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
     auto normalize = [&](const Value* weight) {
         #pragma omp for
-        for (int b = 0; b < B; b++) norm(x + b * DIM, weight, &n[b * DIM]);
+        for (int64_t b = 0; b < B; b++) norm(x + b * DIM, weight, n + b * DIM);
     };
-    auto add_to_x = [&](int i, int b, float y) { x[b * DIM + i] += y; };
+    auto add_to_x = [&](int64_t i, float y) { x[i] += y; };
     #pragma omp parallel
     for (int l = 0; l < LAYERS; l++) {
         const Layer& layer = layers[l];
         normalize(layer.attention_norm);
-        multiply<H * D, DIM>(B, n.data(), layer.wq, [&](int i, int b, float y) { q[b * H * D + i] = y; });
-        multiply<K * D, DIM>(B, n.data(), layer.wk, [&](int i, int b, float y) { k[b * K * D + i] = y; });
-        multiply<K * D, DIM>(B, n.data(), layer.wv, [&](int i, int b, float y) { v[b * K * D + i] = y; });
+        multiply<DIM, DIM>(B, n, layer.wq, [&](int64_t i, float y) { q[i] = y; });
+        multiply<K * D, DIM>(B, n, layer.wk, [&](int64_t i, float y) { k[i] = y; });
+        multiply<K * D, DIM>(B, n, layer.wv, [&](int64_t i, float y) { v[i] = y; });
         #pragma omp barrier
-        attention(B, 1, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room,
-                  attended.data());
-        multiply<DIM, H * D>(B, attended.data(), layer.wo, add_to_x);
+        attention(B, 1, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room, attended);
+        multiply<DIM, DIM>(B, attended, layer.wo, add_to_x);
         #pragma omp barrier
         normalize(layer.ffn_norm);
-        multiply<HIDDEN, DIM>(B, n.data(), layer.w1, [&](int i, int b, float y) {
-            gate[b * HIDDEN + i] = silu(y);  // the same thread reads it below
-        });
-        multiply<HIDDEN, DIM>(B, n.data(), layer.w3, [&](int i, int b, float y) {
-            h[b * HIDDEN + i] = gate[b * HIDDEN + i] * y;
-        });
+        // Without a barrier between: a thread has the same rows of w1 and w3.
+        multiply<HIDDEN, DIM>(B, n, layer.w1, [&](int64_t i, float y) { gate[i] = silu(y); });
+        multiply<HIDDEN, DIM>(B, n, layer.w3, [&](int64_t i, float y) { h[i] = gate[i] * y; });
         #pragma omp barrier
-        multiply<DIM, HIDDEN>(B, h.data(), layer.w2, add_to_x);
+        multiply<DIM, HIDDEN>(B, h, layer.w2, add_to_x);
         #pragma omp barrier
     }
 }
 
 // x (B, DIM), normalized -> y (B, VOCAB)
 extern "C" void logits(int64_t B, const float* x, const Matrix* output, float* y) {
-    std::vector<Input> n(whole_tiles(B) * DIM);
-    std::copy(x, x + B * DIM, n.begin());
+    std::vector<Line> lines((B + TILE) * DIM * sizeof(Input) / sizeof(Line) + 1);
+    std::copy(x, x + B * DIM, lines[0].inputs);
     #pragma omp parallel
-    multiply<VOCAB, DIM>(B, n.data(), *output, [&](int i, int64_t b, float logit) {
-        y[b * VOCAB + i] = logit;
-    });
+    multiply<VOCAB, DIM>(B, lines[0].inputs, *output, [&](int64_t i, float logit) { y[i] = logit; });
 }
+
+// -----------------------------------------------------------------------------
+// What lies between a prompt's matrix products
 
 // Adds to x (N, DIM) what a part of a layer made of a prompt; y (N, DIM): normalized for the next.
 extern "C" void add_and_norm(int64_t N, float* x, const Value* added, const Value* weight, Value* y) {
