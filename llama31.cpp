@@ -256,7 +256,7 @@ extern "C" void read_token(int64_t B, float* x, const float* cos, const float* s
 }
 
 // x (B, DIM), normalized -> y (B, VOCAB)
-extern "C" void logits(int64_t B, const float* x, const Matrix* output, float* y) {
+extern "C" void logits(int64_t B, const Value* x, const Matrix* output, float* y) {
     std::vector<Line> lines((B + TILE) * DIM * sizeof(Input) / sizeof(Line) + 1);
     std::copy(x, x + B * DIM, lines[0].inputs);
     #pragma omp parallel
@@ -266,7 +266,7 @@ extern "C" void logits(int64_t B, const float* x, const Matrix* output, float* y
 // -----------------------------------------------------------------------------
 // What lies between a prompt's matrix products
 
-// Adds to x (N, DIM) what a part of a layer made of a prompt; y (N, DIM): normalized for the next.
+// Adds to x (N, DIM) what a part of a layer made of it; y (N, DIM) becomes x normalized, for the next.
 extern "C" void add_and_norm(int64_t N, float* x, const Value* added, const Value* weight, Value* y) {
     #pragma omp parallel for
     for (int64_t t = 0; t < N; t++) {

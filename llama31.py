@@ -628,8 +628,15 @@ class CompiledReader:
         types = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
         if dtype not in types:
             raise OSError(f"nothing can be compiled for {dtype}; take --dtype float32")
-        self.value = types[dtype]
-        self.weight = "int8_t" if isinstance(model.output, Int8Linear) else self.value
+        args, value = model.args, types[dtype]
+        weight = "int8_t" if isinstance(model.output, Int8Linear) else value
+        chunk = math.gcd(64, args.dim, args.hidden_dim)
+        lanes = math.gcd(16, chunk, args.head_dim)
+        self.constants = dict(
+            DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
+            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
+            VALUE=value, WEIGHT=weight, CHUNK=chunk, LANES=lanes,
+            PAIRS=int(weight == "bfloat16" and chunk % 32 == 0 and lanes == 16))
         self.kernels(1)  # before anything is changed
         move_to_huge_pages(model)
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
@@ -652,42 +659,36 @@ class CompiledReader:
 
     def kernels(self, B):
         """The library for B rows, of which it multiplies up to 8 at once."""
-        args = self.model.args
-        tile, chunk = math.ceil(B / math.ceil(B / 8)), math.gcd(64, args.dim, args.hidden_dim)
-        lanes = math.gcd(16, chunk, args.head_dim)
-        return compile_kernels(
-            DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
-            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
-            VALUE=self.value, WEIGHT=self.weight, TILE=tile, CHUNK=chunk, LANES=lanes,
-            PAIRS=int(self.weight == "bfloat16" and chunk % 32 == 0 and lanes == 16))
+        return compile_kernels(TILE=math.ceil(B / math.ceil(B / 8)), **self.constants)
 
     def read(self, tokens, start_pos, caches):
         """As Transformer.read."""
         (B, T), model, room = tokens.shape, self.model, caches[0].k.size(1)
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
         where = *model.angles(positions), positions
-        x = model.tok_embeddings(tokens).float()
+        x, dtype = model.tok_embeddings(tokens).float(), model.norm.weight.dtype
         caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
+        kernels, h, added = self.kernels(B if T == 1 else 1), torch.empty_like(x, dtype=dtype), None
         if T == 1:
-            call(self.kernels(B).read_token, B, x, *where, self.layers, caches, room)
-            return model.norm(x)
-        kernels, h, added = self.kernels(1), torch.empty_like(x, dtype=model.norm.weight.dtype), None
-        for layer, cache in zip(model.layers, caches, strict=True):
-            attention, ffn = layer.attention, layer.feed_forward
-            call(kernels.add_and_norm, B * T, x, added, layer.attention_norm.weight, h)
-            q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-            call(kernels.attend_to_prompt, B, T, q, k, v, *where, cache, room, h)
-            added = attention.wo(h)
-            call(kernels.add_and_norm, B * T, x, added, layer.ffn_norm.weight, h)
-            gate, up = ffn.w1(h), ffn.w3(h)
-            call(kernels.swiglu, gate.numel(), gate, up)
-            added = ffn.w2(gate)
-        return model.norm(x + added)
+            call(kernels.read_token, B, x, *where, self.layers, caches, room)
+        else:
+            for layer, cache in zip(model.layers, caches, strict=True):
+                attention, ffn = layer.attention, layer.feed_forward
+                call(kernels.add_and_norm, B * T, x, added, layer.attention_norm.weight, h)
+                q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
+                call(kernels.attend_to_prompt, B, T, q, k, v, *where, cache, room, h)
+                added = attention.wo(h)
+                call(kernels.add_and_norm, B * T, x, added, layer.ffn_norm.weight, h)
+                gate, up = ffn.w1(h), ffn.w3(h)
+                call(kernels.swiglu, gate.numel(), gate, up)
+                added = ffn.w2(gate)
+        call(kernels.add_and_norm, B * T, x, added, model.norm.weight, h)
+        return h
 
     def logits(self, x):
         """As Transformer.logits."""
         logits = torch.empty(len(x), self.model.args.vocab_size)
-        call(self.kernels(len(x)).logits, len(x), x.float().contiguous(), self.output, logits)
+        call(self.kernels(len(x)).logits, len(x), x, self.output, logits)
         return logits
 
 
