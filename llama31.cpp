@@ -7,8 +7,9 @@
 //
 // Defined by llama31.py: the model's DIM, HIDDEN, VOCAB, LAYERS, H (query heads), K (key/value heads), D
 // (their dimension) and EPS; VALUE, the type of norms and caches; WEIGHT, that of matrices; TILE, as many
-// rows of x as are multiplied at once; CHUNK, which divides DIM and HIDDEN; LANES, which divides CHUNK and
-// D; PAIRS, whether a processor that multiplies bfloat16 in pairs shall do so.
+// rows of x as are multiplied at once, up to 8; CHUNK, which divides 64, DIM and HIDDEN; LANES, which
+// divides CHUNK and D; PAIRS, whether a processor that multiplies bfloat16 in pairs shall do so, for which
+// chunks are 32 or 64.
 
 #include <algorithm>
 #include <cmath>
@@ -42,6 +43,8 @@ struct Layer {
 };
 struct Cache { Value *k, *v; };  // (B, room, K, D) each
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
+static_assert(H * D == DIM && DIM % CHUNK == 0 && HIDDEN % CHUNK == 0);
+static_assert(CHUNK % LANES == 0 && D % LANES == 0);
 
 static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
 static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
@@ -167,7 +170,7 @@ static void attention(int64_t B, int64_t T, const From* q, const From* k, const 
 }
 
 // -----------------------------------------------------------------------------
-// Tokens: all that is for few rows alone
+// A token of each row: products of matrices and few rows, and all layers in one call
 
 // sum + x * w for the STEP elements that x and w point to
 #if PAIRS && defined(__AVX512BF16__)
@@ -181,18 +184,17 @@ using Input = float;
 constexpr int STEP = LANES;
 static Floats add_product(Floats sum, const Input* x, const Input* w) { return sum + load(x) * load(w); }
 #endif
-struct alignas(64) Line { Input inputs[64 / sizeof(Input)]; };  // of the processor's cache, read at once
 
-// CHUNK weights as inputs: where they are, or converted
+// CHUNK weights as inputs: where they are, or converted and times their scale
 static const Input* as_inputs(const Input* w, float, Input*) { return w; }
 template <typename From>
-static inline const Input* as_inputs(const From* w, float scale, Input* converted) {
+static const Input* as_inputs(const From* w, float scale, Input* converted) {
     for (int i = 0; i < CHUNK; i++) converted[i] = w[i] * scale;
     return converted;
 }
 
 // use(b * OUT + i, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the
-// matrix. It is read in several places at once, which is faster. x has room for TILE rows more.
+// matrix. It is read in several places at once, which is faster. x has room for TILE - 1 rows more.
 template <int OUT, int IN, typename Use>
 static void multiply(int64_t B, const Input* x, Matrix matrix, Use use) {
     constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
@@ -222,11 +224,15 @@ static void multiply(int64_t B, const Input* x, Matrix matrix, Use use) {
         }
 }
 
+// Room for inputs that begins with a line of the processor's cache: loads across two lines take longer.
+struct alignas(64) Line { Input inputs[64 / sizeof(Input)]; };
+static std::vector<Line> make_lines(int64_t n) { return std::vector<Line>(n * sizeof(Input) / 64 + 1); }
+
 // Takes x (B, DIM), a token of each row, through all layers, in place.
 extern "C" void read_token(int64_t B, float* x, const float* cos, const float* sin,
                            const int64_t* positions, const Layer* layers, const Cache* caches,
                            int64_t room) {
-    std::vector<Line> lines((B + TILE) * (2 * DIM + HIDDEN) * sizeof(Input) / sizeof(Line) + 1);
+    auto lines = make_lines((B + TILE) * (2 * DIM + HIDDEN));
     Input *n = lines[0].inputs, *attended = n + (B + TILE) * DIM, *h = attended + (B + TILE) * DIM;
     std::vector<float> q(B * DIM), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
     auto normalize = [&](const Value* weight) {
@@ -257,16 +263,16 @@ extern "C" void read_token(int64_t B, float* x, const float* cos, const float* s
 
 // x (B, DIM), normalized -> y (B, VOCAB)
 extern "C" void logits(int64_t B, const Value* x, const Matrix* output, float* y) {
-    std::vector<Line> lines((B + TILE) * DIM * sizeof(Input) / sizeof(Line) + 1);
+    auto lines = make_lines((B + TILE) * DIM);
     std::copy(x, x + B * DIM, lines[0].inputs);
     #pragma omp parallel
     multiply<VOCAB, DIM>(B, lines[0].inputs, *output, [&](int64_t i, float logit) { y[i] = logit; });
 }
 
 // -----------------------------------------------------------------------------
-// What lies between a prompt's matrix products
+// What lies between a prompt's matrix products, and the last norm
 
-// Adds to x (N, DIM) what a part of a layer made of it; y (N, DIM) becomes x normalized, for the next.
+// Adds to x (N, DIM) what a part of a layer made of it, if any; y (N, DIM) becomes x normalized.
 extern "C" void add_and_norm(int64_t N, float* x, const Value* added, const Value* weight, Value* y) {
     #pragma omp parallel for
     for (int64_t t = 0; t < N; t++) {

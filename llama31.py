@@ -666,9 +666,10 @@ class CompiledReader:
         (B, T), model, room = tokens.shape, self.model, caches[0].k.size(1)
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
         where = *model.angles(positions), positions
-        x, dtype = model.tok_embeddings(tokens).float(), model.norm.weight.dtype
+        x = model.tok_embeddings(tokens).float()
         caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
-        kernels, h, added = self.kernels(B if T == 1 else 1), torch.empty_like(x, dtype=dtype), None
+        h, added = torch.empty_like(x, dtype=model.norm.weight.dtype), None
+        kernels = self.kernels(B if T == 1 else 1)  # those for prompts are the same for any B
         if T == 1:
             call(kernels.read_token, B, x, *where, self.layers, caches, room)
         else:
@@ -688,7 +689,7 @@ class CompiledReader:
     def logits(self, x):
         """As Transformer.logits."""
         logits = torch.empty(len(x), self.model.args.vocab_size)
-        call(self.kernels(len(x)).logits, len(x), x, self.output, logits)
+        call(self.kernels(len(x)).logits, len(x), x.contiguous(), self.output, logits)
         return logits
 
 

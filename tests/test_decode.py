@@ -151,6 +151,15 @@ def test_keys_and_values_fill_all_of_the_caches_room_and_nothing_else(llamas):
 
 
 @pytest.mark.slow
+@torch.inference_mode()
+def test_logits_are_those_of_any_rows_of_hidden_states(llamas):
+    eager, compiled = llamas
+    x = torch.randn(3, 5, eager.model.args.dim, generator=torch.Generator().manual_seed(0))[:, -1]
+    expected = eager.model.logits(x)
+    assert (compiled.model.logits(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
 def test_gates_that_are_far_below_zero_are_shut():
     eager, compiled = random_llama(), random_llama()
     for llama in (eager, compiled):
