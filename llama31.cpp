@@ -44,7 +44,7 @@ struct Layer {
 struct Cache { Value *k, *v; };  // (B, room, K, D) each
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
 static_assert(H * D == DIM && DIM % CHUNK == 0 && HIDDEN % CHUNK == 0);
-static_assert(CHUNK % LANES == 0 && D % LANES == 0);
+static_assert(64 % CHUNK == 0 && CHUNK % LANES == 0 && D % LANES == 0 && TILE <= 8);
 
 static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
 static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
@@ -184,6 +184,7 @@ using Input = float;
 constexpr int STEP = LANES;
 static Floats add_product(Floats sum, const Input* x, const Input* w) { return sum + load(x) * load(w); }
 #endif
+static_assert(CHUNK % STEP == 0);
 
 // CHUNK weights as inputs: where they are, or converted and times their scale
 static const Input* as_inputs(const Input* w, float, Input*) { return w; }
