@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cli
 import llama31
 from llama31 import PRESETS, ChunkedCrossEntropy, Llama, ModelArgs, Transformer
+from plumbing import cli
 
 # -----------------------------------------------------------------------------
 # The machine

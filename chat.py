@@ -8,8 +8,8 @@ import contextlib
 import signal
 import sys
 
-import cli
 from llama31 import Llama
+from plumbing import cli
 
 
 class Conversation:

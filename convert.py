@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as BPE
 
-import cli
 import llama31
+from plumbing import cli
 from tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, read_vocabulary
 
 # -----------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import cli
+from plumbing import cli
 from tokenizer import Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------

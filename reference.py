@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import cli
+from plumbing import cli
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------

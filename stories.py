@@ -32,7 +32,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import cli
+from plumbing import cli
 
 DATA_DIR = "data"
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder

@@ -49,7 +49,7 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
-import cli
+from plumbing import cli
 from tokenizer import MAX_CHARS, ROLES, Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"

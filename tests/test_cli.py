@@ -2,7 +2,7 @@
 
 import pytest
 
-import cli
+from plumbing import cli
 
 
 @pytest.fixture

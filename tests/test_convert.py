@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_parity import SCALED, assert_close, make, random_tokens
 
-import cli
 import convert
 import llama31
+from plumbing import cli
 from tokenizer import Tokenizer, train_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
