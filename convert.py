@@ -10,7 +10,6 @@ rows 2i and 2i + 1 of a head together, Hugging Face's rows i and i + D/2.
 import base64
 import dataclasses
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer as BPE
 
 import llama31
 from plumbing import cli
+from plumbing.files import complete_folder
 from tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, read_vocabulary
 
 # -----------------------------------------------------------------------------
@@ -103,8 +103,6 @@ def write_tensors(folder, args, pieces, max_file_bytes):
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:  # such as no space left
             raise OSError(f"{path}: {error}") from None
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
         shutil.copymode(folder / "config.json", path)  # save_file lets only the owner read
         weight_map |= dict.fromkeys(tensors, path.name)
         total_size += sum(t.nbytes for t in tensors.values())
@@ -308,10 +306,7 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
     if "max_seq_len" not in read_json(src / "params.json"):  # as published: Llama 3.1's and later, Llama 3's
         args.max_seq_len = 131072 if args.use_scaled_rope else 8192
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # absent, they would be 1 and 2
-    part = dst.with_name(f"{dst.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with complete_folder(dst) as part:
         if (src / "tokenizer.model").exists():
             tokenizer = Tokenizer(src / "tokenizer.model")
             llama31.check_vocabulary(tokenizer, args)
@@ -320,10 +315,6 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
                    "pad_token_id": tokenizer.pad_id}
         write_config(part, args, pieces["tok_embeddings.weight"][0].dtype, ids)
         write_tensors(part, args, pieces, max_file_bytes)
-        os.replace(part, dst)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def refuse_existing(dst):

@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import functools
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -46,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plumbing import cli
+from plumbing.files import MASKED, VERSION, check_disk, check_manifests, read_header, read_tokens
 from tokenizer import Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -1168,45 +1168,6 @@ class Llama:
 # -----------------------------------------------------------------------------
 # Data loader
 
-MAGIC, VERSION, MASKING_VERSION, HEADER_BYTES = 20240801, 7, 8, 1024
-MASKED = 2**31  # bit of a token that is no target, in a file of version 8
-
-
-def read_header(path):
-    """(tokens in a .bin shard, its version); ValueError names the file and what is wrong with it."""
-    with open(path, "rb") as f:
-        header = f.read(HEADER_BYTES)
-        size = f.seek(0, os.SEEK_END)
-    if len(header) < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
-    magic, version, count = np.frombuffer(header, dtype="<i4")[:3].tolist()
-    if magic != MAGIC or version not in (VERSION, MASKING_VERSION):
-        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION} or "
-                         f"{MASKING_VERSION}: tokenize anew")
-    if count < 0 or size != HEADER_BYTES + 4 * count:
-        raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the "
-                         f"file has {size} bytes: truncated or damaged, tokenize anew")
-    return count, version
-
-
-def check_manifests(files, tokenizer_path):
-    """ValueError where a manifest beside .bin shards tells that they hold another vocabulary's tokens."""
-    with open(tokenizer_path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    for folder in sorted({Path(path).parent for path in files}):
-        manifest = folder / "manifest.json"
-        try:
-            told = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else {}
-            made_with = {name: about["tokenizer"] for name, about in told.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{manifest}: found no manifest of token files ({error!r}); tokenize anew, or "
-                             "delete it") from error
-        for path in map(Path, files):
-            if path.parent == folder and made_with.get(path.name, digest) != digest:
-                raise ValueError(f"{path}: {manifest.name} tells that it was made with a tokenizer.model of "
-                                 f"SHA-256 {made_with[path.name]}; expected {tokenizer_path}, {digest}: "
-                                 "give the other tokenizer or tokenize anew")
-
 
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
@@ -1226,12 +1187,14 @@ class DistributedShardedDataLoader:
         if not self.files:
             raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct the "
                                     "pattern")
-        counts, self.versions = zip(*map(read_header, self.files), strict=True)
-        self.ntok_total = sum(counts)
-        self.first_windows = np.cumsum([0] + [max(n - 1, 0) // T for n in counts], dtype=np.int64)
+        headers = [read_header(path) for path in self.files]
+        self.versions = [header.version for header in headers]
+        self.ntok_total = sum(header.num_tokens for header in headers)
+        windows = [max(header.num_tokens - 1, 0) // T for header in headers]
+        self.first_windows = np.cumsum([0, *windows], dtype=np.int64)  # of each shard, then W
         self.num_windows = int(self.first_windows[-1])
         if self.num_windows == 0:
-            raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(counts)} files hold no "
+            raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(headers)} files hold no "
                              f"window; expected a shard of at least T + 1 = {T + 1} tokens")
         self.permutation = functools.lru_cache(maxsize=2)(  # two: a batch may straddle the end of an epoch
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.num_windows))
@@ -1251,7 +1214,7 @@ class DistributedShardedDataLoader:
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
         path, length = self.files[shard], self.T + 1
-        tokens = np.fromfile(path, dtype="<u4", count=length, offset=HEADER_BYTES + 4 * start)
+        tokens = read_tokens(path, start, length)
         if len(tokens) != length:
             raise ValueError(f"{path}: {len(tokens)} tokens from token {start} on, expected {length}: "
                              "the file has shrunk since it was opened")
@@ -1604,14 +1567,6 @@ def training_loaders(train_data, val_data, *settings, shuffle, seed, tokenizer):
     return loader, val_loader
 
 
-def check_disk(folder, num_bytes):
-    """ValueError where a file system has less room than that."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(there).free) < num_bytes:
-        raise ValueError(f"a checkpoint takes {num_bytes / 1e9:.2f} GB, {there} has {free / 1e9:.2f} GB "
-                         "free; make room or give another --out_dir")
-
-
 def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           val_data: str = "tinystories/TinyStories_val.bin", out_dir: str = "out/train",
           preset: str | None = None, ckpt_dir: str | None = None, tokenizer_path: str | None = None,
@@ -1659,7 +1614,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     model = training_model(args, pieces, seed, device, dtype, fsdp)
     model.activation_checkpointing = activation_checkpointing
     num_parameters = sum(p.numel() for p in model.parameters())
-    check_disk(out_dir, 12 * num_parameters)  # weights and AdamW's two averages
+    check_disk("a checkpoint", 12 * num_parameters, out_dir)  # weights and AdamW's two averages
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # of the windows, which resuming has to keep
     progress = dict(step=0)

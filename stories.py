@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing import cli
+from plumbing.files import complete, complete_folder
 
 DATA_DIR = "data"
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
@@ -290,20 +291,17 @@ def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
     folder, facts = Path(data_dir, SHARDS), Path(data_dir, "entropy.json")
     if folder.exists() and not facts.exists():
         raise ValueError(f"{folder} without {facts.name} is not ours to replace; choose another --data_dir")
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     stories = distinct_stories(num_stories)
-    for i in range(NUM_SHARDS):
-        shard = stories[num_stories * i // NUM_SHARDS:num_stories * (i + 1) // NUM_SHARDS]
-        (part / f"data{i:02d}.json").write_text(json.dumps([{"story": text} for text, _ in shard], indent=0))
     num_val = num_stories // NUM_SHARDS
     entropy = {"val": measure(stories[:num_val]), "train": measure(stories[num_val:])}
-    shutil.rmtree(folder, ignore_errors=True)
-    facts_part = facts.with_suffix(".part")
-    facts_part.write_text(json.dumps(entropy, indent=0))
-    facts_part.replace(facts)
-    part.rename(folder)
+    with complete_folder(folder) as part:
+        for i in range(NUM_SHARDS):
+            shard = stories[num_stories * i // NUM_SHARDS:num_stories * (i + 1) // NUM_SHARDS]
+            records = [{"story": text} for text, _ in shard]
+            (part / f"data{i:02d}.json").write_text(json.dumps(records, indent=0))
+        shutil.rmtree(folder, ignore_errors=True)
+        with complete(facts) as file:
+            file.write(json.dumps(entropy, indent=0).encode())
     for split, e in entropy.items():
         print(f"{split}: {e['stories']:,} stories, {e['bytes']:,} bytes, {e['bits_per_byte']:.4f} bits/byte")
 

@@ -50,6 +50,21 @@ import requests
 from tqdm import tqdm
 
 from plumbing import cli
+from plumbing.files import (
+    MANIFEST,
+    MASKED,
+    MASKING_VERSION,
+    MAX_TOKENS,
+    VERSION,
+    check_disk,
+    complete,
+    read_header,
+    read_manifest,
+    read_tokens,
+    sha256_of,
+    write_manifest,
+    write_tokens,
+)
 from tokenizer import MAX_CHARS, ROLES, Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
@@ -57,17 +72,11 @@ ARCHIVE = "TinyStories_all_data.tar.gz"
 SHARDS = "TinyStories_all_data"  # the folder of unpacked shards, inside the data folder
 DATA_DIR = "tinystories"
 TOKENIZER_PATH = "Meta-Llama-3.1-8B/tokenizer.model"
-MANIFEST = "manifest.json"
 TIMEOUT = 30  # seconds without an answer, or without a further byte
 ATTEMPTS = 5  # in a row that bring nothing new
 BACKOFF = 1  # second before the second of them; doubles each time
 CHUNK = 2**13  # bytes of an answer that are written at once; a broken connection loses a part of them
 
-MAGIC = 20240801
-VERSION, MASKING_VERSION = 7, 8
-MASKED = 2**31  # bit of a token, in a file of version 8
-MAX_TOKENS = 2**31 - 1  # of one .bin file, whose header counts in int32
-HEADER_BYTES = 1024
 BLOCK = 2**20  # characters or bytes that are read at once
 SHARD_CHARS = SAMPLE_CHARS = 2**25  # of your own text: a worker's job, and what a vocabulary is trained on
 
@@ -78,55 +87,8 @@ KNOWN_TOKENS = {"val": 18_660_516, "train": 907_021_844}  # with it, of all 50 s
 # files
 
 
-@contextlib.contextmanager
-def complete(path):
-    """Opens a binary file that appears at path when it is complete; an OSError names it."""
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(part)  # gives its space back
-        if isinstance(error, OSError) and error.errno and not error.filename:  # write() knows no name
-            remedy = f"{error.strerror}; make room, then run again: what is finished stays"
-            raise OSError(error.errno, remedy, str(path)) from error
-        raise
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
-
-
-def read_manifest(data_dir):
-    path = os.path.join(data_dir, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return {"archive": {}, "files": {}} | json.load(file)
-    except FileNotFoundError:
-        return {"archive": {}, "files": {}}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: found no JSON object ({error}); delete it, then run again") from error
-
-
-def write_manifest(data_dir, **sections):
-    manifest = json.dumps(read_manifest(data_dir) | sections, indent=1, sort_keys=True)
-    with complete(os.path.join(data_dir, MANIFEST)) as file:
-        file.write(manifest.encode())
-
-
-def check_space(folder, needed):
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise OSError(f"{folder}: found {free:,} bytes of free disk, expected {needed:,}; make room or take "
-                      "another --data_dir, then run again")
 
 
 # -----------------------------------------------------------------------------
@@ -237,7 +199,7 @@ def receive(url, part, state):
             open(part, "wb").close()  # empty, before state tells of another file
             with complete(state) as file:
                 file.write(json.dumps(about).encode())
-        check_space(os.path.dirname(part) or ".", (total or start) - start)
+        check_disk("the download", (total or start) - start, os.path.dirname(part))
         with open(part, "ab") as file, tqdm(desc=part, initial=start, total=total, unit="iB",
                                             unit_scale=True, unit_divisor=1024) as bar:
             for chunk in chunks:
@@ -392,7 +354,7 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers):
     os.makedirs(finished, exist_ok=True)
     shards = [shard for split in splits.values() for shard in split]
     done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
-    check_space(data_dir, sum(map(os.path.getsize, shards)) - done_bytes)  # about twice what tokens take
+    check_disk("tokenizing", sum(map(os.path.getsize, shards)) - done_bytes, data_dir)  # twice the tokens
     digest = sha256_of(tokenizer_path)
     jobs = [(i, shard, finished, tokenizer_path, digest)
             for split in splits.values() for i, shard in enumerate(split)]
@@ -468,10 +430,10 @@ def finish_shard(index, shard, folder, tokenizer_path, tokenizer_digest):
             raise
         except Exception as error:
             raise ValueError(f"{shard}: tokenizing failed with {error!r}") from error
-        write_datafile(path, (np.frombuffer(chunk, "<u4") for chunk in chunks), *about)
-    header = np.fromfile(path, dtype="<i4", count=6)
-    return path, int(header[1]), {"name": name, "sha256": digest, "stories": int(header[3]),
-                                  "tokens": int(header[2]), "bytes": int(header[4:].view("<i8")[0])}
+        write_tokens(path, (np.frombuffer(chunk, "<u4") for chunk in chunks), *about)
+    header = read_header(path)
+    return path, header.version, {"name": name, "sha256": digest, "stories": header.num_documents,
+                                  "tokens": header.num_tokens, "bytes": header.num_bytes}
 
 
 def process_shard(shard_index, shard_filename, tokenizer_path):
@@ -571,27 +533,10 @@ def write_split(stem, finished, tokenizer_digest):
         parts, versions, shards = zip(*group, strict=True)
         about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
         print(f"writing {about['tokens']:,} tokens to {path}")
-        arrays = (np.fromfile(part, dtype="<u4", offset=HEADER_BYTES) for part in parts)
-        write_datafile(f"{path}.new", arrays, max(versions))
+        arrays = (read_tokens(part) for part in parts)
+        write_tokens(f"{path}.new", arrays, max(versions))
         files[path] = about | {"version": max(versions), "tokenizer": tokenizer_digest, "shards": shards}
     return files
-
-
-def write_datafile(path, arrays, version=VERSION, num_stories=0, num_bytes=0):
-    """Writes an iterable of token arrays as one .bin file, as they come; returns the number of tokens."""
-    header, count = np.zeros(256, dtype="<i4"), 0
-    with complete(path) as file:
-        file.write(header)
-        for tokens in arrays:
-            file.write(np.ascontiguousarray(tokens, dtype="<u4"))
-            count += len(tokens)
-        if count > MAX_TOKENS:
-            raise ValueError(f"{path} would hold {count:,} tokens, expected at most {MAX_TOKENS:,}; "
-                             "use more shards")
-        header[:4], header[4:6].view("<i8")[:] = (MAGIC, version, count, num_stories), num_bytes
-        file.seek(0)
-        file.write(header)
-    return count
 
 
 # -----------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable
 
 import tiktoken
 
+from plumbing.files import complete
+
 SPLIT_PATTERN = "|".join([            # Llama 3's, alternative by alternative
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
     r"[^\r\n\p{L}\p{N}]?\p{L}+",      # letters, with one space or sign before them
@@ -210,11 +212,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.part"
-    with open(part, "wb") as file:
+    with complete(path) as file:
         for rank, token in enumerate(sorted(vocab, key=vocab.get)):
             file.write(b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in token)), rank))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
     return Tokenizer(path)

@@ -15,7 +15,7 @@ import torch
 import llama31
 import reference
 from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
-from tiny_stories import write_datafile
+from plumbing.files import write_tokens
 from tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,8 @@ def folder(tmp_path_factory):
     save_checkpoint(folder / "ckpt", model.args, model.state_dict(), tokenizer.model_path)
     rng = np.random.default_rng(0)
     documents = [[tokenizer.bos_id, *rng.integers(97, 110, 9), tokenizer.eos_id] for _ in range(500)]
-    write_datafile(folder / "train.bin", documents)
-    write_datafile(folder / "val.bin", documents[:60])
+    write_tokens(folder / "train.bin", documents)
+    write_tokens(folder / "val.bin", documents[:60])
     return folder
 
 

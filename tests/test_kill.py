@@ -17,7 +17,7 @@ import torch
 
 import llama31
 from llama31 import ModelArgs, Transformer, save_checkpoint
-from tiny_stories import write_datafile
+from plumbing.files import write_tokens
 from tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")]
@@ -66,8 +66,8 @@ def folder(tmp_path_factory):
     save_checkpoint(folder / "ckpt", model.args, model.state_dict(), tokenizer.model_path)
     rng = np.random.default_rng(0)
     documents = [[tokenizer.bos_id, *rng.integers(97, 110, 9), tokenizer.eos_id] for _ in range(200)]
-    write_datafile(folder / "train.bin", documents)
-    write_datafile(folder / "val.bin", documents[:20])
+    write_tokens(folder / "train.bin", documents)
+    write_tokens(folder / "val.bin", documents[:20])
     return folder
 
 

@@ -12,7 +12,7 @@ import torch
 import llama31
 import reference
 from llama31 import Llama, ModelArgs, Transformer, train
-from tiny_stories import write_datafile
+from plumbing.files import write_tokens
 from tokenizer import Tokenizer, train_tokenizer
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16)
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
     texts = [" ".join(rng.choice(words, size=rng.integers(4, 12))) + "." for _ in range(400)]
     tokenizer = train_tokenizer(texts, 530, folder / "tokenizer.model")
     for name, part in (("val", texts[:80]), ("train", texts[80:])):
-        write_datafile(folder / f"{name}.bin", [tokenizer.encode(text, bos=True, eos=True) for text in part])
+        write_tokens(folder / f"{name}.bin", [tokenizer.encode(text, bos=True, eos=True) for text in part])
     return folder
 
 
@@ -179,7 +179,7 @@ def test_a_folder_with_a_run_is_not_overwritten(corpus, tmp_path):
 
 
 def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
-    write_datafile(tmp_path / "train.bin", [list(range(500, 560))])
+    write_tokens(tmp_path / "train.bin", [list(range(500, 560))])
     with pytest.raises(ValueError, match="holds token 5.., the vocabulary ends at 529"):
         run(corpus, tmp_path / "out", train_data=str(tmp_path / "train.bin"))
     assert Tokenizer(corpus / "tokenizer.model").n_words == 530
@@ -271,7 +271,7 @@ def test_a_run_is_not_resumed_with_another_architecture(corpus, tmp_path, monkey
 def test_too_little_disk_or_memory_is_said_before_the_first_step(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(ValueError, match="a checkpoint takes 0.00 GB, .* has 0.00 GB free"):
+    with pytest.raises(OSError, match="a checkpoint takes 703,872 bytes, .* has 100,000 bytes free"):
         run(corpus, tmp_path / "out")
     monkeypatch.setattr(llama31.psutil, "virtual_memory", lambda: type("", (), {"available": 200_000}))
     with pytest.raises(ValueError, match="weights, gradients and AdamW's averages take"):

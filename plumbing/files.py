@@ -1,0 +1,168 @@
+"""Files that appear whole, room on the disk, the .bin shard of tokens and the manifest beside it.
+
+A shard is 256 little-endian int32 of header (magic, version, number of tokens, number of documents, bytes of
+text as int64, zeros), then the tokens as little-endian uint32: the format of karpathy's llm.c.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# -----------------------------------------------------------------------------
+# Files that appear whole
+
+
+@contextlib.contextmanager
+def complete(path):
+    """Opens a binary file that appears at path only when it is complete; an OSError names it."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(part)  # This gives its space back.
+        if isinstance(error, OSError) and error.errno and not error.filename:  # write() knows no name.
+            remedy = f"{error.strerror}; make room, then run again: what is finished stays"
+            raise OSError(error.errno, remedy, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def complete_folder(path):
+    """Yields a new folder, path with .part appended, that appears at path only when it is complete."""
+    part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                with open(file, "r+b") as opened:
+                    os.fsync(opened.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        # When the disk is full, torch.save closes its archive and raises a second error over the first.
+        if isinstance(error.__context__, OSError):
+            raise OSError(f"{part}: {error.__context__}") from None
+        raise
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_disk(what, num_bytes, folder):
+    """Raises OSError if the disk of a folder, which need not exist yet, has less than num_bytes free."""
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise OSError(f"{what} takes {num_bytes:,} bytes, the disk of {there} has {free:,} bytes free; make "
+                      "room or choose a folder on another disk")
+
+# -----------------------------------------------------------------------------
+# Shards of tokens
+
+MAGIC = 20240801
+VERSION = 7
+MASKING_VERSION = 8  # Bit 31 of a token marks a position that is read but is not a target.
+MASKED = 2**31
+HEADER_BYTES = 1024
+MAX_TOKENS = 2**31 - 1  # The header counts in int32.
+
+
+class Header(NamedTuple):
+    version: int
+    num_tokens: int
+    num_documents: int  # 0 in files of other programs
+    num_bytes: int  # of the documents' text in UTF-8; 0 in files of other programs
+
+
+def read_header(path):
+    """The Header of a .bin shard; ValueError names the file and what is wrong with it."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER_BYTES)
+        size = file.seek(0, os.SEEK_END)
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
+    magic, version, count, num_documents = np.frombuffer(header, dtype="<i4")[:4].tolist()
+    [num_bytes] = np.frombuffer(header, dtype="<i8")[2:3].tolist()
+    if magic != MAGIC or version not in (VERSION, MASKING_VERSION):
+        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION} or "
+                         f"{MASKING_VERSION}: tokenize again")
+    if count < 0 or size != HEADER_BYTES + 4 * count:
+        raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the "
+                         f"file has {size} bytes: truncated or damaged, tokenize again")
+    return Header(version, count, num_documents, num_bytes)
+
+
+def read_tokens(path, first=0, count=-1):
+    """The tokens of a shard as stored, uint32: count of them, -1 for all, beginning with number first."""
+    return np.fromfile(path, dtype="<u4", count=count, offset=HEADER_BYTES + 4 * first)
+
+
+def write_tokens(path, arrays, version=VERSION, num_documents=0, num_bytes=0, max_tokens=MAX_TOKENS):
+    """Writes an iterable of token arrays as one .bin shard, as they come; returns the number of tokens."""
+    header = np.zeros(256, dtype="<i4")
+    count = 0
+    with complete(path) as file:
+        file.write(header)
+        for tokens in arrays:
+            file.write(np.ascontiguousarray(tokens, dtype="<u4"))
+            count += len(tokens)
+        if count > max_tokens:
+            raise ValueError(f"{path} would hold {count:,} tokens, expected at most {max_tokens:,}; "
+                             "use more shards")
+        header[:4] = MAGIC, version, count, num_documents
+        header[4:6].view("<i8")[:] = num_bytes
+        file.seek(0)
+        file.write(header)
+    return count
+
+# -----------------------------------------------------------------------------
+# The manifest: what the files of a folder were made from
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(folder):
+    """{"archive": about it, "files": shard's name -> about it}; ValueError if it is damaged."""
+    path = Path(folder, MANIFEST)
+    manifest = {"archive": {}, "files": {}}
+    try:
+        if path.is_file():
+            manifest = manifest | json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(about, dict) for about in (manifest["archive"], *manifest["files"].values())):
+            raise TypeError("its entries are not objects")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: found no JSON object that says what files were made from ({error}); "
+                         "delete it, then run again") from error
+    return manifest
+
+
+def write_manifest(folder, **sections):
+    manifest = json.dumps(read_manifest(folder) | sections, indent=1, sort_keys=True)
+    with complete(Path(folder, MANIFEST)) as file:
+        file.write(manifest.encode())
+
+
+def check_manifests(files, tokenizer_path):
+    """Raises ValueError if the manifest beside a .bin shard says it was made with another tokenizer."""
+    digest = sha256_of(tokenizer_path)
+    for path in map(Path, files):
+        made_with = read_manifest(path.parent)["files"].get(path.name, {}).get("tokenizer", digest)
+        if made_with != digest:
+            raise ValueError(f"{path} was not tokenized with {tokenizer_path}: {MANIFEST} says with one of SHA-256 "
+                             f"{made_with}, not {digest}; give that one, or tokenize again")
