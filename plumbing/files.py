@@ -164,5 +164,5 @@ def check_manifests(files, tokenizer_path):
     for path in map(Path, files):
         made_with = read_manifest(path.parent)["files"].get(path.name, {}).get("tokenizer", digest)
         if made_with != digest:
-            raise ValueError(f"{path} was not tokenized with {tokenizer_path}: {MANIFEST} says with one of SHA-256 "
-                             f"{made_with}, not {digest}; give that one, or tokenize again")
+            raise ValueError(f"{path} was not tokenized with {tokenizer_path}: {MANIFEST} says SHA-256 "
+                             f"{made_with}, found {digest}; give that tokenizer, or tokenize again")

@@ -366,7 +366,7 @@ def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokeniz
     other = tmp_path / "tokenizer.model"  # as many tokens, but others
     train_tokenizer(some_texts(300, seed=5)[::-1] + ["zebra crossing " * 9] * 50, 560, other)
     for name in "train", "val":
-        with pytest.raises(ValueError, match=f"{name}.bin was not tokenized with {other}: manifest.json says"):
+        with pytest.raises(ValueError, match=f"{name}.bin was not tokenized with {other}: manifest.json"):
             llama31.train(out_dir=str(tmp_path / "no"), tokenizer_path=str(other), **flags)
         manifest = json.loads((data / "manifest.json").read_text())
         del manifest["files"][f"{name}.bin"]
