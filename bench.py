@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama31
-from llama31 import PRESETS, ChunkedCrossEntropy, Llama, ModelArgs, Transformer
-from plumbing import cli
+from llama31 import PRESETS, Llama, ModelArgs, Transformer
+from plumbing import checkpoint, cli, fast
 
 # -----------------------------------------------------------------------------
 # The machine
@@ -63,7 +63,7 @@ def read_bandwidth(device):
     """Bytes/s of the best of two sums over 512 MB, far more than a cache holds, in huge pages."""
     holder = torch.nn.Linear(2**14, 2**13, bias=False, device=device)
     if device.type == "cpu":
-        llama31.move_to_huge_pages(holder)
+        fast.move_to_huge_pages(holder)
     x = holder.weight.detach().flatten()
     return x.nbytes / min(best_seconds(x.sum, device), best_seconds(lambda: x @ x, device))
 
@@ -167,7 +167,7 @@ def write_gguf(path, args, pieces, kind):
             rope_dimension_count=args.head_dim).items():
         getattr(writer, f"add_{name}")(value)
     kinds = gguf.GGMLQuantizationType
-    for name, tensor in llama31.checkpoint_tensors(args, pieces):
+    for name, tensor in checkpoint.checkpoint_tensors(args, pieces):
         layer, _, part = name.removesuffix(".weight").removeprefix("layers.").partition(".")
         name = {"tok_embeddings": "token_embd", "norm": "output_norm"}.get(layer, layer)
         name = f"blk.{layer}.{GGUF_NAMES[part]}.weight" if part else f"{name}.weight"
@@ -272,7 +272,7 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
     """
     if train:
         return train_speed(compile=compile, device=device, rounds=rounds, peers=peers)
-    ckpt_dir = llama31.newest_checkpoint() if ckpt_dir is None else ckpt_dir
+    ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
     check_least(batch_size=(batch_size, 1), prompt_len=(prompt_len, 1), new=(new, 2), rounds=(rounds, 1),
                 decode_prompt_len=(decode_prompt_len, 1))
     device, room = llama31.choose_device(device), max(prompt_len, decode_prompt_len) + new
@@ -387,7 +387,7 @@ def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activati
     kept = saved(args.n_layers, activation_checkpointing)
     if activation_checkpointing:  # one block at a time is computed again
         kept += saved(2, False) - saved(1, False)
-    logits = min(ChunkedCrossEntropy.LOGITS_AT_ONCE, batch_size * seq_len * args.vocab_size)
+    logits = min(fast.ChunkedCrossEntropy.LOGITS_AT_ONCE, batch_size * seq_len * args.vocab_size)
     output = args.vocab_size * args.dim
     return int(states + kept + (2 if fsdp else 2 + 2) * output + bytes_per_logit * logits)
 
@@ -481,7 +481,7 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     check_least(batch_size=(batch_size, 1), seq_len=(seq_len, 1), vocab_size=(vocab_size, 2),
                 document=(document, 1), rounds=(rounds, 1))
     device = llama31.choose_device(device)
-    compile = compile and llama31.can_compile(device)
+    compile = compile and fast.can_compile(device)
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
                      multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
     with torch.device("meta"):

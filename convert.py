@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers import Tokenizer as BPE
 
 import llama31
-from plumbing import cli
+from plumbing import checkpoint, cli
 from plumbing.files import complete_folder
 from tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, read_vocabulary
 
@@ -97,7 +97,7 @@ def write_tensors(folder, args, pieces, max_file_bytes):
     for i, group in enumerate(groups, 1):
         path = folder / (SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors")
         tensors = None  # frees the last file's before these are merged
-        tensors = {names[name]: reordered(name, llama31.merge_pieces(name, pieces[name]), args, False)
+        tensors = {names[name]: reordered(name, checkpoint.merge_pieces(name, pieces[name]), args, False)
                    for name in group}
         try:
             save_file(tensors, path, metadata={"format": "pt"})
@@ -282,7 +282,7 @@ def from_hf(src: str, dst: str):
     with torch.device("meta"):
         model = llama31.Transformer(args)
     shapes = {names[name]: list(p.shape) for name, p in model.state_dict().items()}
-    llama31.check_tensors(src, tensors, shapes)
+    checkpoint.check_tensors(src, tensors, shapes)
     state = {name: reordered(name, tensors[theirs], args, True) for name, theirs in names.items()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_path = Path(folder, "tokenizer.model")
@@ -291,7 +291,7 @@ def from_hf(src: str, dst: str):
         except (ValueError, FileNotFoundError) as error:
             print(f"only weights are converted: {error}", file=sys.stderr)
             tokenizer_path = None
-        llama31.save_checkpoint(dst, args, state, tokenizer_path)
+        checkpoint.save_checkpoint(dst, args, state, tokenizer_path)
 
 
 def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):

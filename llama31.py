@@ -10,31 +10,20 @@ V vocabulary.
 """
 
 import codecs
-import contextlib
-import ctypes
 import dataclasses
-import datetime
 import functools
 import glob
 import itertools
 import json
 import math
-import mmap
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,7 +34,37 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from plumbing import cli
+from plumbing.checkpoint import (
+    check_tensors,
+    checkpoint_tensors,
+    checkpoints_of_run,
+    drop_checkpoints,
+    load_file,
+    load_optimizer,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,  # noqa: F401  (for those who import it from here)
+    save_training,
+    split_dim,
+)
+from plumbing.fast import (
+    ChunkedCrossEntropy,
+    can_compile,
+    check_memory,
+    compile_inference,
+    keep_freed_memory,
+    load_int8,
+)
 from plumbing.files import MASKED, VERSION, check_disk, check_manifests, read_header, read_tokens
+from plumbing.run import (
+    entropy_floor,
+    measured_peak,
+    noted_signals,
+    plot_losses,
+    prepare_folder,
+    report,
+    used_memory,
+)
 from tokenizer import Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -304,73 +323,6 @@ def document_mask(tokens, bos_id):
     return attended(torch.arange(B)[:, None, None], None, rows, columns)[:, None]
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of x (N, dim) @ weight (V, dim).T's cross entropies against targets (N,), in float32.
-
-    Logits are many times larger than all else here, so only LOGITS_AT_ONCE of them exist at a time, and the
-    gradients are made along with the loss. dtype: of the products. Targets of -100 don't count.
-    """
-    LOGITS_AT_ONCE = 2**26
-    CACHED_ENTRIES = 2**20  # of a matrix, which a processor's cache holds in float32 for several passes
-
-    @staticmethod
-    def parts(*tensors):
-        """Rows of several tensors: as many at a time as a processor's cache holds, elsewhere all at once."""
-        first = tensors[0]
-        size = max(1, ChunkedCrossEntropy.CACHED_ENTRIES // first.size(1)) if first.is_cpu else len(first)
-        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_gradients):
-        w, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), None, None
-        if with_gradients:
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-            product = torch.empty_like(w)
-        V, kept = len(w), (targets != -100)[:, None]
-        index = targets[:, None].clamp(min=0)
-        size = max(1, min(len(x), ChunkedCrossEntropy.LOGITS_AT_ONCE // V))
-        chunk = w.new_empty(size, V)  # one for all, as fresh memory takes time
-        for begin in range(0, len(x), size):
-            rows = slice(begin, begin + size)
-            h = x[rows].to(dtype)
-            logits = torch.mm(h, w.T, out=chunk[:len(h)])
-            for some, i, counts in ChunkedCrossEntropy.parts(logits, index[rows], kept[rows]):
-                logprobs = some.float().log_softmax(-1)
-                total -= (logprobs.gather(1, i) * counts).sum()
-                if with_gradients:  # of the logits, in their place
-                    ones = torch.ones_like(i, dtype=torch.float32)
-                    some.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
-            if with_gradients:
-                dx[rows] = logits @ w * kept[rows]
-                torch.mm(logits.T, h * kept[rows], out=product)
-                for some, grad in ChunkedCrossEntropy.parts(dweight, product):
-                    some += grad
-        ctx.save_for_backward(dx, dweight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        return dx.mul_(grad), dweight.mul_(grad), None, None, None
-
-
-def glibc():
-    """The C library if it is the GNU one, which can be told what to do with freed memory; else None."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "malloc_trim") else None
-
-
-def keep_freed_memory(device):
-    """Lets glibc keep what tensors on the CPU free from now on for the next ones, in this whole process.
-
-    By default it returns large pieces, and fetching fresh pages takes a fifth of a step of training.
-    """
-    if device.type == "cpu" and (libc := glibc()):
-        libc.malloc_trim(0)  # returns what is free by now
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never again
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no pieces apart from the others
-
-
 class Transformer(nn.Module):
     """The whole model; its state dict has Meta's checkpoint keys."""
 
@@ -504,253 +456,7 @@ class Transformer(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 # -----------------------------------------------------------------------------
-# Int8 weights
-
-
-def dequantize(quantized, scale):
-    """The float32 values (out, in) of int8 weights with a scale (out, in / 64) for every 64 in a row."""
-    return (quantized.float().unflatten(1, (scale.size(1), -1)) * scale[..., None]).flatten(1)
-
-
-class Int8Linear(nn.Module):
-    """A Linear whose weights are whole numbers from -127 to 127, times a scale for every 64 of them.
-
-    Half of bfloat16's memory. `weight`, in a state dict too, are the values they stand for, in dtype.
-    """
-
-    def __init__(self, quantized, scale, dtype):
-        super().__init__()
-        self.register_buffer("quantized", quantized, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.dtype = dtype
-
-    @staticmethod
-    def quantize(weight):
-        """weight (out, in) -> (quantized, scale); a scale for a whole row would cost 1% of perplexity."""
-        groups = weight.float().unflatten(1, (-1, math.gcd(64, weight.size(1))))
-        scale = groups.abs().amax(-1).clamp(min=1e-30) / 127
-        return (groups / scale[..., None]).round().to(torch.int8).flatten(1), scale
-
-    @property
-    def weight(self):
-        return dequantize(self.quantized, self.scale).to(self.dtype)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[f"{prefix}weight"] = self.weight
-
-    def forward(self, x):
-        rows = max(1, 2**18 // x.size(-1))  # at a time, as then they stay in the processor's cache
-        parts = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
-        return torch.cat([F.linear(x, dequantize(*part).to(x.dtype)) for part in parts], -1)
-
-
-class Int8Embedding(Int8Linear):
-    """The rows of the same, looked up."""
-
-    def forward(self, tokens):
-        rows = dequantize(self.quantized[tokens.flatten()], self.scale[tokens.flatten()])
-        return rows.to(self.dtype).unflatten(0, tokens.shape)
-
-
-def load_int8(model, tensors, device, dtype):
-    """Gives a model on the meta device its weights, from (name, tensor) pairs, matrices as int8."""
-    for name, tensor in tensors:
-        path = name.removesuffix(".weight")
-        tensor = tensor.to(device)
-        if tensor.dim() == 1:  # copied, as a slice would keep its whole file mapped into memory
-            model.get_submodule(path).weight = nn.Parameter(tensor.to(dtype, copy=True))
-            continue
-        kind = Int8Embedding if path == "tok_embeddings" else Int8Linear
-        model.set_submodule(path, kind(*Int8Linear.quantize(tensor), dtype))
-    if model.args.tie_word_embeddings:
-        model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
-
-# -----------------------------------------------------------------------------
-# Compiled inference
-#
-# For the CPU in C++, as PyTorch reads weights at a third of the memory's speed where there are few tokens:
-# llama31.cpp says why, and how it does better.
-
-
-def can_compile(device):
-    """Whether compilation can work for a device; where not, one line on standard error says why."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
-        return False
-    return True
-
-
-@functools.cache
-def compile_kernels(**constants):
-    """llama31.cpp as a ctypes library for the processor it runs on; OSError if the compiler fails."""
-    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    source += '#line 1 "llama31.cpp"\n' + Path(__file__).with_name("llama31.cpp").read_text(encoding="utf-8")
-    compiler = os.environ.get("CXX", "g++")
-    flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
-             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # sums in any order
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        compiled, library = os.path.join(folder, "llama31.o"), os.path.join(folder, "llama31.so")
-        for command in ([compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
-                        [compiler, "-shared", "-o", library, compiled]):  # it finds the OpenMP of PyTorch
-            done = subprocess.run(command, input=source, text=True, capture_output=True)
-            if done.returncode:
-                lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-                reason = next((line for line in lines if "error" in line), lines[0])
-                raise OSError(f"{compiler} can't compile llama31.cpp: {reason.strip()}")
-        return ctypes.CDLL(library)
-
-
-def call(function, *arguments):
-    """Calls a C function; tensors go as their addresses."""
-    function(*(ctypes.c_int64(value) if isinstance(value, int) else
-               ctypes.c_void_p(value if value is None else value.data_ptr()) for value in arguments))
-
-
-def move_to_huge_pages(model):
-    """Puts weights on the CPU into pages of 2 MB, which virtual machines read up to twice as fast.
-
-    Where a system has none, into one piece of memory.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE)
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    for tensor, place in zip(tensors, torch.frombuffer(memory, dtype=torch.uint8).split(sizes), strict=True):
-        tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
-
-
-class CompiledReader:
-    """Reads tokens and makes logits by what is in llama31.cpp; the weights must stay where they are."""
-
-    def __init__(self, model):
-        self.model, dtype = model, model.norm.weight.dtype
-        types = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
-        if dtype not in types:
-            raise OSError(f"nothing can be compiled for {dtype}; take --dtype float32")
-        args, value = model.args, types[dtype]
-        weight = "int8_t" if isinstance(model.output, Int8Linear) else value
-        chunk = math.gcd(64, args.dim, args.hidden_dim)
-        lanes = math.gcd(16, chunk, args.head_dim)
-        self.constants = dict(
-            DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
-            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
-            VALUE=value, WEIGHT=weight, CHUNK=chunk, LANES=lanes,
-            PAIRS=int(weight == "bfloat16" and chunk % 32 == 0 and lanes == 16))
-        self.kernels(1)  # before anything is changed
-        move_to_huge_pages(model)
-        self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
-        self.layers = torch.tensor([self.addresses(
-            layer.attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
-            layer.attention.wo, layer.ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
-            layer.feed_forward.w2) for layer in model.layers])
-        self.output = torch.tensor(self.addresses(model.output))
-
-    @staticmethod
-    def addresses(*modules):
-        """Of a norm its weight's, of a matrix its values' and its scales', where 0 stands for none."""
-        addresses = []
-        for module in modules:
-            if isinstance(module, Int8Linear):
-                addresses += [module.quantized.data_ptr(), module.scale.data_ptr()]
-            else:
-                addresses += [module.weight.data_ptr()] + [0] * isinstance(module, nn.Linear)
-        return addresses
-
-    def kernels(self, B):
-        """The library for B rows, of which it multiplies up to 8 at once."""
-        return compile_kernels(TILE=math.ceil(B / math.ceil(B / 8)), **self.constants)
-
-    def read(self, tokens, start_pos, caches):
-        """As Transformer.read."""
-        (B, T), model, room = tokens.shape, self.model, caches[0].k.size(1)
-        positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
-        where = *model.angles(positions), positions
-        x = model.tok_embeddings(tokens).float()
-        caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
-        h, added = torch.empty_like(x, dtype=model.norm.weight.dtype), None
-        kernels = self.kernels(B if T == 1 else 1)  # those for prompts are the same for any B
-        if T == 1:
-            call(kernels.read_token, B, x, *where, self.layers, caches, room)
-        else:
-            for layer, cache in zip(model.layers, caches, strict=True):
-                attention, ffn = layer.attention, layer.feed_forward
-                call(kernels.add_and_norm, B * T, x, added, layer.attention_norm.weight, h)
-                q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-                call(kernels.attend_to_prompt, B, T, q, k, v, *where, cache, room, h)
-                added = attention.wo(h)
-                call(kernels.add_and_norm, B * T, x, added, layer.ffn_norm.weight, h)
-                gate, up = ffn.w1(h), ffn.w3(h)
-                call(kernels.swiglu, gate.numel(), gate, up)
-                added = ffn.w2(gate)
-        call(kernels.add_and_norm, B * T, x, added, model.norm.weight, h)
-        return h
-
-    def logits(self, x):
-        """As Transformer.logits."""
-        logits = torch.empty(len(x), self.model.args.vocab_size)
-        call(self.kernels(len(x)).logits, len(x), x.contiguous(), self.output, logits)
-        return logits
-
-
-def compile_inference(model):
-    """Makes model.read and model.logits faster; elsewhere than on the CPU torch.compile does it."""
-    if model.norm.weight.device.type != "cpu":
-        for layer in model.layers:
-            layer.compile(dynamic=True)
-        return
-    try:
-        reader = CompiledReader(model)
-        model.read, model.logits = reader.read, reader.logits
-    except OSError as error:
-        print(f"{error}; --compile has no effect", file=sys.stderr)
-
-# -----------------------------------------------------------------------------
 # Checkpoints
-
-
-def load_file(path):
-    """The dictionary that torch.save wrote to a file; FileNotFoundError, or ValueError if it is damaged."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
-    try:
-        # files of torch before 1.6 are no archives, and can't be memory-mapped
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # of many kinds, as are the ways to be damaged
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or not from torch.save; get it again ({reason})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: found a {type(state).__name__}, expected a dictionary of tensors")
-    return state
-
-
-def split_dim(name):
-    """The dimension along which Meta's model-parallel files split a tensor; None: each holds all of it."""
-    if name.endswith("norm.weight"):
-        return None
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-
-
-def merge_pieces(name, pieces):
-    """The whole tensor, of one piece per file; of a single file it is the piece itself, memory-mapped."""
-    dim = split_dim(name)
-    return pieces[0] if len(pieces) == 1 or dim is None else torch.cat(pieces, dim)
-
-
-def check_tensors(where, tensors, shapes):
-    """ValueError lists the tensors that are missing, unexpected, wrongly shaped or none at all.
-
-    tensors: name -> what a file has. shapes: name -> list of sizes.
-    """
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    found = {name: type(p).__name__ if not torch.is_tensor(p) else str(p.dtype) if p.dtype not in dtypes else
-             str(p.layout) if p.layout != torch.strided else list(p.shape) for name, p in tensors.items()}
-    wrong = [f"{name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'absent')}"
-             for name in sorted(shapes | found, key=str) if found.get(name) != shapes.get(name)]
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"{where}: {len(wrong)} tensors don't fit the configuration: {'; '.join(wrong[:4])}"
-                         + more)
 
 
 def open_checkpoint(ckpt_dir):
@@ -796,45 +502,6 @@ def open_checkpoint(ckpt_dir):
     return args, {name: [state[name] for state in states] for name in shapes}
 
 
-def check_memory(what, num_bytes, device):
-    """ValueError where so many bytes are more than a device has free, and the system tells how many."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:  # mps shares the machine's memory
-        free = psutil.virtual_memory().available
-        if num_bytes > free and (libc := glibc()):
-            libc.malloc_trim(0)  # returns what keep_freed_memory keeps
-            free = psutil.virtual_memory().available
-    if num_bytes > free:
-        raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
-                         "take a smaller dtype, max_seq_len, batch or model")
-
-
-def checkpoint_tensors(args, pieces):
-    """Yields (name, tensor) of open_checkpoint's pieces, merged one at a time; a tied output not at all."""
-    for name in pieces:
-        if name != "output.weight" or not args.tie_word_embeddings:
-            yield name, merge_pieces(name, pieces[name])
-
-
-def load_weights(model, tensors, device, dtype):
-    """Gives a model on the meta device its weights, from (name, tensor) pairs, one at a time.
-
-    Of a sharded model each rank keeps its shard, so that no more than one tensor is ever whole.
-    """
-    layout, state = model.state_dict(), {}
-    for name, tensor in tensors:
-        if sharded := hasattr(layout[name], "placements"):
-            from torch.distributed.tensor import distribute_tensor  # here, as sampling need not wait for it
-            tensor = distribute_tensor(tensor, layout[name].device_mesh, layout[name].placements,
-                                       src_data_rank=None)  # every rank has the same tensor: nothing is sent
-        state[name] = tensor.to(device, dtype, copy=sharded)  # the copy frees the whole tensor
-    if model.args.tie_word_embeddings:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    model.load_state_dict(state, assign=True)
-    model.tie()  # assign gives each name a parameter of its own
-
-
 def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
     """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
 
@@ -851,58 +518,6 @@ def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
     load(model, checkpoint_tensors(args, pieces), device, dtype)
     return model.eval()
 
-
-def save_checkpoint(path, args, state, tokenizer_path=None, progress=None, optimizer_dir=None):
-    """Writes a checkpoint directory, Meta's, which appears under its name when complete.
-
-    state: name -> tensor. progress, optimizer_dir: what resuming needs, a dictionary that is written and a
-    folder that is moved inside.
-    """
-    part = Path(f"{path}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        (part / "params.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, part / "tokenizer.model")
-        for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):
-            if content is not None:
-                with open(part / name, "wb") as file:
-                    torch.save(content, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-        if optimizer_dir is not None:
-            os.replace(optimizer_dir, part / "optimizer")
-        os.replace(part, path)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error.__context__, OSError):  # torch.save raises another over it, closing its archive
-            raise OSError(f"{part}: {error.__context__}") from None
-        raise
-
-
-def newest_checkpoint(folder="out"):
-    """The checkpoint directory last written anywhere under a folder; FileNotFoundError if there is none."""
-    found = [path for path in Path(folder).rglob("params.json")
-             if all(parent.suffix != ".part" for parent in path.parents)]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint under {folder}/; `python llama31.py demo` trains one in 3 "
-                                "minutes, --ckpt_dir DIR takes another")
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
-
-
-def checkpoints_of_run(out_dir):
-    """The checkpoint directories that training has left in out_dir, by step."""
-    found = [path for path in Path(out_dir).glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def drop_checkpoints(out_dir, keep):
-    """Removes a run's checkpoint directories but for the newest few; none is ever there in part."""
-    for path in checkpoints_of_run(out_dir)[:-keep]:
-        part = f"{path}.part"
-        os.replace(path, part)
-        shutil.rmtree(part)
 
 # -----------------------------------------------------------------------------
 # Sampling
@@ -1280,61 +895,6 @@ def shard_parameters(model, device, dtype):
     register_fsdp_forward_method(model, "forward_cached")
 
 
-def whole_weights(model):
-    """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
-    state = {}
-    for name, p in model.state_dict().items():
-        p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            state[name] = p
-    if state and model.args.tie_word_embeddings:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    return state
-
-
-def save_training(path, model, optimizer, tokenizer_path, progress):
-    """Writes a checkpoint directory from which training resumes; every rank takes part.
-
-    The optimizer's state goes through torch.distributed.checkpoint, each rank writing its own part of it.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-    is_master = not dist.is_initialized() or dist.get_rank() == 0
-    optimizer_dir = path.parent / "optimizer.part"
-    if is_master:
-        shutil.rmtree(optimizer_dir, ignore_errors=True)
-    state = get_optimizer_state_dict(model, optimizer)["state"]
-    try:
-        with warnings.catch_warnings(action="ignore"):  # it warns of a process that is alone
-            dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:  # such as no space left
-        raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
-    weights = whole_weights(model)
-    if is_master:
-        save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
-
-
-def cause_of(error):
-    """One line on an error, or on the first rank's of those that DCP gathered."""
-    for cause, _ in getattr(error, "failures", {}).values():
-        error = cause
-        break
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def load_optimizer(path, model, optimizer):
-    """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    state = get_optimizer_state_dict(model, optimizer)  # of zeros, filled in place
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(state["state"], checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint "
-                         f"({cause_of(error)})") from error
-    set_optimizer_state_dict(model, optimizer, state)
-
 # -----------------------------------------------------------------------------
 # Training
 
@@ -1376,119 +936,6 @@ def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
         num_bytes += int(byte_lengths[targets[kept]].sum())
     nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
     return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)
-
-
-def entropy_floor(folder):
-    """The bits per byte that no model can beat on average, where entropy.json tells them; else None."""
-    path = Path(folder, "entropy.json")
-    return json.loads(path.read_text())["val"]["bits_per_byte"] if path.is_file() else None
-
-
-def cut_log(path, last_step):
-    """Leaves in a log the complete lines of steps up to last_step; returns the last one's step, or 0."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: found a line that is no step's ({error}); mend or remove it") from None
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
-    return json.loads(kept[-1])["step"] if kept else 0
-
-
-def prepare_folder(out_dir, last_step, tokenizer_path):
-    """Makes out_dir, or frees it of what a killed run left after last_step; see cut_log.
-
-    It takes a copy of the tokenizer.model, as the checkpoint that has it may be dropped.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for part in out_dir.glob("*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-    shutil.copyfile(tokenizer_path, out_dir / "tokenizer.model.part")
-    os.replace(out_dir / "tokenizer.model.part", out_dir / "tokenizer.model")
-    return cut_log(out_dir / "log.jsonl", last_step)
-
-
-def report(record, out_dir, bar, floor, tokens_left):
-    """Writes a step's line to log.jsonl, and shows it beside the bar, or as a line where there is none."""
-    with open(out_dir / "log.jsonl", "a") as log:
-        log.write(json.dumps(record) + "\n")
-    line = (f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, norm {record['grad_norm']:.2f}, "
-            f"{record['tokens_per_s']:,} tokens/s, MFU {record['mfu']:.0%}, {record['memory'] / 1e9:.1f} GB")
-    if bar.disable:
-        left = datetime.timedelta(seconds=tokens_left // max(record["tokens_per_s"], 1))
-        print(f"step {record['step']}: {line}, {left} left", file=sys.stderr)
-    else:
-        bar.set_postfix_str(line)
-    if "val_bpb" in record:
-        bar.write(f"step {record['step']}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} "
-                  f"nats per token, {record['val_bpb']:.3f} bits per byte"
-                  + (f" (floor {floor:.3f})" if floor else ""))
-
-
-def plot_losses(out_dir, floor):
-    """Draws the losses of out_dir/log.jsonl, and the entropy floor if there is one, as out_dir/loss.png."""
-    import matplotlib  # here, as nothing else needs it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    evaluated = [record for record in records if "val_bpb" in record]
-    last, best = evaluated[-1], min(record["val_bpb"] for record in evaluated)
-    bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # of a loss of one nat per token
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([record["step"] for record in records], [record["loss"] * bits_per_byte for record in records],
-              color="#9ecae1", linewidth=1, label="train")
-    axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
-              color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
-    if floor is not None:
-        axes.axhline(floor, color="#d62728", linestyle="--", label=f"entropy of the stories, {floor:.3f}")
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, last["step"]), ylim=(0, 4 * best))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    part = out_dir / "loss.png.part"
-    figure.savefig(part, format="png", dpi=150)
-    plt.close(figure)
-    os.replace(part, out_dir / "loss.png")
-
-
-def measured_peak(device, dtype):
-    """FLOP/s of large matrix products on a device: what MFU is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, seconds = torch.ones(n, n, dtype=dtype, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the result
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
-
-
-def used_memory(device):
-    """Bytes: the most that this process has taken of a GPU so far, or what it now has of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
-@contextlib.contextmanager
-def noted_signals():
-    """Yields a list that takes the name of a SIGTERM or Ctrl-C, so that a step can be finished and saved.
-
-    Without torchrun, which passes some on twice, a second one acts as usual.
-    """
-    noted, usual = [], {}
-
-    def note(number, frame):
-        noted.append(signal.Signals(number).name)
-        if not dist.is_initialized():
-            signal.signal(number, usual[number])
-    if threading.current_thread() is threading.main_thread():  # in others Python does not allow it
-        usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def training_source(saved, ckpt_dir, preset, tokenizer_path):

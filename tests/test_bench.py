@@ -109,7 +109,7 @@ def test_the_train_command_prints_a_row_for_each_way_of_training():
                                            (bench.train_speed, "rounds"), (bench.train_speed, "document")])
 def test_a_setting_below_its_least_is_refused_before_anything_is_measured(command, flag, monkeypatch):
     monkeypatch.setattr(bench, "gemm_peak", None)
-    monkeypatch.setattr(bench.llama31, "newest_checkpoint", lambda: "out/some")
+    monkeypatch.setattr(bench.checkpoint, "newest_checkpoint", lambda: "out/some")
     with pytest.raises(ValueError, match=f"{flag} is 0; expected at least"):
         command(**{flag: 0})
 

@@ -21,6 +21,7 @@ from test_parity import SCALED, assert_close, make, random_tokens
 import convert
 import llama31
 from plumbing import cli
+from plumbing.checkpoint import merge_pieces
 from tokenizer import Tokenizer, train_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,7 +81,7 @@ def weights(folder):
     """Name -> (dtype, shape, bytes) of every tensor of a folder of either format."""
     if (folder / "params.json").exists():
         args, pieces = llama31.open_checkpoint(folder)
-        state = {name: llama31.merge_pieces(name, pieces[name]) for name in pieces}
+        state = {name: merge_pieces(name, pieces[name]) for name in pieces}
     else:
         state = {}
         for path in folder.glob("*.safetensors"):

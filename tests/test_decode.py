@@ -14,15 +14,8 @@ from test_weights import folder, tokenizer, windows  # noqa: F401 (fixtures)
 from torch._dynamo.utils import counters
 
 import llama31
-from llama31 import (
-    Int8Linear,
-    Llama,
-    ModelArgs,
-    Transformer,
-    compile_inference,
-    load_checkpoint,
-    save_checkpoint,
-)
+from llama31 import Llama, ModelArgs, Transformer, load_checkpoint, save_checkpoint
+from plumbing.fast import Int8Linear, compile_inference, compile_kernels
 from tokenizer import train_tokenizer
 
 ROOT = Path(llama31.__file__).parent
@@ -109,7 +102,7 @@ def test_nothing_is_compiled_anew_while_positions_grow_and_prompts_change(llamas
     _, llama = llamas
 
     def compilations():
-        return llama31.compile_kernels.cache_info().misses
+        return compile_kernels.cache_info().misses
     for rows in (1, 3, 9):
         llama.generate([[1, 2]] * rows, 3)
         compiled = compilations()
@@ -246,9 +239,9 @@ def test_a_compiler_that_fails_is_named_in_one_line_and_decoding_goes_on(tmp_pat
     compiler.write_text("#!/bin/sh\necho 'c++: error: unrecognized option' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    llama31.compile_kernels.cache_clear()
+    compile_kernels.cache_clear()
     llama = Llama.build(ckpt_dir, device="cpu", compile=True)
-    assert capsys.readouterr().err == (f"{compiler} can't compile llama31.cpp: c++: error: unrecognized "
+    assert capsys.readouterr().err == (f"{compiler} can't compile fast.cpp: c++: error: unrecognized "
                                        "option; --compile has no effect\n")
     assert llama.generate([[1, 2]], 9, temperature=0) == expected.generate([[1, 2]], 9, temperature=0)
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import llama31
-from llama31 import ChunkedCrossEntropy, ModelArgs, Transformer, document_mask
+from llama31 import ModelArgs, Transformer, document_mask
+from plumbing.fast import ChunkedCrossEntropy
 
 BOS = 90
 

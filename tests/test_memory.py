@@ -99,7 +99,7 @@ print(fresh, faults())
 def test_kept_memory_counts_as_free():
     code = """
 import psutil, torch
-from llama31 import check_memory, keep_freed_memory
+from plumbing.fast import check_memory, keep_freed_memory
 cpu = torch.device("cpu")
 keep_freed_memory(cpu)
 torch.ones(3 * 2**30, dtype=torch.uint8)

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -132,7 +133,7 @@ def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
 
 
 def test_without_a_compiler_one_line_says_so_and_training_goes_on(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(llama31.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert len(run(corpus, tmp_path, steps=2, compile=True)) == 2
     assert "no C++ compiler found" in capsys.readouterr().err
 
@@ -273,7 +274,7 @@ def test_too_little_disk_or_memory_is_said_before_the_first_step(corpus, tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(OSError, match="a checkpoint takes 703,872 bytes, .* has 100,000 bytes free"):
         run(corpus, tmp_path / "out")
-    monkeypatch.setattr(llama31.psutil, "virtual_memory", lambda: type("", (), {"available": 200_000}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 200_000}))
     with pytest.raises(ValueError, match="weights, gradients and AdamW's averages take"):
         run(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
