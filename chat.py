@@ -3,13 +3,12 @@
     python chat.py --ckpt_dir Llama-3.1-8B-Instruct --system "Answer in one sentence."
 """
 
-import codecs
 import contextlib
-import signal
 import sys
 
-from llama31 import Llama
-from plumbing import cli
+from llama31 import Llama, Sampler
+from plumbing import cli, fast
+from tokenizer import TextStream
 
 
 class Conversation:
@@ -20,36 +19,41 @@ class Conversation:
     for the system prompt.
     """
 
-    def __init__(self, llama, system=None, max_gen_len=256, seed=1337, **settings):
-        self.llama, self.max_gen_len, self.seed, self.settings = llama, max_gen_len, seed, settings
+    def __init__(self, llama, system=None, max_gen_len=256, seed=Sampler.seed, **settings):
+        self.llama = llama
+        self.max_gen_len = max_gen_len
+        self.seed = seed
+        self.settings = settings
         self.system = [] if system is None else [{"role": "system", "content": system}]
         least = llama.tokenizer.encode_dialog([*self.system, {"role": "user", "content": ""}])
         if len(least) >= llama.max_seq_len:
             raise ValueError(f"max_seq_len is {llama.max_seq_len}; expected more than {len(least)}, as many "
                              "as the system prompt and an empty message take")
         llama.generate([least], min(max_gen_len, 0), seed=seed, **settings)  # names what is out of range
-        self.caches, self.held = llama.new_caches(1), 0
+        self.caches = llama.new_caches(1)
+        self.held = 0
         self.reset()
 
     def reset(self):
         """Forgets everything but the system prompt."""
         self.tokens = self.llama.tokenizer.encode_dialog(self.system, generation_prompt=False)
-        self.held, self.turn = min(self.held, len(self.tokens)), 0
+        self.held = min(self.held, len(self.tokens))
+        self.turn = 0
 
     def answer(self, text, write):
         """Reads a user's message and writes the answer piece by piece; returns what cut it short, or "".
 
-        A character that is spread over several tokens comes with the last of them. Whatever ends the answer,
-        even an exception, what was said so far stays in the dialog. A message too long for what is left of
-        the context changes nothing.
+        Whatever ends the answer, even an exception, what was said so far stays in the dialog. A message too
+        long for what is left of the context changes nothing.
         """
-        tokenizer, room = self.llama.tokenizer, self.llama.max_seq_len
+        tokenizer = self.llama.tokenizer
+        room = self.llama.max_seq_len
         message = tokenizer.encode_message({"role": "user", "content": text})
         message += tokenizer.encode_header("assistant")
         if len(self.tokens) + len(message) >= room:
             return (f"the context is full: {len(self.tokens)} tokens so far, {len(message)} for this "
                     f"message, {room} in all; /reset starts anew")
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text_stream = TextStream(tokenizer)
         cut = f"stopped at --max_gen_len {self.max_gen_len}"
         self.tokens += message
         try:
@@ -61,35 +65,14 @@ class Conversation:
                     cut = ""
                     break
                 self.tokens.append(token)
-                write(decoder.decode(tokenizer.decode_bytes([token])))
+                write(text_stream.push(token))
             if len(self.tokens) >= room:
                 cut = f"the context of {room} tokens is full; /reset starts anew"
-            write(decoder.decode(b"", final=True) + "\n")
+            write(text_stream.push(None) + "\n")
             return cut
         finally:
             self.tokens.append(tokenizer.eot_id)  # read with the next message
             self.turn += 1
-
-
-def interrupt(*_):
-    """Raises KeyboardInterrupt, and only one: impatient Ctrl-Cs would meet whoever handles the first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def read_line():
-    """input(), but Ctrl-C works at once also where it comes right before the wait for keys.
-
-    Python looks for signals when one interrupts that wait, so a timer does.
-    """
-    if not hasattr(signal, "setitimer"):  # Windows
-        return input("> ")
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # seconds
-    try:
-        return input("> ")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def note(text):
@@ -98,10 +81,10 @@ def note(text):
 
 
 def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None = None,
-         max_seq_len: int | None = None, max_gen_len: int = 256, temperature: float = 0.6,
-         top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337,
-         device: str | None = None, dtype: str | None = None, compile: bool = False,
-         quantize: str | None = None):
+         max_seq_len: int | None = None, max_gen_len: int = 256,
+         temperature: float = Sampler.temperature, top_p: float = Sampler.top_p, top_k: int = Sampler.top_k,
+         min_p: float = Sampler.min_p, seed: int = Sampler.seed, device: str | None = None,
+         dtype: str | None = None, compile: bool = False, quantize: str | None = None):
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
     /reset starts anew with the same system prompt, /exit or Ctrl-D leaves, Ctrl-C stops an answer, which
@@ -110,6 +93,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
                         compile=compile, quantize=quantize)
+    fast.keep_freed_memory(llama.model.norm.weight.device)
     if max_seq_len is None:
         llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:
@@ -127,9 +111,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     while True:
         answering = False
         try:
-            if terminal:
-                signal.signal(signal.SIGINT, interrupt)
-            line = read_line() if terminal else input()
+            line = input("> " if terminal else "")
             command = line.strip()
             if command == "/exit":
                 return

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as BPE
 
 import llama31
-from plumbing import checkpoint, cli
+from plumbing import cli
+from plumbing.checkpoint import check_tensors, merge_pieces, save_checkpoint
 from plumbing.files import complete_folder
-from tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, read_vocabulary
+from tokenizer import BYTE_OF, SPECIAL_TOKENS, Tokenizer, read_vocabulary, word_splitter
 
 # -----------------------------------------------------------------------------
 # Weights
@@ -68,16 +69,16 @@ def read_tensors(folder):
     if not (folder / SINGLE).exists() and (folder / INDEX).exists():
         files = read_json(folder / INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{folder / INDEX}: found no weight_map of names to files; get it again")
+            raise ValueError(f"{folder / INDEX}: found no weight_map of names to files; download it again")
         files = sorted(set(files.values()))
     for path in [folder / file for file in files]:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, expected weights in it; get it again")
+            raise FileNotFoundError(f"{path}: no such file, expected weights in it; download it again")
         try:
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path}: damaged, or not from safetensors; get it again ({error})") from None
+            raise ValueError(f"{path}: damaged, or not from safetensors; download it again ({error})") from None
     return {name: t for name, t in tensors.items() if not name.endswith(".inv_freq")}  # which old files have
 
 
@@ -97,7 +98,7 @@ def write_tensors(folder, args, pieces, max_file_bytes):
     for i, group in enumerate(groups, 1):
         path = folder / (SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors")
         tensors = None  # frees the last file's before these are merged
-        tensors = {names[name]: reordered(name, checkpoint.merge_pieces(name, pieces[name]), args, False)
+        tensors = {names[name]: reordered(name, merge_pieces(name, pieces[name]), args, False)
                    for name in group}
         try:
             save_file(tensors, path, metadata={"format": "pt"})
@@ -119,7 +120,7 @@ def read_json(path):
         if not isinstance(found, dict):
             raise ValueError(f"found {found!r:.40}, expected an object")
     except ValueError as error:
-        raise ValueError(f"{path}: damaged, get it again: {error}") from None
+        raise ValueError(f"{path}: damaged, download it again: {error}") from None
     return found
 
 
@@ -155,20 +156,20 @@ def read_config(path):
             **{name: config[name] for name in LLAMA3_ROPE if name in config}}
     scaled = rope["rope_type"] != "default"
 
-    def expect(expected, found):
+    def require(expected, found):
         for name, value in expected.items():
             if found.get(name) != value:
                 raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}: no Llama 3")
 
     try:
-        expect({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
-        expect({"partial_rotary_factor": 1.0}, rope)
-        expect({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
+        require({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
+        require({"partial_rotary_factor": 1.0}, rope)
+        require({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
         args = llama31.ModelArgs(
             **{ours: config.get(theirs, absent) for ours, (theirs, absent) in FIELDS.items()},
             rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
             rope_scale_factor=rope.get("factor") if scaled else 8.0)
-        expect({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
+        require({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
         return with_hidden_dim(args, config.get("intermediate_size"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -208,12 +209,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 # other releases number the reserved tokens differently, and name two of them
 RESERVED = re.compile(r"<\|(reserved_special_token_\d+|step_id|image)\|>")
-# tokenizer.json has a character for each byte: if printable, that of the same number, else one from 256 on
-ALPHABET = sorted(map(ord, pre_tokenizers.ByteLevel.alphabet()))
-BYTES = dict(zip(ALPHABET, sorted(range(256), key=lambda byte: byte not in ALPHABET), strict=True))
-CHARACTERS = {byte: character for character, byte in BYTES.items()}
-WORDS = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def write_tokenizer_model(source, path, vocab_size):
@@ -226,14 +221,14 @@ def write_tokenizer_model(source, path, vocab_size):
         merged = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]  # ["a", "b"] or "a b"
         names = dict(zip(range(len(base), vocab_size), SPECIAL_TOKENS, strict=True))
         fits = (model["type"] == "BPE" and not model.get("dropout") and merged == sorted(merged)
-                and data["normalizer"] is None and data["pre_tokenizer"] == json.loads(WORDS.__getstate__())
+                and data["normalizer"] is None and data["pre_tokenizer"] == json.loads(word_splitter().__getstate__())
                 and added.keys() == names.keys() and all(
                     added[i] == names[i] or RESERVED.fullmatch(added[i]) for i in names))
         if not fits:
             raise ValueError
         with open(path, "wb") as file:
             for rank, token in base:
-                token = token.translate(BYTES).encode("latin-1")
+                token = bytes(BYTE_OF[character] for character in token)
                 file.write(b"%s %d\n" % (base64.b64encode(token), rank))
         Tokenizer(path)  # checks the ranks and that every byte is there
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -242,14 +237,15 @@ def write_tokenizer_model(source, path, vocab_size):
 
 def write_tokenizer_json(folder, tokenizer, max_seq_len):
     """Writes tokenizer.json and tokenizer_config.json: the same ids, <|begin_of_text|> before a text."""
+    character_of = {byte: character for character, byte in BYTE_OF.items()}
     ranks = {token: rank for rank, token in enumerate(read_vocabulary(tokenizer.model_path))}
-    text = [token.decode("latin-1").translate(CHARACTERS) for token in ranks]
+    text = ["".join(character_of[byte] for byte in token) for token in ranks]
     merges = []  # all pairs that make a token, by its rank: tiktoken merges any
     for token in ranks:
         pairs = [(ranks.get(token[:cut]), ranks.get(token[cut:])) for cut in range(1, len(token))]
         merges += [(text[a], text[b]) for a, b in sorted(pair for pair in pairs if None not in pair)]
     bpe = BPE(models.BPE({token: rank for rank, token in enumerate(text)}, merges, ignore_merges=True))
-    bpe.pre_tokenizer, bpe.decoder = WORDS, decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = word_splitter(), decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken(name, normalized=False) for name in tokenizer.special_tokens])
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.bos_id)])
@@ -279,10 +275,9 @@ def from_hf(src: str, dst: str):
             raise ValueError(f"{src}: {head} differs from {embedding}, expected equal ones, as config.json "
                              "has tie_word_embeddings")
         tensors[head] = tensors[embedding]
-    with torch.device("meta"):
-        model = llama31.Transformer(args)
+    model = llama31.Transformer.on_meta(args)
     shapes = {names[name]: list(p.shape) for name, p in model.state_dict().items()}
-    checkpoint.check_tensors(src, tensors, shapes)
+    check_tensors(src, tensors, shapes)
     state = {name: reordered(name, tensors[theirs], args, True) for name, theirs in names.items()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_path = Path(folder, "tokenizer.model")
@@ -291,7 +286,7 @@ def from_hf(src: str, dst: str):
         except (ValueError, FileNotFoundError) as error:
             print(f"only weights are converted: {error}", file=sys.stderr)
             tokenizer_path = None
-        checkpoint.save_checkpoint(dst, args, state, tokenizer_path)
+        save_checkpoint(dst, args, state, tokenizer_path)
 
 
 def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
@@ -302,7 +297,8 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
     """
     src, dst = Path(src), Path(dst)
     refuse_existing(dst)
-    args, pieces = llama31.open_checkpoint(src)
+    model, pieces = llama31.open_checkpoint(src)
+    args = model.args
     if "max_seq_len" not in read_json(src / "params.json"):  # as published: Llama 3.1's and later, Llama 3's
         args.max_seq_len = 131072 if args.use_scaled_rope else 8192
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # absent, they would be 1 and 2

@@ -1,19 +1,27 @@
-"""Llama 3 in one file: the model, its cache, sampling, checkpoints, the data loader and the training loop.
+"""Llama 3 in one file: the model and its KV cache, sampling, the data loader and the training loop.
 
     python llama31.py demo                                        # corpus, training and stories, 3 minutes
     python llama31.py --ckpt_dir DIR --prompt "Once upon a time"  # sample from a checkpoint directory
     torchrun --nproc_per_node 8 llama31.py --ckpt_dir DIR         # finetune it
 
-Read it downwards: every part uses only what stands above it; llama31.cpp is for speed only. Sizes in
-comments: B batch, T new tokens, S cached and new tokens, H query heads, K key/value heads, D head dimension,
-V vocabulary.
+Read it downwards, as every part uses only what stands above it:
+
+    Configuration                          ModelArgs and the published shapes
+    Normalization, positions, KV cache     RMSNorm, RoPE, KVCache
+    Transformer                            Attention, FeedForward, TransformerBlock, the whole model, its loss
+    Loading, sampling, generation          load_checkpoint, Sampler, Llama
+    Data loader, distributed, training     DistributedShardedDataLoader, optimize, train
+    Commands                               sample, demo
+
+This file says what is computed. The folder plumbing/ says how it is made fast, how files look and how a run is
+kept; delete plumbing/fast.cpp, and only speed is lost.
+
+Sizes in comments: B batch, T new tokens, S cached and new tokens, H query heads, K key/value heads, D head
+dimension, V vocabulary.
 """
 
-import codecs
 import dataclasses
-import functools
 import glob
-import itertools
 import json
 import math
 import os
@@ -28,53 +36,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from plumbing import cli
-from plumbing.checkpoint import (
-    check_tensors,
-    checkpoint_tensors,
-    checkpoints_of_run,
-    drop_checkpoints,
-    load_file,
-    load_optimizer,
-    load_weights,
-    newest_checkpoint,
-    save_checkpoint,  # noqa: F401  (for those who import it from here)
-    save_training,
-    split_dim,
-)
-from plumbing.fast import (
-    ChunkedCrossEntropy,
-    can_compile,
-    check_memory,
-    compile_inference,
-    keep_freed_memory,
-    load_int8,
-)
-from plumbing.files import MASKED, VERSION, check_disk, check_manifests, read_header, read_tokens
-from plumbing.run import (
-    entropy_floor,
-    measured_peak,
-    noted_signals,
-    plot_losses,
-    prepare_folder,
-    report,
-    used_memory,
-)
-from tokenizer import Tokenizer, train_tokenizer
+from plumbing import checkpoint, cli, fast, files
+from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
+from plumbing.cli import expect, expect_at_least
+from plumbing.parallel import shard_parameters
+from plumbing.run import Run, Stopwatch, entropy_floor, measured_peak, used_memory
+from tokenizer import TextStream, Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
 # Configuration
-
-
-def expect(fits, name, value, expected):
-    """ValueError where the value of a setting doesn't fit."""
-    if not fits:
-        raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 @dataclass
@@ -83,18 +56,18 @@ class ModelArgs:
 
     ValueError names a field that is out of range or doesn't fit the others, and from_json an unknown one.
     """
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = 128256
+    dim: int = 4096  # width of the residual stream, which every block reads and adds to
+    n_layers: int = 32  # blocks, one after the other
+    n_heads: int = 32  # query heads; each has dim / n_heads elements
+    n_kv_heads: int | None = None  # key/value heads, fewer so that the cache is smaller; None: n_heads
+    vocab_size: int = 128256  # token ids; 128,000 byte sequences and 256 special tokens in Meta's vocabulary
     multiple_of: int = 256  # the SwiGLU hidden size is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
-    use_scaled_rope: bool = False
-    rope_scale_factor: float = 8.0  # 32 for Llama 3.2 1B and 3B
-    tie_word_embeddings: bool = False
+    ffn_dim_multiplier: float | None = None  # widens the SwiGLU hidden size beyond 8/3 dim; None: not
+    norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
+    rope_theta: float = 500000.0  # RoPE's slowest pairs turn once in about 2 pi rope_theta positions
+    use_scaled_rope: bool = False  # Llama 3.1's stretch of the context from 8,192 to 131,072 tokens
+    rope_scale_factor: float = 8.0  # how much that stretch slows the slow pairs; 32 for Llama 3.2 1B and 3B
+    tie_word_embeddings: bool = False  # one matrix serves as embedding and as output
     max_seq_len: int = 2048  # prompt and generated tokens together, unless Llama.build is told otherwise
 
     def __post_init__(self):
@@ -103,12 +76,13 @@ class ModelArgs:
             if value is None and field.default is None:
                 continue
             if field.type is bool:
-                fits, expected = type(value) is bool, "true or false"
+                expect(type(value) is bool, field.name, repr(value), "true or false")
             elif field.type in (int, int | None):
-                fits, expected = type(value) is int and value > 0, "a whole number of at least 1"
+                fits = type(value) is int and value > 0
+                expect(fits, field.name, repr(value), "a whole number of at least 1")
             else:
-                fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
-            expect(fits, field.name, repr(value), expected)
+                fits = type(value) in (int, float) and 0 < value < math.inf
+                expect(fits, field.name, repr(value), "a number above 0")
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         expect(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
@@ -122,7 +96,10 @@ class ModelArgs:
 
     @property
     def hidden_dim(self):
-        """The SwiGLU hidden size by Meta's rule: 2/3 of 4 dim, times the multiplier, rounded up."""
+        """The SwiGLU hidden size by Meta's rule: 2/3 of 4 dim, times the multiplier, rounded up.
+
+        2/3, as SwiGLU has three matrices where the classic feed-forward layer has two: the same weights.
+        """
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -143,9 +120,10 @@ class ModelArgs:
             args = cls(**fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        # Llama 3.2's params.json says only that RoPE is scaled, but not by 32, so we know it by its shape.
         shape = args.dim, args.n_layers, args.n_heads, args.n_kv_heads
-        if (args.use_scaled_rope and "rope_scale_factor" not in fields
-                and shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))):
+        is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))
+        if args.use_scaled_rope and is_llama_32 and "rope_scale_factor" not in fields:
             args.rope_scale_factor = 32.0
             print(f"{path}: the shape of Llama 3.2, so rope_scale_factor is 32", file=sys.stderr)
         return args
@@ -173,7 +151,10 @@ PRESETS = {  # the demo's shape, then Meta's published ones
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * weight (Zhang and Sennrich, 2019): LayerNorm without its mean and its bias.
+
+    In float32, as a sum of thousands of squares in bfloat16 would keep two or three digits.
+    """
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -192,14 +173,18 @@ class RMSNorm(nn.Module):
 def rope_frequencies(args):
     """(D/2,) float32: radians per position of each pair of a head's elements (Su et al., 2021).
 
-    With use_scaled_rope, Llama 3.1's stretch of the context: pairs that turn at least 4 times within the old
-    context stay, those that don't turn once are slowed by rope_scale_factor, those between are blended.
+    Queries and keys are turned by their position times these, so that their product depends on how far apart
+    they are. Fast pairs tell neighbours apart, slow ones paragraphs. With use_scaled_rope, Llama 3.1's stretch
+    of the context: pairs that turn at least 4 times within the old context stay, those that don't turn once are
+    slowed by rope_scale_factor, those between are blended.
     """
     with torch.device("cpu"):  # also while the model is laid out on the meta device
         freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
     if not args.use_scaled_rope:
         return freqs
-    low, high, old_context = 1.0, 4.0, 8192
+    low = 1.0
+    high = 4.0
+    old_context = 8192
     turns = old_context / (2 * math.pi / freqs)  # how often each pair turns within the old context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * freqs / args.rope_scale_factor + kept * freqs
@@ -207,7 +192,7 @@ def rope_frequencies(args):
 
 def apply_rope(x, cos, sin):
     """Turns each interleaved pair of x (B, T, heads, D) by its angle; cos and sin: (B or 1, T, 1, D/2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2) each
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 # -----------------------------------------------------------------------------
@@ -215,28 +200,32 @@ def apply_rope(x, cos, sin):
 
 
 class KVCache:
-    """One layer's keys and values, (B, max_seq_len, K, D) each; a row's are valid up to its own length."""
+    """One layer's keys and values of all tokens so far, (B, max_seq_len, K, D) each.
+
+    A token's key and value depend only on the tokens up to it, so they never change: with them kept, a new
+    token costs one column of work instead of the whole text again. Rows may have different lengths.
+    """
 
     def __init__(self, args, batch_size, max_seq_len, dtype=None, device=None):
         shape = (batch_size, max_seq_len, args.n_kv_heads, args.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(self, k, v, positions, S):
-        """Writes k and v (B, T, K, D) at positions (B, T); returns the first S of both, (B, S, K, D)."""
+    def seek(self, positions, S):
+        """Chooses the positions (B, T) that update writes, and how many columns it returns, S."""
+        self.positions = positions
+        self.S = S
+
+    def update(self, k, v):
+        """Writes k and v (B, T, K, D) where seek said; returns the first S columns of both, (B, S, K, D)."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[rows, positions] = k.to(self.k.dtype)  # which differs while FSDP trains
-        self.v[rows, positions] = v.to(self.v.dtype)
-        return self.k[:, :S].to(k.dtype), self.v[:, :S].to(v.dtype)
+        # While FSDP trains it computes in bfloat16, and the cache has the weights' float32: hence the casts.
+        self.k[rows, self.positions] = k.to(self.k.dtype)
+        self.v[rows, self.positions] = v.to(self.v.dtype)
+        return self.k[:, :self.S].to(k.dtype), self.v[:, :self.S].to(v.dtype)
 
 # -----------------------------------------------------------------------------
-# Transformer
-
-
-@functools.cache
-def compiled_flex_attention():
-    """Uncompiled, flex attention computes all T x S scores."""
-    return torch.compile(flex_attention)
+# Attention, feed-forward, block
 
 
 class Attention(nn.Module):
@@ -244,35 +233,39 @@ class Attention(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.head_dim, self.gqa = args.head_dim, args.n_heads != args.n_kv_heads
+        self.head_dim = args.head_dim
+        self.is_grouped = args.n_heads != args.n_kv_heads
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cached=None):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B, T, dim) -> the same shape.
 
-        mask: (B, 1, T, S), True where attended, or flex attention's BlockMask; None: causal, or one new
-        token that sees all. cached: a function that stores the new keys and values, and returns them with
-        those before.
+        mask: (B, 1, T, S), True where attended, or flex attention's BlockMask. None: plain causal attention, or
+        a single new token, which may see everything before it. cache: a KVCache, which takes the new keys and
+        values and returns them behind those of earlier tokens.
         """
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, T, H, D), (B, T, K, D)
-        if cached is not None:
-            k, v = cached(k, v)  # (B, S, K, D)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, S, K, D)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads before positions, as the kernels want it
         if isinstance(mask, BlockMask):
-            attend = compiled_flex_attention() if q.is_cuda else flex_attention
-            y = attend(q, k, v, block_mask=mask, enable_gqa=self.gqa)
+            y = fast.flex_attend(q, k, v, mask, self.is_grouped)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.gqa,
+            # is_causal aligns the mask to the first key, which is right only where all S keys are new (T = S).
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.is_grouped,
                                                is_causal=q.size(2) > 1 and mask is None)
-        return self.wo(y.transpose(1, 2).flatten(-2))
+        return self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, dim)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020)."""
+    """SwiGLU (Shazeer, 2020): w1 makes gates, through SiLU, for what w3 makes; w2 brings it back to dim."""
 
     def __init__(self, args):
         super().__init__()
@@ -285,7 +278,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then the feed-forward layer, each on a normalized copy added back to the stream."""
+    """Attention, then the feed-forward layer, each on a normalized copy and added back to the stream."""
 
     def __init__(self, args):
         super().__init__()
@@ -294,33 +287,45 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, cached=None):
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cached)
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
+# -----------------------------------------------------------------------------
+# Documents: several of them are packed into one row of a training batch
 
-def counted(targets, bos_id=None):
-    """Which targets count: not -100, nor, where bos_id separates documents, a document's first token."""
-    kept = targets != -100
-    return kept if bos_id is None else kept & (targets != bos_id)
+
+def target_mask(targets, bos_id=None):
+    """Which targets (B, T) count: not -100 and, where bos_id begins documents, not a document's first token.
+
+    Nothing before a document's first token foretells it, so learning to predict it would teach nothing.
+    """
+    is_target = targets != -100
+    return is_target if bos_id is None else is_target & (targets != bos_id)
 
 
 def document_mask(tokens, bos_id):
-    """What hides each document, from bos_id on, of tokens (B, T) from the next; None where causality does.
+    """The attention mask that keeps documents, which begin at bos_id, from seeing each other.
 
-    A BlockMask for flex attention on cuda, elsewhere (B, 1, T, T), as flex attention can't train there.
+    tokens (B, T) -> a BlockMask for flex attention on cuda; elsewhere, where flex attention can't train,
+    (B, 1, T, T), True where attended. None if each row is one document: causal attention is enough.
     """
-    document = (tokens == bos_id).cumsum(1)  # (B, T)
+    document = (tokens == bos_id).cumsum(1)  # (B, T), the number of each token's document in its row
     if (document == document[:, :1]).all():
         return None
 
     def attended(b, h, i, j):
         return (document[b, i] == document[b, j]) & (i >= j)
+
     B, T = tokens.shape
     if tokens.is_cuda:
         return create_block_mask(attended, B, None, T, T, device=tokens.device)
-    rows, columns = torch.arange(T)[:, None], torch.arange(T)
+    rows = torch.arange(T)[:, None]
+    columns = torch.arange(T)
     return attended(torch.arange(B)[:, None, None], None, rows, columns)[:, None]
+
+# -----------------------------------------------------------------------------
+# Transformer
 
 
 class Transformer(nn.Module):
@@ -329,20 +334,26 @@ class Transformer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        empty = torch.empty(args.vocab_size, args.dim)  # drawing it on the meta device would take a second
+        empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding's own init takes a second, even on meta
         self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.tie()
-        self.rope_frequencies = rope_frequencies(args)  # no buffer: .to(bfloat16) must not round it
-        self.tokens_at_once = 4096  # of a prompt, all rows together
+        # No buffer, as .to(torch.bfloat16) would round it, and angles thousands of positions on with it.
+        self.rope_frequencies = rope_frequencies(args)
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
         if not self.output.weight.is_meta:
             self.init_weights()
 
+    @classmethod
+    def on_meta(cls, args):
+        """The model with shapes but without memory, for weights that are loaded or drawn afterwards."""
+        with torch.device("meta"):
+            return cls(args)
+
     def tie(self):
-        """One storage for embedding and output where the configuration says so."""
+        """Gives embedding and output one storage where the configuration says so."""
         if self.args.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
@@ -352,103 +363,119 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weight(self, name, p, generator=None):
-        """Embeddings of length one, matrices of half that scale, less where a layer adds to the stream.
+        """Draws the parameter of that name, or a stand-in of its shape, in place; returns it.
 
-        At GPT-2's widths this is about its 0.02. Returns p, the parameter of that name or a stand-in.
+        Normal with std 1/sqrt(dim) for embeddings, whose rows so have length 1; half of that for matrices, about
+        GPT-2's 0.02 at its width. Those that write to the residual stream are divided by sqrt(2 n_layers), as
+        2 n_layers of them add up there: so the stream is about as large after the last layer as after the first.
         """
-        scale = self.args.dim ** -0.5
+        std = self.args.dim ** -0.5
         if p.dim() == 1:
             return p.fill_(1)
         if name.startswith(("tok_embeddings", "output")):
-            return p.normal_(std=scale, generator=generator)
+            return p.normal_(std=std, generator=generator)
         shrink = math.sqrt(2 * self.args.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 1
-        return p.normal_(std=scale / 2 / shrink, generator=generator)
+        return p.normal_(std=std / 2 / shrink, generator=generator)
 
     def angles(self, positions):
         """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
         angles = positions[..., None, None].float() * self.rope_frequencies.to(positions.device)
         return angles.cos(), angles.sin()
 
-    def trunk(self, tokens, positions, mask=None, cached=None):
+    def trunk(self, tokens, positions, mask=None, caches=None):
         """tokens (B, T) at positions (B or 1, T) -> normalized hidden states (B, T, dim)."""
         cos, sin = self.angles(positions)
         x = self.tok_embeddings(tokens)
-        for layer, layer_cached in zip(self.layers, cached or [None] * len(self.layers), strict=True):
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, mask, layer_cached)
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
-    def forward(self, tokens, targets=None, bos_id=None):
-        """tokens (B, T) int64 -> logits (B, T, V) float32, plain causal; with targets: forward_loss."""
+    def forward(self, tokens, targets=None, bos_id=None, *, reduction="mean"):
+        """tokens (B, T) int64 -> logits (B, T, V) float32, plain causal; with targets: forward_loss.
+
+        The loss goes through forward, too, as the hooks of DDP and FSDP run only there.
+        """
         if targets is not None:
-            return self.forward_loss(tokens, targets, bos_id)
+            return self.forward_loss(tokens, targets, bos_id, reduction=reduction)
         positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         return self.output(self.trunk(tokens, positions)).float()
 
-    def forward_loss(self, inputs, targets, bos_id=None):
-        """Mean cross entropy in nats over the targets (B, T) that are not -100; 0 if there are none.
+    def forward_loss(self, inputs, targets, bos_id=None, *, reduction="mean"):
+        """Cross entropy in nats, float32, of the targets (B, T) that count; 0 if none does.
 
-        bos_id: documents begin at this token and don't see each other; predicting it does not count.
+        bos_id: documents begin at this token and don't see each other; predicting it does not count, nor does
+        a target of -100. reduction: "mean", or "sum" for whoever divides by the targets of several batches.
         """
         positions = torch.arange(inputs.size(1), device=inputs.device)[None]
-        x = self.trunk(inputs, positions, None if bos_id is None else document_mask(inputs, bos_id))
-        kept = counted(targets, bos_id)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        total = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.output.weight,
-                                          targets.masked_fill(~kept, -100).flatten(), dtype,
-                                          torch.is_grad_enabled())
-        return total / kept.sum().clamp(min=1)
+        mask = None if bos_id is None else document_mask(inputs, bos_id)
+        x = self.trunk(inputs, positions, mask)
+        is_target = target_mask(targets, bos_id)
+        targets = targets.masked_fill(~is_target, -100)
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+        # F.cross_entropy(self.output(x).flatten(0, 1), targets.flatten(), reduction="sum"), but logits, many
+        # times larger than all else here, never exist all at once.
+        nats = fast.chunked_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), dtype)
+        return nats if reduction == "sum" else nats / is_target.sum().clamp(min=1)
 
-    def read(self, tokens, start_pos, caches):
+    def extend(self, tokens, start_pos, caches):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]: (B, T, dim), normalized."""
-        T, S = tokens.size(1), max(start_pos) + tokens.size(1)
+        T = tokens.size(1)
+        S = max(start_pos) + T
         columns = torch.arange(S, device=tokens.device)
-        positions = torch.tensor(start_pos, device=tokens.device)[:, None] + columns[:T]
+        positions = torch.tensor(start_pos, device=tokens.device)[:, None] + columns[:T]  # (B, T)
+        # A fresh prompt needs no mask, as is_causal is right there, nor does one new token of rows of one
+        # length, as it sees all of them; and without a mask the kernels are faster.
         mask = None
         if S > T and (T > 1 or min(start_pos) < max(start_pos)):
-            mask = (columns <= positions[..., None])[:, None]
-        cached = [functools.partial(cache.update, positions=positions, S=S) for cache in caches]
-        return self.trunk(tokens, positions, mask, cached)
+            mask = (columns <= positions[..., None])[:, None]  # (B, 1, T, S)
+        for cache in caches:
+            cache.seek(positions, S)
+        return self.trunk(tokens, positions, mask, caches)
 
-    def logits(self, x):
-        """(B, V) float32, of normalized hidden states (B, dim)."""
+    def head(self, x):
+        """Logits (B, V) float32 of normalized hidden states (B, dim)."""
         return self.output(x).float()
 
-    def forward_cached(self, tokens, start_pos, caches, last):
+    def forward_cached(self, tokens, start_pos, caches, last, reader=None, tokens_at_once=4096):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at last[b].
 
         start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
-        anything: nothing that counts sees them, and later tokens overwrite them. Long prompts are read in
-        chunks of columns, so that activations stay small. ValueError where the caches are too short, also
-        for such columns.
+        anything: nothing that counts sees them, and later tokens overwrite them. reader: whose extend and head
+        to use, see fast.compile_inference; None: the model's own. Long prompts are read in chunks of columns, of
+        tokens_at_once tokens in all rows, so that activations stay small. ValueError where the caches are too
+        short, also for such columns.
         """
-        (B, T), room = tokens.shape, caches[0].k.size(1)
+        reader = self if reader is None else reader
+        B, T = tokens.shape
+        room = caches[0].k.size(1)
         if max(start_pos) + T > room:
             raise ValueError(f"the KV cache holds {room} positions; {max(start_pos) + T} are needed")
-        hidden, width = [None] * B, max(1, self.tokens_at_once // B)
+        hidden = [None] * B
+        width = max(1, tokens_at_once // B)
         for begin in range(0, T, width):
-            x = self.read(tokens[:, begin:begin + width], [n + begin for n in start_pos], caches)
+            x = reader.extend(tokens[:, begin:begin + width], [n + begin for n in start_pos], caches)
             for b in range(B):
                 if begin <= last[b] < begin + width:
                     hidden[b] = x[b, last[b] - begin]
-        return self.logits(torch.stack(hidden))
+        return reader.head(torch.stack(hidden))
 
     def flops_per_token(self, seq_len):
-        """Floating-point operations of training on a token: 6 a weight, and causal attention's."""
-        weights = sum(p.numel() for p in self.parameters())  # the embedding is looked up, not multiplied
+        """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention."""
+        weights = sum(p.numel() for p in self.parameters())
         if not self.args.tie_word_embeddings:
-            weights -= self.tok_embeddings.weight.numel()
+            weights -= self.tok_embeddings.weight.numel()  # The embedding is looked up, not multiplied.
         return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.dim
 
     def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it.
 
-        From then on the process keeps freed memory, as training needs it again at every step.
+        Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one.
         """
-        keep_freed_memory(self.norm.weight.device)
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -456,80 +483,15 @@ class Transformer(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 # -----------------------------------------------------------------------------
-# Checkpoints
-
-
-def open_checkpoint(ckpt_dir):
-    """(ModelArgs, tensor name -> its pieces, one per consolidated.*.pth, memory-mapped) of a directory.
-
-    The output is tied if declared, absent or equal to the embedding. Strict: FileNotFoundError for an absent
-    file; ValueError names an unreadable one, lists missing, unexpected and wrongly shaped tensors, or says
-    that the files are of different models.
-    """
-    files = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
-    if not files and any(Path(ckpt_dir).glob("*.safetensors")):
-        raise FileNotFoundError(f"{ckpt_dir}: found Hugging Face's *.safetensors, expected Meta's files; "
-                                f"`python convert.py from_hf {ckpt_dir} NEW_DIR` makes them")
-    args = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
-    if not files:
-        raise FileNotFoundError(f"{ckpt_dir}: found no weights, expected consolidated.00.pth; download it "
-                                "again")
-    for i, path in enumerate(files):
-        if path.name != f"consolidated.{i:02d}.pth":
-            raise FileNotFoundError(f"{ckpt_dir}: found {path.name}, but no consolidated.{i:02d}.pth; "
-                                    "download it again")
-    with torch.device("meta"):
-        shapes = {name: list(p.shape) for name, p in Transformer(args).state_dict().items()}
-    for name, shape in shapes.items():
-        if (dim := split_dim(name)) is not None:
-            if shape[dim] % len(files):
-                raise ValueError(f"{ckpt_dir}: found {len(files)} files of weights, among which {name}, "
-                                 f"{shape}, can't be split; is one missing?")
-            shape[dim] //= len(files)
-    states = [load_file(path) for path in files]
-    for path, state in zip(files, states, strict=True):
-        state.pop("rope.freqs", None)  # in some of Meta's files, follows from params.json
-        if "output.weight" not in state and "tok_embeddings.weight" in state:
-            state["output.weight"] = state["tok_embeddings.weight"]
-        check_tensors(f"{path}, one of {len(files)} files" if len(files) > 1 else path, state, shapes)
-        for name in shapes:
-            if (state is not states[0] and split_dim(name) is None
-                    and not torch.equal(state[name], states[0][name])):
-                raise ValueError(f"{path}: its {name} differs from that of {files[0].name}; expected files "
-                                 "of one model, download them again")
-    args.tie_word_embeddings |= all(torch.equal(state["output.weight"], state["tok_embeddings.weight"])
-                                    for state in states)
-    return args, {name: [state[name] for state in states] for name in shapes}
-
-
-def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
-    """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
-
-    On the CPU and in the stored dtype, weights of a single file stay memory-mapped. quantize: int8 or None.
-    """
-    expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
-    args, pieces = open_checkpoint(ckpt_dir)
-    dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
-    with torch.device("meta"):
-        model = Transformer(args)
-    num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else dtype.itemsize)
-    check_memory(f"the weights of {ckpt_dir}", num_bytes, torch.device(device))
-    load = load_int8 if quantize else load_weights
-    load(model, checkpoint_tensors(args, pieces), device, dtype)
-    return model.eval()
-
-
-# -----------------------------------------------------------------------------
-# Sampling
-
-PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
+# Loading
 
 
 def choose_device(device=None):
     """The torch.device asked for; None: cuda, else mps, else cpu. ValueError where it is not there."""
-    if device is None:
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
+    if device is None and torch.cuda.is_available():
+        device = "cuda"
+    elif device is None:
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -547,60 +509,99 @@ def choose_dtype(dtype):
 
 
 def check_vocabulary(tokenizer, args):
-    """ValueError where tokenizer and model have vocabularies of different sizes."""
+    """Raises ValueError if tokenizer and model have vocabularies of different sizes."""
     if tokenizer.n_words != args.vocab_size:
         raise ValueError(f"{tokenizer.model_path} has {tokenizer.n_words} tokens, the model "
                          f"{args.vocab_size}; give the tokenizer.model that the model was trained with")
 
 
-def sample_token(logits, temperature, top_p=1.0, top_k=0, min_p=0.0, generator=None):
-    """One token id drawn from logits (V,); temperature 0, or next to it, takes the largest.
+def open_checkpoint(ckpt_dir):
+    """(Transformer on the meta device, tensor name -> its memory-mapped pieces) of a checkpoint directory.
 
-    Each limit looks at the whole distribution, and the likeliest token always stays. top_p: only the fewest
-    tokens that together hold at least that probability. top_k: only so many of the likeliest, 0 for all.
-    min_p: only those at least that fraction as likely as the likeliest.
+    The output is tied if declared, absent or equal to the embedding. Errors: see open_pieces, from_json.
     """
-    if temperature < 1e-6:
-        return int(logits.argmax())
-    logits = logits.float().cpu()
-    probs = torch.softmax((logits - logits.max()) / temperature, dim=-1)
-    # tokens rarer than this hold less than 1 - top_p together: they need no sorting (0.9: for rounding)
-    ids = (probs >= 0.9 * (1 - top_p) / len(probs)).nonzero()[:, 0]
-    probs, order = probs[ids].sort(descending=True, stable=True)
-    kept = probs >= min_p * probs[0]
-    if top_p < 1:
-        kept &= probs.cumsum(-1) - probs < top_p  # what the likelier tokens hold
-    if top_k:
-        kept[top_k:] = False
-    kept[0] = True
-    noise = torch.empty_like(logits).exponential_(generator=generator)  # V numbers, whatever is kept
-    return int(ids[order[(probs * kept / noise[:len(ids)]).argmax()]])  # as torch.multinomial draws
+    checkpoint.refuse_hugging_face(ckpt_dir)
+    model = Transformer.on_meta(ModelArgs.from_json(Path(ckpt_dir, "params.json")))
+    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
+    pieces, tied = checkpoint.open_pieces(ckpt_dir, shapes)
+    model.args.tie_word_embeddings |= tied
+    model.tie()
+    return model, pieces
 
 
-def split_at_stop(text, stop, final):
-    """(what of a text can be shown, the rest, whether a text of stop was met, which itself is in neither).
+def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
+    """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
 
-    The rest may be the beginning of a stop text, unless the text is final. Of several, the first to be
-    complete counts, so that it doesn't matter how tokens cut the text.
+    On the CPU and in the stored dtype, weights of a single file stay memory-mapped. quantize: int8 or None.
     """
-    found = [(begin + len(s), begin) for s in stop if (begin := text.find(s)) >= 0]
-    if found:
-        return text[:min(found)[1]], "", True
-    beginnings = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
-    shown = len(text) - (0 if final else max(beginnings, default=0))
-    return text[:shown], text[shown:], False
+    expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
+    model, pieces = open_checkpoint(ckpt_dir)
+    dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
+    num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else dtype.itemsize)
+    fast.check_memory(f"the weights of {ckpt_dir}", num_bytes, torch.device(device))
+    load = fast.load_int8 if quantize else checkpoint.load_weights
+    load(model, checkpoint.merged(pieces, model.args.tie_word_embeddings), device, dtype)
+    return model.eval()
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
+
+
+@dataclass
+class Sampler:
+    """Draws a token from logits. Limits look at the whole distribution; the likeliest token always stays."""
+    temperature: float = 0.6  # below 1 sharpens the distribution; 0 always takes the likeliest token
+    top_p: float = 0.9  # only the fewest tokens that hold this probability (Holtzman et al., 2020)
+    top_k: int = 0  # only so many of the likeliest; 0: all
+    min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest
+    seed: int = 1337  # row i of a batch draws with seed + i, so that its text doesn't depend on the others
+
+    def __post_init__(self):
+        expect_at_least(0, temperature=self.temperature, top_k=self.top_k)
+        expect(0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1")
+        expect(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        expect(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
+
+    def __call__(self, logits, generator=None):
+        """One token id drawn from logits (V,)."""
+        if self.temperature < 1e-6:  # Dividing by it would overflow.
+            return int(logits.argmax())
+        logits = logits.float().cpu()
+        probs = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
+        # Sorting the whole vocabulary is slow. Tokens rarer than this hold less than 1 - top_p together, so they
+        # are cut anyhow (0.9: for rounding).
+        ids = (probs >= 0.9 * (1 - self.top_p) / len(probs)).nonzero()[:, 0]
+        probs, order = probs[ids].sort(descending=True, stable=True)
+        kept = probs >= self.min_p * probs[0]
+        if self.top_p < 1:
+            kept &= probs.cumsum(-1) - probs < self.top_p  # what the likelier tokens hold
+        if self.top_k:
+            kept[self.top_k:] = False
+        kept[0] = True
+        # The largest of probs / exponential noise is drawn as torch.multinomial draws. V numbers are taken,
+        # whatever is kept, so that a row's later draws don't depend on its limits.
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        return int(ids[order[(probs * kept / noise[:len(ids)]).argmax()]])
+
 
 # -----------------------------------------------------------------------------
 # Generation
 
 
 class Llama:
-    """A model with its tokenizer (None where there is none: then token ids only)."""
+    """A model with its tokenizer (None where there is none: then token ids only).
 
-    def __init__(self, model, tokenizer, max_seq_len=None, max_batch_size=32):
-        self.model, self.tokenizer = model, tokenizer
+    reader: what fast.compile_inference has made of the model; None: the model itself reads.
+    """
+
+    def __init__(self, model, tokenizer, max_seq_len=None, max_batch_size=32, reader=None):
+        self.model = model
+        self.tokenizer = tokenizer
         self.max_seq_len = model.args.max_seq_len if max_seq_len is None else max_seq_len
         self.max_batch_size = max_batch_size
+        self.reader = reader
 
     @staticmethod
     def build(ckpt_dir, tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None,
@@ -612,42 +613,31 @@ class Llama:
         quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names what is wrong with
         the files.
         """
-        expect(max_seq_len is None or max_seq_len >= 1, "max_seq_len", max_seq_len, "at least 1")
-        expect(max_batch_size >= 1, "max_batch_size", max_batch_size, "at least 1")
-        device, dtype = choose_device(device), choose_dtype(dtype)
+        expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        device = choose_device(device)
+        dtype = choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
         model = load_checkpoint(ckpt_dir, device, dtype, quantize)
-        if compile and can_compile(device):
-            compile_inference(model)
-        keep_freed_memory(device)
+        reader = fast.compile_inference(model) if compile else None
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
             check_vocabulary(tokenizer, model.args)
-        return Llama(model, tokenizer, max_seq_len, max_batch_size)
+        return Llama(model, tokenizer, max_seq_len, max_batch_size, reader)
 
     def new_caches(self, batch_size, max_seq_len=None):
         """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
-        args, weight = self.model.args, self.model.norm.weight
+        args = self.model.args
+        weight = self.model.norm.weight
         room = self.max_seq_len if max_seq_len is None else max_seq_len
         num_bytes = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim * weight.itemsize
-        check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, weight.device)
+        fast.check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, weight.device)
         return [KVCache(args, batch_size, room, weight.dtype, weight.device) for _ in self.model.layers]
 
-    @torch.inference_mode()
-    def steps(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
-              stop_tokens=None, caches=None, start_pos=None):
-        """Yields, a step at a time, the logits and each row's next token, None once it has ended.
-
-        Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
-        Row i draws from its own generator, seeded with seed + i. stop_tokens None: the tokenizer's; [] never
-        stops. caches: new_caches, or ones that hold the first start_pos[i] tokens of prompt i, which are not
-        read again. At each step the caches hold all tokens before its own; self.stats counts and times them.
-        ValueError for an empty prompt, one of max_seq_len or more tokens, or a setting out of range.
-        """
-        B, lengths = len(prompt_tokens), [len(prompt) for prompt in prompt_tokens]
-        start_pos = [0] * B if start_pos is None else start_pos
+    def check_prompts(self, prompt_tokens, start_pos):
+        """Raises ValueError naming the prompt that is empty, too long, not of this vocabulary, or all read."""
+        B = len(prompt_tokens)
         if not 0 < B <= self.max_batch_size:
             raise ValueError(f"{B} prompts; expected 1 to {self.max_batch_size}, which is max_batch_size")
         for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
@@ -659,71 +649,77 @@ class Llama:
                                  f"{self.model.args.vocab_size - 1}")
             expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
                    f"0 to {len(prompt) - 1}: at least its last token is to be read")
-        expect(max_gen_len >= 0, "max_gen_len", max_gen_len, "at least 0")
-        expect(0 <= temperature < math.inf, "temperature", temperature, "at least 0")
-        expect(0 <= top_p <= 1, "top_p", top_p, "0 to 1")
-        expect(top_k >= 0, "top_k", top_k, "at least 0")
-        expect(0 <= min_p <= 1, "min_p", min_p, "0 to 1")
-        expect(0 <= seed < 2**62, "seed", seed, "0 to 2**62 - 1")
+
+    @torch.inference_mode()
+    def steps(self, prompt_tokens, max_gen_len, stop_tokens=None, caches=None, start_pos=None, **sampling):
+        """Yields once per step: the logits (B, V), and each row's next token, None once the row has ended.
+
+        Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
+        stop_tokens None: the tokenizer's; [] never stops. caches: new_caches, or ones that hold the first
+        start_pos[i] tokens of prompt i, which are not read again; at each step they hold all tokens before its
+        own. sampling: as in Sampler. Errors: see check_prompts, Sampler.
+        """
+        sampler = Sampler(**sampling)
+        B = len(prompt_tokens)
+        start_pos = [0] * B if start_pos is None else start_pos
+        self.check_prompts(prompt_tokens, start_pos)
+        expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
+        lengths = [len(prompt) for prompt in prompt_tokens]  # of each row so far
         if caches is None:
             caches = self.new_caches(B, min(self.max_seq_len, max(lengths) + max_gen_len))
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
-        unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
-        width = max(map(len, unread))
         device = self.model.norm.weight.device
+        unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
+        width = max(len(row) for row in unread)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)
         last = [len(row) - 1 for row in unread]
-        newest, ended = [0] * B, [False] * B
-        self.stats = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # tokens, seconds
-        for step in range(max_gen_len):
-            start = time.perf_counter()
-            logits = self.model.forward_cached(tokens, start_pos, caches, last)
+        newest = [prompt[-1] for prompt in prompt_tokens]
+        ended = [False] * B
+        generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
+        for _ in range(max_gen_len):
+            logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
             if not torch.stack(torch.aminmax(logits)).isfinite().all():
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
+            drawn = [None] * B
             for i in range(B):
-                if not ended[i]:
-                    newest[i] = sample_token(logits[i], temperature, top_p, top_k, min_p, generators[i])
-            counts = self.stats["decode" if step else "prefill"]
-            counts[0] += ended.count(False) if step else sum(map(len, unread))
-            counts[1] += time.perf_counter() - start
-            ended = [done or token in stop_tokens for done, token in zip(ended, newest, strict=True)]
-            lengths = [n + (not done) for n, done in zip(lengths, ended, strict=True)]
-            yield logits, [None if done else token for done, token in zip(ended, newest, strict=True)]
-            ended = [done or n >= self.max_seq_len for done, n in zip(ended, lengths, strict=True)]
+                if ended[i]:
+                    continue
+                token = sampler(logits[i], generators[i])
+                if token in stop_tokens:
+                    ended[i] = True
+                    continue
+                drawn[i] = newest[i] = token
+                lengths[i] += 1
+                ended[i] = lengths[i] >= self.max_seq_len
+            yield logits, drawn
             if all(ended):
                 return
-            # a row that has ended feeds its last token to its last position again: it doesn't grow
+            # A row that has ended feeds its last token to its last position again: it doesn't grow.
             tokens = torch.tensor(newest, device=device)[:, None]
-            start_pos, last = [n - 1 for n in lengths], [0] * B
+            start_pos = [n - 1 for n in lengths]
+            last = [0] * B
 
-    def speed(self):
-        """One line on the last generation: tokens read and generated, and how many per second."""
-        return ", ".join(f"{name} {tokens:,} tokens at {tokens / max(seconds, 1e-9):,.1f}/s"
-                         for name, (tokens, seconds) in self.stats.items())
-
-    def generate(self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337,
-                 echo=False, stop_tokens=None, logprobs=False):
+    def generate(self, prompt_tokens, max_gen_len, *, echo=False, stop_tokens=None, logprobs=False,
+                 **sampling):
         """The new tokens of each prompt, with echo after the prompt itself; the stop token is not returned.
 
         logprobs: (tokens, log-probabilities), those of the raw logits, whatever the sampler's limits; a
         prompt's first token, which nothing predicts, has 0. The rest as in steps.
         """
-        rows, row_logprobs = [[] for _ in prompt_tokens], [[] for _ in prompt_tokens]
-        for logits, newest in self.steps(prompt_tokens, max_gen_len, temperature, top_p, top_k, min_p, seed,
-                                         stop_tokens):
-            for i, token in enumerate(newest):
+        rows = [[] for _ in prompt_tokens]
+        row_logprobs = [[] for _ in prompt_tokens]
+        if echo:
+            rows = [list(prompt) for prompt in prompt_tokens]
+            if logprobs:
+                row_logprobs = [self.prompt_logprobs(prompt) for prompt in prompt_tokens]
+        for logits, drawn in self.steps(prompt_tokens, max_gen_len, stop_tokens, **sampling):
+            for i, token in enumerate(drawn):
                 if token is not None:
                     rows[i].append(token)
                     if logprobs:
                         row_logprobs[i].append(float(logits[i].log_softmax(-1)[token]))
-        if echo:
-            rows = [[*prompt, *row] for prompt, row in zip(prompt_tokens, rows, strict=True)]
-            if logprobs:
-                row_logprobs = [self.prompt_logprobs(prompt) + row
-                                for prompt, row in zip(prompt_tokens, row_logprobs, strict=True)]
         return (rows, row_logprobs) if logprobs else rows
 
     @torch.inference_mode()
@@ -733,52 +729,60 @@ class Llama:
         nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         return [0.0, *(-nats).tolist()]
 
-    def stream_text(self, prompts, max_gen_len=256, stop=(), **settings):
-        """Yields, a step at a time, the next piece of text after every prompt, "" where there is none.
-
-        prompts: texts, or dialogs as in chat_completion. A character spread over several tokens comes with
-        the last of them. stop: a text, or several, before which a row ends. settings: as in steps.
-        """
+    def encode(self, prompts):
+        """The tokens of each of several texts, behind BOS; ValueError names an empty one."""
         if isinstance(prompts, str):
             raise ValueError(f"found one text, {prompts[:40]!r}; expected a list of prompts")
-        if self.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
+        self.check_tokenizer()
         if "" in prompts:
             raise ValueError(f"prompt {prompts.index('')} is empty; expected a text")
+        return [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+
+    def check_tokenizer(self):
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
+
+    def stream(self, steps, stop=()):
+        """Turns steps into text: yields, per step, the piece that each row can show now, "" where none.
+
+        stop: a text, or several, before which a row ends.
+        """
         stop = [stop] if isinstance(stop, str) else stop
         expect(all(stop), "stop", stop, "texts of at least one character")
-        tokens = [self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else
-                  self.tokenizer.encode_dialog(prompt) for prompt in prompts]
-        decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
-        held, ended = [""] * len(prompts), [False] * len(prompts)
-        steps = self.steps(tokens, max_gen_len, **settings)
-        for _, newest in itertools.chain(steps, [(None, [None] * len(prompts))]):
-            pieces = [""] * len(prompts)
-            for i, token in enumerate(newest):
-                if not ended[i]:
-                    ended[i] = token is None
-                    new = b"" if ended[i] else self.tokenizer.decode_bytes([token])
-                    text = held[i] + decoders[i].decode(new, final=ended[i])
-                    pieces[i], held[i], stopped = split_at_stop(text, stop, ended[i])
-                    ended[i] |= stopped
-            yield pieces
-            if all(ended):
+        rows = None
+        for _, drawn in steps:
+            rows = rows or [TextStream(self.tokenizer, stop) for _ in drawn]
+            yield [row.push(token) for row, token in zip(rows, drawn, strict=True)]
+            if all(row.ended for row in rows):
                 return
+        if rows:
+            yield [row.push(None) for row in rows]  # what was held back
 
-    def text_completion(self, prompts, max_gen_len=256, echo=False, **settings):
-        """[{"generation": text}] for each prompt, with echo after its own; settings: as in stream_text."""
-        rows = zip(*self.stream_text(prompts, max_gen_len, **settings), strict=True)
-        return [{"generation": (prompt if echo else "") + "".join(pieces)}
-                for prompt, pieces in zip(prompts, rows, strict=True)]
+    def texts(self, prompt_tokens, max_gen_len, stop, settings):
+        """The whole text that follows each prompt."""
+        pieces = self.stream(self.steps(prompt_tokens, max_gen_len, **settings), stop)
+        rows = zip(*pieces, strict=True) if max_gen_len else [[]] * len(prompt_tokens)
+        return ["".join(row) for row in rows]
 
-    def chat_completion(self, dialogs, max_gen_len=256, **settings):
+    def text_completion(self, prompts, max_gen_len=256, echo=False, stop=(), **settings):
+        """[{"generation": text}] for each prompt, with echo after its own; settings: as in steps.
+
+        stop: a text, or several, before which a row ends.
+        """
+        texts = self.texts(self.encode(prompts), max_gen_len, stop, settings)
+        return [{"generation": (prompt if echo else "") + text}
+                for prompt, text in zip(prompts, texts, strict=True)]
+
+    def chat_completion(self, dialogs, max_gen_len=256, stop=(), **settings):
         """[{"generation": {"role": "assistant", "content": text}}]: the message that follows each dialog.
 
-        dialogs: lists of {"role": "system", "user" or "assistant", "content": text}. settings: as in
-        stream_text.
+        dialogs: lists of {"role": "system", "user" or "assistant", "content": text}. The rest as in
+        text_completion.
         """
-        rows = zip(*self.stream_text(dialogs, max_gen_len, **settings), strict=True)
-        return [{"generation": {"role": "assistant", "content": "".join(pieces)}} for pieces in rows]
+        self.check_tokenizer()
+        tokens = [self.tokenizer.encode_dialog(dialog) for dialog in dialogs]
+        return [{"generation": {"role": "assistant", "content": text}}
+                for text in self.texts(tokens, max_gen_len, stop, settings)]
 
 # -----------------------------------------------------------------------------
 # Data loader
@@ -796,23 +800,27 @@ class DistributedShardedDataLoader:
         if B < 1 or T < 1 or not 0 <= process_rank < num_processes:
             raise ValueError(f"B is {B}, T {T}, rank {process_rank} of {num_processes}; expected B and T of "
                              "at least 1, and a rank below the number of processes")
-        self.filename_pattern, self.B, self.T, self.shuffle = filename_pattern, B, T, shuffle
-        self.rank, self.num_processes = process_rank, num_processes
+        self.filename_pattern = filename_pattern
+        self.B = B
+        self.T = T
+        self.rank = process_rank
+        self.num_processes = num_processes
+        self.shuffle = shuffle
+        self.seed = seed
         self.files = sorted(glob.glob(str(filename_pattern)))
         if not self.files:
             raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct the "
                                     "pattern")
-        headers = [read_header(path) for path in self.files]
+        headers = [files.read_header(path) for path in self.files]
         self.versions = [header.version for header in headers]
         self.ntok_total = sum(header.num_tokens for header in headers)
         windows = [max(header.num_tokens - 1, 0) // T for header in headers]
-        self.first_windows = np.cumsum([0, *windows], dtype=np.int64)  # of each shard, then W
+        self.first_windows = np.cumsum([0, *windows], dtype=np.int64)  # of each shard, and W
         self.num_windows = int(self.first_windows[-1])
         if self.num_windows == 0:
             raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(headers)} files hold no "
                              f"window; expected a shard of at least T + 1 = {T + 1} tokens")
-        self.permutation = functools.lru_cache(maxsize=2)(  # two: a batch may straddle the end of an epoch
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.num_windows))
+        self.permutations = {}
         self.reset()
 
     def reset(self):
@@ -824,30 +832,41 @@ class DistributedShardedDataLoader:
     def load_state_dict(self, state):
         self.counter = state["counter"]
 
+    def permutation(self, epoch):
+        """The order of an epoch's windows; two are kept, as a batch may straddle the end of an epoch."""
+        if epoch not in self.permutations:
+            self.permutations = {e: order for e, order in self.permutations.items() if e == epoch - 1}
+            self.permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
+        return self.permutations[epoch]
+
     def window(self, number):
-        """x, y of a window, int64 (T,); read, as a memory map of a file that shrinks is fatal."""
+        """x, y of a window, int64 (T,): y is x one token later, -100 where that is no target."""
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
-        path, length = self.files[shard], self.T + 1
-        tokens = read_tokens(path, start, length)
-        if len(tokens) != length:
-            raise ValueError(f"{path}: {len(tokens)} tokens from token {start} on, expected {length}: "
-                             "the file has shrunk since it was opened")
-        tokens = tokens.astype(np.int64)
-        if self.versions[shard] == VERSION:
-            return tokens[:-1], tokens[1:]
-        ids = tokens % MASKED
-        return ids[:-1], np.where(tokens < MASKED, ids, -100)[1:]
+        length = self.T + 1
+        # Read by position, as a memory map of a file that shrinks would kill the process.
+        stored = files.read_tokens(self.files[shard], start, length)
+        if len(stored) != length:
+            raise ValueError(f"{self.files[shard]}: {len(stored)} tokens from token {start} on, expected "
+                             f"{length}: the file has shrunk since it was opened")
+        stored = stored.astype(np.int64)
+        if self.versions[shard] == files.VERSION:
+            return stored[:-1], stored[1:]
+        ids = stored % files.MASKED
+        targets = np.where(stored < files.MASKED, ids, -100)
+        return ids[:-1], targets[1:]
 
-    def next_batch(self):
-        """x, y: int64 (B, T); y is x one token later, -100 where that is no target."""
+    def next_batch(self, once=False):
+        """x, y: int64 (B, T). once: windows of a second epoch have no targets, for whoever counts each once."""
         first = self.counter + self.rank * self.B
         self.counter += self.num_processes * self.B
         rows = []
         for number in range(first, first + self.B):
             epoch, index = divmod(number, self.num_windows)
-            rows.append(self.window(int(self.permutation(epoch)[index]) if self.shuffle else index))
-        return tuple(torch.from_numpy(np.stack(windows)) for windows in zip(*rows, strict=True))
+            x, y = self.window(int(self.permutation(epoch)[index]) if self.shuffle else index)
+            rows.append((x, np.full_like(y, -100) if once and epoch else y))
+        x, y = zip(*rows, strict=True)
+        return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y))
 
 # -----------------------------------------------------------------------------
 # Distributed
@@ -858,10 +877,11 @@ def join_process_group(device, needed=False):
 
     A process that is alone joins a group only where needed. ValueError where there is no torchrun then.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
     if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each of a machine's ranks
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if needed and "RANK" not in os.environ:
@@ -880,37 +900,26 @@ def sum_over_ranks(values, device):
     return sums.tolist()
 
 
-def shard_parameters(model, device, dtype):
-    """Spreads weights, gradients and optimizer over the ranks, which gather one block at a time (FSDP2).
-
-    dtype: in which they gather and compute; gradients are summed in float32.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # here, as sampling need not wait for it
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "forward_cached")
-
-
 # -----------------------------------------------------------------------------
 # Training
 
 
 def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
-    """The rate of one step of 1 … steps: linear warm-up to lr, then a cosine down to min_lr."""
+    """The rate of one step of 1 … steps: linear warm-up to lr, then a cosine down to min_lr.
+
+    Warm-up, as AdamW's averages know nothing yet in the first steps.
+    """
     if step <= warmup_steps:
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def next_batch(loader, vocab_size, device):
+def batch_on(device, loader, vocab_size, once=False):
     """The loader's next inputs and targets on a device; ValueError for an id outside the vocabulary."""
-    inputs, targets = loader.next_batch()
-    if (largest := max(int(inputs.max()), int(targets.max()))) >= vocab_size:
+    inputs, targets = loader.next_batch(once)
+    largest = max(int(inputs.max()), int(targets.max()))
+    if largest >= vocab_size:
         raise ValueError(f"{loader.filename_pattern} holds token {largest}, the vocabulary ends at "
                          f"{vocab_size - 1}; tokenize with the tokenizer.model of this training")
     return inputs.to(device), targets.to(device)
@@ -920,31 +929,64 @@ def next_batch(loader, vocab_size, device):
 def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
     """(nats per counted target, bits per UTF-8 byte) over the first batches of every rank, no window twice.
 
+    Bits per byte don't depend on the vocabulary, so that models of different ones can be compared.
     byte_lengths: (V,) the UTF-8 bytes of each id, 0 for special tokens.
     """
     nats = count = num_bytes = 0
     loader.reset()
     for _ in range(steps):
-        first = loader.counter + loader.rank * loader.B
-        inputs, targets = next_batch(loader, len(byte_lengths), byte_lengths.device)
-        targets[max(0, loader.num_windows - first):] = -100  # where the numbers have come round
-        kept = counted(targets, bos_id)
-        n = int(kept.sum())
+        inputs, targets = batch_on(byte_lengths.device, loader, len(byte_lengths), once=True)
         with autocast:
-            nats += float(model(inputs, targets, bos_id)) * n
-        count += n
-        num_bytes += int(byte_lengths[targets[kept]].sum())
+            nats += float(model(inputs, targets, bos_id, reduction="sum"))
+        counted = targets[target_mask(targets, bos_id)]
+        count += len(counted)
+        num_bytes += int(byte_lengths[counted].sum())
     nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
     return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)
 
 
-def training_source(saved, ckpt_dir, preset, tokenizer_path):
-    """(tokenizer, ModelArgs, name -> pieces) of what training begins with; the last is None from scratch.
+def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="the step"):
+    """One step of training on this rank's micro-batches: the loss over all ranks and the gradient's norm.
 
-    saved: the run's newest checkpoint, or None. ValueError where nothing is given, or another architecture
+    model: perhaps wrapped by DDP or sharded by FSDP. batches: (inputs, targets), (B, T) each. ValueError, with
+    `what` was done, where loss or norm is not finite: before any weight has changed.
+    """
+    device = batches[0][0].device
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    # Every target weighs the same, in whatever micro-batch and on whatever rank it lies: so sums are divided by
+    # the number of all targets. (A mean of means would favour the targets of batches that have few.)
+    count = sum(int(target_mask(targets, bos_id).sum()) for _, targets in batches)
+    [count] = sum_over_ranks([count], device)
+    nats = torch.zeros((), device=device)
+    for i, (inputs, targets) in enumerate(batches, start=1):
+        model.require_backward_grad_sync = i == len(batches)  # DDP: all-reduce after the last micro-batch only
+        with autocast:
+            loss = model(inputs, targets, bos_id, reduction="sum") / max(count, 1)
+        # Times world_size, as DDP and FSDP average gradients over the ranks, and the loss is a sum over them.
+        (loss * world_size).backward()
+        nats += loss.detach()
+    [loss] = sum_over_ranks([nats], device)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if hasattr(grad_norm, "full_tensor"):  # of shards
+        grad_norm = grad_norm.full_tensor()
+    grad_norm = float(grad_norm)
+    if not math.isfinite(loss + grad_norm):
+        raise ValueError(f"{what} has loss {loss} and gradient norm {grad_norm}, expected finite ones; what was "
+                         f"saved before stays. Try a lower lr than {lr}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def training_source(newest, ckpt_dir, preset, tokenizer_path):
+    """(tokenizer, model on the meta device, name -> pieces) to begin with; no pieces: weights are drawn.
+
+    newest: the run's newest checkpoint, or None. ValueError where nothing is given, or another architecture
     than the run has.
     """
-    source = saved or ckpt_dir
+    source = newest or ckpt_dir
     if ckpt_dir is not None and preset is not None:
         raise ValueError("found --ckpt_dir and --preset; expected one of them")
     if source is None and (preset is None or tokenizer_path is None):
@@ -953,65 +995,51 @@ def training_source(saved, ckpt_dir, preset, tokenizer_path):
     expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
     tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
     asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
-    args, pieces = open_checkpoint(source) if source else (asked, None)
-    if saved and ckpt_dir:
+    if newest and ckpt_dir:
         asked = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
-    for field in dataclasses.fields(args) if asked else ():
-        found, expected = getattr(args, field.name), getattr(asked, field.name)
+    model, pieces = open_checkpoint(source) if source else (Transformer.on_meta(asked), None)
+    for field in dataclasses.fields(ModelArgs) if asked else ():
+        found = getattr(model.args, field.name)
+        expected = getattr(asked, field.name)
         if found != expected and field.name not in ("max_seq_len", "tie_word_embeddings"):
             raise ValueError(f"{source} has {field.name} {found}, but {expected} is asked for; resume "
                              "without --preset and --ckpt_dir, or give another --out_dir")
-    check_vocabulary(tokenizer, args)
-    return tokenizer, args, pieces
+    check_vocabulary(tokenizer, model.args)
+    return tokenizer, model, pieces
 
 
-def training_model(args, pieces, seed, device, dtype, fsdp):
-    """The model with float32 weights, of a checkpoint's pieces or drawn with a seed; with fsdp in shards."""
-    with torch.device("meta"):
-        model = Transformer(args)
+def fill_model(model, pieces, seed, device, dtype, fsdp):
+    """Gives a model on the meta device float32 weights: a checkpoint's pieces, or drawn with a seed.
+
+    float32, as an update is often smaller than a bfloat16 weight can show. With fsdp, in shards.
+    """
     num_bytes = 16 * sum(p.numel() for p in model.parameters()) / (dist.get_world_size() if fsdp else 1)
-    if device.type == "cpu":  # which the processes of a machine share
+    if device.type == "cpu":  # The processes of a machine share its memory.
         num_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_memory("weights, gradients and AdamW's averages", num_bytes, device)
+    fast.check_memory("weights, gradients and AdamW's averages", num_bytes, device)
     if fsdp:
         shard_parameters(model, device, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    drawn = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
-             for name, p in model.named_parameters())
-    load_weights(model, checkpoint_tensors(args, pieces) if pieces else drawn, device, torch.float32)
-    return model
+    if pieces:
+        tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+    else:
+        generator = torch.Generator(device).manual_seed(seed)
+        tensors = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
+                   for name, p in model.named_parameters())
+    checkpoint.load_weights(model, tensors, device, torch.float32)
 
 
-def check_training_flags(flags):
-    """ValueError names a flag that is out of range."""
-    least = dict(batch_size=1, seq_len=1, total_batch_tokens=1, steps=1, epochs=1, lr=0, min_lr=0,
-                 warmup_steps=0, weight_decay=0, grad_clip=0, eval_interval=1, eval_steps=0,
-                 sample_interval=0, save_interval=0, keep=1)
-    for name, minimum in least.items():
-        expect(flags[name] is None or minimum <= flags[name] < math.inf, name, flags[name],
-               f"at least {minimum}")
-    expect(0 <= flags["seed"] < 2**63, "seed", flags["seed"], "0 to 2**63 - 1")
-    expect(all(0 <= beta < 1 for beta in flags["betas"]), "betas", flags["betas"],
-           "two numbers from 0 to below 1")
-    expect(not Path(flags["out_dir"]).is_file(), "out_dir", flags["out_dir"], "a folder, not a file")
-    expect(choose_dtype(flags["dtype"]) in (torch.float32, torch.bfloat16), "dtype", flags["dtype"],
-           "float32 or bfloat16, as float16 underflows in training")
+def check_data(loader, val_loader, tokenizer):
+    """Raises ValueError if training and validation share a file, or hold another tokenizer's tokens.
 
-
-def training_loaders(train_data, val_data, *settings, shuffle, seed, tokenizer):
-    """The loaders of both splits, which share no file and hold a tokenizer's tokens.
-
-    settings: B, T, rank and number of processes. Without a manifest only the first batches are looked at.
+    Where no manifest says what made a shard, only the first batches are looked at.
     """
-    loader = DistributedShardedDataLoader(train_data, *settings, shuffle, seed)
-    val_loader = DistributedShardedDataLoader(val_data, *settings)
-    check_manifests(loader.files + val_loader.files, tokenizer.model_path)
+    files.check_manifests(loader.files + val_loader.files, tokenizer.model_path)
     for each in (loader, val_loader):
-        next_batch(each, tokenizer.n_words, "cpu")
+        batch_on("cpu", each, tokenizer.n_words)
         each.reset()
-    if shared := set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files)):
+    shared = set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files))
+    if shared:
         raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
-    return loader, val_loader
 
 
 def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
@@ -1038,131 +1066,106 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     and optimizer, else each has all. dtype: of the computation; weights, optimizer and sums are float32.
     compile: the blocks, with torch.compile.
     """
-    check_training_flags(locals())
-    dtype, out_dir = choose_dtype(dtype), Path(out_dir)
+    expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
+                    steps=steps, epochs=epochs, eval_interval=eval_interval, keep=keep)
+    expect_at_least(0, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
+                    grad_clip=grad_clip, eval_steps=eval_steps, sample_interval=sample_interval,
+                    save_interval=save_interval)
+    expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
+    expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
+    out_dir = Path(out_dir)
+    expect(not out_dir.is_file(), "out_dir", out_dir, "a folder, not a file")
+    dtype = choose_dtype(dtype)
+    expect(dtype != torch.float16, "dtype", dtype, "float32 or bfloat16, as float16 underflows in training")
     rank, world_size, device = join_process_group(device, needed=fsdp)
     is_master = rank == 0
-    saved = checkpoints_of_run(out_dir)
-    if not resume and (saved or (out_dir / "log.jsonl").exists()):
-        raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts anew")
-    tokenizer, args, pieces = training_source(saved[-1] if saved else None, ckpt_dir, preset, tokenizer_path)
-    args.max_seq_len = max(args.max_seq_len, seq_len)
 
-    loader, val_loader = training_loaders(train_data, val_data, batch_size, seq_len, rank, world_size,
-                                          shuffle=shuffle, seed=seed, tokenizer=tokenizer)
+    # What to train on, and where.
+    loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
+    val_loader = DistributedShardedDataLoader(val_data, batch_size, seq_len, rank, world_size)
+    run = Run(out_dir, resume, is_master, floor=entropy_floor(Path(val_loader.files[0]).parent))
+    tokenizer, model, pieces = training_source(run.newest, ckpt_dir, preset, tokenizer_path)
+    check_data(loader, val_loader, tokenizer)
     micro_batch_tokens = batch_size * seq_len * world_size
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
     expect(total_batch_tokens % micro_batch_tokens == 0, "total_batch_tokens", total_batch_tokens,
            f"a multiple of batch_size * seq_len * processes = {micro_batch_tokens}")
+    micro_batches = total_batch_tokens // micro_batch_tokens
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
     val_batches = math.ceil(val_loader.num_windows / (batch_size * world_size))
     eval_steps = min(eval_steps or val_batches, val_batches)
 
-    model = training_model(args, pieces, seed, device, dtype, fsdp)
-    model.activation_checkpointing = activation_checkpointing
+    # The model, the optimizer, and where an earlier run stopped.
     num_parameters = sum(p.numel() for p in model.parameters())
-    check_disk("a checkpoint", 12 * num_parameters, out_dir)  # weights and AdamW's two averages
+    files.check_disk("a checkpoint", 12 * num_parameters, out_dir)  # weights and AdamW's two averages, in float32
+    fill_model(model, pieces, seed, device, dtype, fsdp)
+    model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
+    model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # of the windows, which resuming has to keep
     progress = dict(step=0)
-    if saved:
-        progress = load_file(saved[-1] / "progress.pt")
+    if run.newest:
+        progress = checkpoint.load_file(run.newest / "progress.pt")
         if progress["order"] != order or progress["step"] > steps:
-            raise ValueError(f"{saved[-1]} has step {progress['step']} and {progress['order']}; found steps "
+            raise ValueError(f"{run.newest} has step {progress['step']} and {progress['order']}; found steps "
                              f"{steps} and {order}: resume with the same, and no fewer steps")
-        load_optimizer(saved[-1] / "optimizer", model, optimizer)
+        checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer)
         loader.load_state_dict(progress["loader"])
-    if compile and can_compile(device):
-        for layer in model.layers:  # one block, compiled once, serves all layers
-            layer.compile()
-    wrapped = (DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 and not fsdp
-               else model)
+    if compile:
+        fast.compile_blocks(model)
+    wrapped = model
+    if world_size > 1 and not fsdp:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
 
     bos_id = tokenizer.bos_id if doc_mask else None
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
-    floor = entropy_floor(Path(val_loader.files[0]).parent)
-    peak = measured_peak(device, dtype) * world_size
     min_lr = lr / 10 if min_lr is None else min_lr
-    last_line = prepare_folder(out_dir, progress["step"], tokenizer.model_path) if is_master else 0
-    [last_line] = sum_over_ranks([last_line], device)
-    # killed between saving a step and writing its line, a run goes on with that line
-    first = progress["step"] + (last_line == progress["step"])
+    peak_flops = measured_peak(device, dtype) * world_size
+    tokenizer_path = run.prepare(progress["step"], tokenizer.model_path)
     if is_master:
         print(f"{num_parameters:,} parameters on {world_size} x {device} in {dtype}, {steps:,} steps of "
               f"{total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
 
-    bar = tqdm(range(first, steps + 1), initial=first - 1, total=steps, unit="step",
-               disable=None if is_master else True)  # None: where there is no terminal
-    interrupted = False
-    with noted_signals() as signals:
-        for step in bar:
-            if step > progress["step"]:
-                start, first_window = time.perf_counter(), loader.counter
-                rate = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                batches = [next_batch(loader, tokenizer.n_words, device)
-                           for _ in range(total_batch_tokens // micro_batch_tokens)]
-                counts = [int(counted(targets, bos_id).sum()) for _, targets in batches]
-                [total] = sum_over_ranks([sum(counts)], device)
-                nats = torch.zeros((), device=device)
-                for i, ((inputs, targets), count) in enumerate(zip(batches, counts, strict=True), start=1):
-                    wrapped.require_backward_grad_sync = i == len(batches)  # of DDP, which so sends once
-                    with autocast:
-                        loss = wrapped(inputs, targets, bos_id) * (count / max(total, 1))
-                    (loss * world_size).backward()  # DDP and FSDP average over ranks; the loss is a sum
-                    nats += loss.detach()
-                loss, interrupted = sum_over_ranks([nats, len(signals)], device)
-                grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-                grad_norm = float(grad_norm.full_tensor() if fsdp else grad_norm)
-                if not math.isfinite(loss + grad_norm):
-                    raise ValueError(f"step {step} (windows {first_window} to {loader.counter - 1}) has "
-                                     f"loss {loss} and gradient norm {grad_norm}, expected finite ones; "
-                                     f"{out_dir} keeps what was saved before. Try a lower lr than {lr}")
-                optimizer.step()
-                optimizer.zero_grad()
-                tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
-                progress = dict(step=step, order=order, loader=loader.state_dict(), record=dict(
-                    step=step, loss=loss, lr=rate, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
-                    mfu=model.flops_per_token(seq_len) * tokens_per_s / peak, memory=used_memory(device)))
-                if step == steps or interrupted or save_interval and step % save_interval == 0:
-                    save_training(out_dir / f"step_{step:06d}", model, optimizer,
-                                  out_dir / "tokenizer.model", progress)
-                    if is_master:
-                        drop_checkpoints(out_dir, keep)
-                if interrupted:
-                    break
-            record = progress["record"]
-            if step == steps or step % eval_interval == 0:
-                record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
-                                                                 byte_lengths, autocast)
-            if is_master:
-                report(record, out_dir, bar, floor, (steps - step) * total_batch_tokens)
-            if sample_interval and step % sample_interval == 0 and (is_master or fsdp):  # all hold a shard
-                llama = Llama(model, tokenizer, max_seq_len=256)
-                for completion in llama.text_completion(PROMPTS, 100, echo=True):
-                    if is_master:
-                        bar.write(completion["generation"] + "\n")
-    bar.close()
-    if is_master and interrupted:
-        print(f"{signals[0] if signals else 'a signal'} after step {step}, which is saved; --resume goes on")
-    elif is_master:
-        plot_losses(out_dir, floor)
+    for step in run.steps(progress["step"] + 1, steps):
+        start = time.perf_counter()
+        first_window = loader.counter
+        batches = [batch_on(device, loader, tokenizer.n_words) for _ in range(micro_batches)]
+        lr_now = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
+        loss, grad_norm = optimize(wrapped, optimizer, batches, lr_now, bos_id, grad_clip, autocast,
+                                   f"step {step} (windows {first_window} to {loader.counter - 1})")
+        tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
+        record = dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
+                      mfu=model.flops_per_token(seq_len) * tokens_per_s / peak_flops,
+                      memory=used_memory(device))
+        if step == steps or step % eval_interval == 0:
+            record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
+                                                             byte_lengths, autocast)
+        run.log(record)  # before saving: a run killed in between cuts this line when it resumes
+        [signals] = sum_over_ranks([len(run.signals)], device)
+        run.stopping = signals > 0  # A signal to one rank stops all.
+        if step == steps or run.stopping or (save_interval and step % save_interval == 0):
+            progress = dict(step=step, order=order, loader=loader.state_dict())
+            checkpoint.save_training(out_dir / f"step_{step:06d}", model, optimizer, tokenizer_path, progress, keep)
+        if sample_interval and step % sample_interval == 0 and (is_master or fsdp):  # FSDP: all hold a shard
+            for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
+                run.show(completion["generation"] + "\n")
+    run.close()
     if dist.is_initialized():
         dist.barrier()
         time.sleep(0.1)  # gloo's threads need Python's lock to let go of tensors, else destroying can hang
         dist.destroy_process_group()
 
 # -----------------------------------------------------------------------------
-# Command line
+# Commands
 
 
 def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
-           prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.6,
-           top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, stop: str | None = None, seed: int = 1337,
-           device: str | None = None, dtype: str | None = None, compile: bool = False,
-           quantize: str | None = None):
+           prompt_file: str | None = None, max_gen_len: int = 256,
+           temperature: float = Sampler.temperature, top_p: float = Sampler.top_p,
+           top_k: int = Sampler.top_k, min_p: float = Sampler.min_p, stop: str | None = None,
+           seed: int = Sampler.seed, device: str | None = None, dtype: str | None = None,
+           compile: bool = False, quantize: str | None = None):
     """Prints completions of a prompt, of every line of a prompt_file, or of four default prompts.
 
     ckpt_dir None: the checkpoint last written under out/. Several prompts are one batch, of which the first
@@ -1180,18 +1183,22 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
                         quantize=quantize)
+    fast.keep_freed_memory(llama.model.norm.weight.device)
+    prompt_tokens = llama.encode(prompts)
+    watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
+    steps = llama.steps(prompt_tokens, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
+                        min_p=min_p, seed=seed)
+    print(prompts[0], end="", flush=True)
     later = [["\n", prompt] for prompt in prompts[1:]]
-    pieces = llama.stream_text(prompts, max_gen_len, stop=[] if stop is None else stop, top_p=top_p,
-                               temperature=temperature, top_k=top_k, min_p=min_p, seed=seed)
-    for i, (first, *others) in enumerate(pieces):
-        print(first if i else prompts[0] + first, end="", flush=True)
+    for first, *others in llama.stream(watch.over(steps), [] if stop is None else stop):
+        print(first, end="", flush=True)
         for text, piece in zip(later, others, strict=True):
             text.append(piece)
     print()
     for text in later:
         print("".join(text))
     sys.stdout.flush()
-    print(llama.speed(), file=sys.stderr)
+    print(watch.report(), file=sys.stderr)
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):
@@ -1199,7 +1206,7 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
 
     Where out_dir holds a finished demo, its model is only sampled from; retrain makes the demo anew.
     """
-    import stories  # here, as these serve the demo alone
+    import stories  # The demo alone needs these.
     import tiny_stories
     out_dir = Path(out_dir).resolve()
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "data" / "entropy.json").exists():

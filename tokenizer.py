@@ -6,6 +6,7 @@ rank` per line; Llama 3.1's 256 special tokens are not in the file, their ids fo
 """
 
 import base64
+import codecs
 import operator
 import os
 import re
@@ -135,6 +136,54 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
 
+def split_at_stop(text, stop, final):
+    """(text that can be shown now, text held back, whether a stop text was found); that one is in neither.
+
+    What is held back may be the beginning of a stop text, unless the text is final. Of several stop texts the
+    first to be complete counts, so that it doesn't matter how tokens cut the text.
+    """
+    found = []  # (end, begin) of each stop text
+    for s in stop:
+        begin = text.find(s)
+        if begin >= 0:
+            found.append((begin + len(s), begin))
+    if found:
+        _, begin = min(found)
+        return text[:begin], "", True
+    held = 0
+    for s in stop:
+        for n in range(1, len(s)):
+            if not final and text.endswith(s[:n]):
+                held = max(held, n)
+    shown = len(text) - held
+    return text[:shown], text[shown:], False
+
+
+class TextStream:
+    """One row's text while its tokens come. ended: whether its last token or a stop text has come."""
+
+    def __init__(self, tokenizer, stop=()):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""
+        self.ended = False
+
+    def push(self, token):
+        """The text that can be shown after a further token; None: there are no more.
+
+        A character that is spread over several tokens comes with the last of them.
+        """
+        if self.ended:
+            return ""
+        self.ended = token is None
+        new = b"" if token is None else self.tokenizer.decode_bytes([token])
+        text = self.held + self.decoder.decode(new, final=self.ended)
+        shown, self.held, stopped = split_at_stop(text, self.stop, self.ended)
+        self.ended = self.ended or stopped
+        return shown
+
+
 def split_long(text):
     """Yields the pieces that Meta encodes singly: text cut at every MAX_CHARS, a run at every MAX_RUN."""
     for start in range(0, len(text), MAX_CHARS):
@@ -174,6 +223,27 @@ def read_vocabulary(path: str) -> list[bytes]:
     return list(ranks)
 
 
+def byte_alphabet() -> dict[str, int]:
+    """Character -> byte, as the tokenizers library and tokenizer.json write the bytes of a token.
+
+    Bytes that are printable in Latin-1 are written as such, the others as the characters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = byte_alphabet()
+
+
+def word_splitter():
+    """Llama 3's pattern as a pre-tokenizer of the tokenizers library, with bytes written as characters."""
+    from tokenizers import Regex, pre_tokenizers
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
     """Trains a byte-level BPE vocabulary, split by Llama 3's pattern, and saves it as a tokenizer.model.
 
@@ -181,7 +251,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     appears when complete. ValueError: vocab_size too small, not str, or too little text for so many merges.
     """
     # imported here because sampling and finetuning do without this package
-    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
 
     specials = len(SPECIAL_TOKENS)
@@ -196,9 +266,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
             yield from split_long(text)  # the trainer, too, takes minutes over a very long run
 
     bpe = BPE(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = word_splitter()
     bpe.train_from_iterator(checked(), trainers.BpeTrainer(  # min_frequency: one occurrence teaches nothing
         vocab_size=vocab_size - specials, min_frequency=2, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -206,13 +274,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     if len(vocab) + specials < vocab_size:
         raise ValueError(f"found text enough for a vocab_size of {len(vocab) + specials}, expected "
                          f"{vocab_size}: give more text or a smaller vocab_size")
-    # the library writes each byte as a character: printable ones of Latin-1 as such, the others from 256 on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with complete(path) as file:
         for rank, token in enumerate(sorted(vocab, key=vocab.get)):
-            file.write(b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in token)), rank))
+            file.write(b"%s %d\n" % (base64.b64encode(bytes(BYTE_OF[c] for c in token)), rank))
     return Tokenizer(path)

@@ -1,4 +1,8 @@
-"""Checkpoint directories in and out, strict; a run's checkpoints, with the optimizer's state."""
+"""Checkpoint directories in and out, strict, and what a training run keeps in them.
+
+A directory is Meta's: params.json, tokenizer.model, and the weights in one or several consolidated.NN.pth.
+Only the names of tensors and how Meta splits them are known here: a model is a value with parameters.
+"""
 
 import dataclasses
 import json
@@ -11,8 +15,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from plumbing.files import complete_folder
+from plumbing.parallel import whole_weights
+
 # -----------------------------------------------------------------------------
 # Reading
+
+
+def split_dim(name):
+    """The dimension along which Meta's model-parallel files split a tensor; None: each file has all of it."""
+    if name.endswith("norm.weight"):
+        return None
+    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+
+
+def merge_pieces(name, pieces):
+    """The whole tensor of one piece per file; of a single file it is the piece itself, memory-mapped."""
+    dim = split_dim(name)
+    if len(pieces) == 1 or dim is None:
+        return pieces[0]
+    return torch.cat(pieces, dim)
 
 
 def load_file(path):
@@ -20,37 +42,33 @@ def load_file(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
     try:
-        # files of torch before 1.6 are no archives, and can't be memory-mapped
+        # Files of torch before 1.6 are no zip archives, and can't be memory-mapped.
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # of many kinds, as are the ways to be damaged
+    except Exception as error:  # There are as many kinds of errors as ways to be damaged.
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or not from torch.save; get it again ({reason})") from error
+        raise ValueError(f"{path}: damaged, or not from torch.save; download it again ({reason})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: found a {type(state).__name__}, expected a dictionary of tensors")
     return state
 
 
-def split_dim(name):
-    """The dimension along which Meta's model-parallel files split a tensor; None: each holds all of it."""
-    if name.endswith("norm.weight"):
-        return None
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-
-
-def merge_pieces(name, pieces):
-    """The whole tensor, of one piece per file; of a single file it is the piece itself, memory-mapped."""
-    dim = split_dim(name)
-    return pieces[0] if len(pieces) == 1 or dim is None else torch.cat(pieces, dim)
+def describe(value):
+    """What a file has under a tensor's name: its sizes if it is a tensor that can be read, else its kind."""
+    if not torch.is_tensor(value):
+        return type(value).__name__
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return str(value.dtype)
+    if value.layout != torch.strided:
+        return str(value.layout)
+    return list(value.shape)
 
 
 def check_tensors(where, tensors, shapes):
-    """ValueError lists the tensors that are missing, unexpected, wrongly shaped or none at all.
+    """Raises ValueError listing the tensors that are missing, unexpected, wrongly shaped or none at all.
 
     tensors: name -> what a file has. shapes: name -> list of sizes.
     """
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    found = {name: type(p).__name__ if not torch.is_tensor(p) else str(p.dtype) if p.dtype not in dtypes else
-             str(p.layout) if p.layout != torch.strided else list(p.shape) for name, p in tensors.items()}
+    found = {name: describe(value) for name, value in tensors.items()}
     wrong = [f"{name} is {found.get(name, 'missing')}, expected {shapes.get(name, 'absent')}"
              for name in sorted(shapes | found, key=str) if found.get(name) != shapes.get(name)]
     if wrong:
@@ -59,10 +77,66 @@ def check_tensors(where, tensors, shapes):
                          + more)
 
 
-def checkpoint_tensors(args, pieces):
-    """Yields (name, tensor) of open_checkpoint's pieces, merged one at a time; a tied output not at all."""
+def refuse_hugging_face(ckpt_dir):
+    """Raises FileNotFoundError, with the way on, for a folder that has only Hugging Face's weights."""
+    folder = Path(ckpt_dir)
+    if any(folder.glob("*.safetensors")) and not any(folder.glob("consolidated.*.pth")):
+        raise FileNotFoundError(f"{ckpt_dir}: found Hugging Face's *.safetensors, expected Meta's files; "
+                                f"`python convert.py from_hf {ckpt_dir} NEW_DIR` makes them")
+
+
+def weight_files(ckpt_dir):
+    """The paths of consolidated.00.pth, 01, ...; FileNotFoundError names one that is missing."""
+    files = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
+    if not files:
+        raise FileNotFoundError(f"{ckpt_dir}: found no weights, expected consolidated.00.pth; download it "
+                                "again")
+    for i, path in enumerate(files):
+        if path.name != f"consolidated.{i:02d}.pth":
+            raise FileNotFoundError(f"{ckpt_dir}: found {path.name}, but no consolidated.{i:02d}.pth; "
+                                    "download it again")
+    return files
+
+
+def open_pieces(ckpt_dir, shapes):
+    """(name -> its memory-mapped pieces, one per consolidated.NN.pth, and whether the output is tied).
+
+    shapes: name -> list of sizes of the whole tensor. The output is tied if it is absent or equal to the
+    embedding. Strict: FileNotFoundError for an absent file; ValueError names an unreadable one, lists the
+    tensors that don't fit, or says that the files are of different models.
+    """
+    files = weight_files(ckpt_dir)
+    piece_shapes = {}
+    for name, shape in shapes.items():
+        piece_shapes[name] = list(shape)
+        dim = split_dim(name)
+        if dim is None:
+            continue
+        if shape[dim] % len(files):
+            raise ValueError(f"{ckpt_dir}: found {len(files)} files of weights, but {name} has {shape[dim]} "
+                             f"{'columns' if dim else 'rows'}, which {len(files)} does not divide: is a file "
+                             "missing?")
+        piece_shapes[name][dim] //= len(files)
+    states = [load_file(path) for path in files]
+    for path, state in zip(files, states, strict=True):
+        state.pop("rope.freqs", None)  # Some of Meta's files have them; they follow from params.json.
+        if "output.weight" not in state and "tok_embeddings.weight" in state:
+            state["output.weight"] = state["tok_embeddings.weight"]
+        where = f"{path}, one of {len(files)} files" if len(files) > 1 else path
+        check_tensors(where, state, piece_shapes)
+        for name in shapes:
+            is_whole = state is not states[0] and split_dim(name) is None
+            if is_whole and not torch.equal(state[name], states[0][name]):
+                raise ValueError(f"{path}: its {name} differs from that of {files[0].name}; expected files "
+                                 "of one model, download them again")
+    tied = all(torch.equal(state["output.weight"], state["tok_embeddings.weight"]) for state in states)
+    return {name: [state[name] for state in states] for name in shapes}, tied
+
+
+def merged(pieces, tied):
+    """Yields (name, tensor) of open_pieces' pieces, merged one at a time; a tied output not at all."""
     for name in pieces:
-        if name != "output.weight" or not args.tie_word_embeddings:
+        if name != "output.weight" or not tied:
             yield name, merge_pieces(name, pieces[name])
 
 
@@ -71,49 +145,42 @@ def load_weights(model, tensors, device, dtype):
 
     Of a sharded model each rank keeps its shard, so that no more than one tensor is ever whole.
     """
-    layout, state = model.state_dict(), {}
+    layout = model.state_dict()
+    state = {}
     for name, tensor in tensors:
-        if sharded := hasattr(layout[name], "placements"):
-            from torch.distributed.tensor import distribute_tensor  # here, as sampling need not wait for it
+        is_sharded = hasattr(layout[name], "placements")
+        if is_sharded:
+            from torch.distributed.tensor import distribute_tensor  # Sampling need not wait for this import.
+            # Every rank has the same tensor, so nothing is sent: src_data_rank is None.
             tensor = distribute_tensor(tensor, layout[name].device_mesh, layout[name].placements,
-                                       src_data_rank=None)  # every rank has the same tensor: nothing is sent
-        state[name] = tensor.to(device, dtype, copy=sharded)  # the copy frees the whole tensor
+                                       src_data_rank=None)
+        state[name] = tensor.to(device, dtype, copy=is_sharded)  # The copy lets go of the whole tensor.
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
-    model.tie()  # assign gives each name a parameter of its own
+    model.tie()  # Assigning has given each name a parameter of its own.
 
 # -----------------------------------------------------------------------------
 # Writing
 
 
-def save_checkpoint(path, args, state, tokenizer_path=None, progress=None, optimizer_dir=None):
+def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, optimizer_dir=None):
     """Writes a checkpoint directory, Meta's, which appears under its name when complete.
 
-    state: name -> tensor. progress, optimizer_dir: what resuming needs, a dictionary that is written and a
-    folder that is moved inside.
+    params: of params.json, a dictionary or a dataclass such as ModelArgs. state: name -> tensor. progress,
+    optimizer_dir: what resuming needs, a dictionary that is written and a folder that is moved inside.
     """
-    part = Path(f"{path}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        (part / "params.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    if dataclasses.is_dataclass(params):
+        params = dataclasses.asdict(params)
+    with complete_folder(path) as part:
+        (part / "params.json").write_text(json.dumps(params, indent=2) + "\n")
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, part / "tokenizer.model")
-        for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):
-            if content is not None:
-                with open(part / name, "wb") as file:
-                    torch.save(content, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+        torch.save(state, part / "consolidated.00.pth")
+        if progress is not None:
+            torch.save(progress, part / "progress.pt")
         if optimizer_dir is not None:
             os.replace(optimizer_dir, part / "optimizer")
-        os.replace(part, path)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error.__context__, OSError):  # torch.save raises another over it, closing its archive
-            raise OSError(f"{part}: {error.__context__}") from None
-        raise
 
 
 def newest_checkpoint(folder="out"):
@@ -124,6 +191,9 @@ def newest_checkpoint(folder="out"):
         raise FileNotFoundError(f"no checkpoint under {folder}/; `python llama31.py demo` trains one in 3 "
                                 "minutes, --ckpt_dir DIR takes another")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+# -----------------------------------------------------------------------------
+# A run's checkpoints: weights and progress, and the optimizer's state by torch.distributed.checkpoint
 
 
 def checkpoints_of_run(out_dir):
@@ -139,26 +209,12 @@ def drop_checkpoints(out_dir, keep):
         os.replace(path, part)
         shutil.rmtree(part)
 
-# -----------------------------------------------------------------------------
-# Of a run
 
-
-def whole_weights(model):
-    """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
-    state = {}
-    for name, p in model.state_dict().items():
-        p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            state[name] = p
-    if state and model.args.tie_word_embeddings:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    return state
-
-
-def save_training(path, model, optimizer, tokenizer_path, progress):
+def save_training(path, model, optimizer, tokenizer_path, progress, keep=None):
     """Writes a checkpoint directory from which training resumes; every rank takes part.
 
-    The optimizer's state goes through torch.distributed.checkpoint, each rank writing its own part of it.
+    Each rank writes its own part of the optimizer's state. keep: how many of the run's newest directories
+    stay; None: all.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -168,32 +224,33 @@ def save_training(path, model, optimizer, tokenizer_path, progress):
         shutil.rmtree(optimizer_dir, ignore_errors=True)
     state = get_optimizer_state_dict(model, optimizer)["state"]
     try:
-        with warnings.catch_warnings(action="ignore"):  # it warns of a process that is alone
+        with warnings.catch_warnings(action="ignore"):  # It warns of a process that is alone.
             dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # such as no space left
         raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
     weights = whole_weights(model)
     if is_master:
         save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
+        if keep is not None:
+            drop_checkpoints(path.parent, keep)
 
 
 def cause_of(error):
-    """One line on an error, or on the first rank's of those that DCP gathered."""
-    for cause, _ in getattr(error, "failures", {}).values():
-        error = cause
-        break
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """One line on an error, or on the first rank's of those that torch.distributed.checkpoint gathered."""
+    failures = getattr(error, "failures", {})
+    cause, _ = next(iter(failures.values()), (error, None))
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
 def load_optimizer(path, model, optimizer):
     """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    state = get_optimizer_state_dict(model, optimizer)  # of zeros, filled in place
+    state = get_optimizer_state_dict(model, optimizer)  # zeros, filled in place
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state["state"], checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+    except (Exception, dcp.CheckpointException) as error:  # The latter is no Exception.
         raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint "
                          f"({cause_of(error)})") from error
     set_optimizer_state_dict(model, optimizer, state)

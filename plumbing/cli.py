@@ -8,6 +8,7 @@ is one line.
 
 import functools
 import inspect
+import math
 import os
 import sys
 import types
@@ -104,3 +105,15 @@ def convert(parameter, text):
         return kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"--{parameter.name} {text}: expected {inspect.formatannotation(kind)}") from None
+
+
+def expect(fits, name, value, expected):
+    """Raises ValueError naming the setting, unless `fits`."""
+    if not fits:
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+def expect_at_least(least, **settings):
+    """Raises ValueError naming the setting that is below `least`, infinite or not a number; None is fine."""
+    for name, value in settings.items():
+        expect(value is None or least <= value < math.inf, name, value, f"at least {least}")

@@ -1,15 +1,22 @@
-// Fast inference on the CPU: what llama31.py compiles, and calls to read tokens and to make logits.
+// Fast inference on the CPU: what fast.py compiles, and calls to read tokens and to make logits.
 //
 // To read a token, every weight is used once, so that the memory's bandwidth is the limit. PyTorch's
 // operations reach a third of it: each starts and ends all threads, and for few rows F.linear reads at half
 // of that speed. So read_token takes a token of each row through all layers in one call, summing in float32.
 // Prompts are matrix products, which PyTorch does well; what lies between those is here, too.
 //
-// Defined by llama31.py: the model's DIM, HIDDEN, VOCAB, LAYERS, H (query heads), K (key/value heads), D
-// (their dimension) and EPS; VALUE, the type of norms and caches; WEIGHT, that of matrices; TILE, as many
-// rows of x as are multiplied at once, up to 8; CHUNK, which divides 64, DIM and HIDDEN; LANES, which
-// divides CHUNK and D; PAIRS, whether a processor that multiplies bfloat16 in pairs shall do so, for which
-// chunks are 32 or 64.
+// fast.py calls the five functions that are extern "C", and defines these constants:
+//
+//     DIM HIDDEN VOCAB LAYERS EPS   the model's
+//     H K D                         query heads, key/value heads, and their dimension
+//     VALUE                         the type of norms and caches
+//     WEIGHT                        the type of matrices
+//     TILE                          rows of x that are multiplied at once, at most 8
+//     GROUP                         int8 weights of a row that share a scale
+//     CHUNK                         weights that are converted at once; divides GROUP, DIM and HIDDEN
+//     LANES                         floats of a vector; divides CHUNK and D
+//     PAIRS                         1: bfloat16 is multiplied in pairs where the processor can; needs chunks
+//                                   of 32 or 64
 
 #include <algorithm>
 #include <cmath>
@@ -34,7 +41,7 @@ struct bfloat16 {  // the upper half of a float
     operator float() const { uint32_t u = uint32_t(bits) << 16; float x; memcpy(&x, &u, 4); return x; }
 };
 using Value = VALUE;
-using Weight = WEIGHT;  // int8_t: times a scale for every 64 in a row, or as many as divide its length
+using Weight = WEIGHT;  // int8_t: times a scale for every GROUP in a row, or as many as divide its length
 using Floats = float __attribute__((vector_size(4 * LANES)));
 struct Matrix { const Weight* values; const float* scales; };
 struct Layer {
@@ -44,7 +51,8 @@ struct Layer {
 struct Cache { Value *k, *v; };  // (B, room, K, D) each
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
 static_assert(H * D == DIM && DIM % CHUNK == 0 && HIDDEN % CHUNK == 0);
-static_assert(64 % CHUNK == 0 && CHUNK % LANES == 0 && D % LANES == 0 && TILE <= 8);
+static_assert(sizeof(Layer) == 16 * sizeof(void*));  // as CompiledReader writes its addresses
+static_assert(GROUP % CHUNK == 0 && CHUNK % LANES == 0 && D % LANES == 0 && TILE <= 8);
 
 static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
 static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
@@ -209,7 +217,7 @@ static void multiply(int64_t B, const Input* x, Matrix matrix, Use use) {
                 const Input* w[ROWS];
                 for (int r = 0; r < ROWS; r++) {
                     int64_t at = std::min(i + r * rows, end - 1) * IN + j;
-                    float scale = INT8 ? matrix.scales[at / std::gcd(64, IN)] : 1;
+                    float scale = INT8 ? matrix.scales[at / std::gcd(GROUP, IN)] : 1;
                     w[r] = as_inputs(matrix.values + at, scale, converted[r]);
                 }
                 for (int k = 0; k < CHUNK; k += STEP)
@@ -263,7 +271,7 @@ extern "C" void read_token(int64_t B, float* x, const float* cos, const float* s
 }
 
 // x (B, DIM), normalized -> y (B, VOCAB)
-extern "C" void logits(int64_t B, const Value* x, const Matrix* output, float* y) {
+extern "C" void head(int64_t B, const Value* x, const Matrix* output, float* y) {
     auto lines = make_lines((B + TILE) * DIM);
     std::copy(x, x + B * DIM, lines[0].inputs);
     #pragma omp parallel

@@ -1,4 +1,8 @@
-"""Compiled inference on the CPU, int8 weights, the chunked loss, and what memory is kept and free."""
+"""What makes llama31.py fast on a CPU: the chunked loss, int8 weights, compiled inference, kept memory.
+
+The Transformer's block is written three times: to be read (llama31.py), for prompts (CompiledReader.extend)
+and for single tokens (read_token in fast.cpp). The tests hold all three to the same numbers.
+"""
 
 import contextlib
 import ctypes
@@ -16,103 +20,140 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 # -----------------------------------------------------------------------------
 # Loss
 
+LOGITS_AT_ONCE = 2**26  # Logits that exist at any time: 128 MB in bfloat16.
+CACHED_ENTRIES = 2**20  # On the CPU, entries handled at a time, so that float32 passes stay in its cache.
+
+
+def chunked_cross_entropy(x, weight, targets, dtype, logits_at_once=LOGITS_AT_ONCE,
+                          cached_entries=CACHED_ENTRIES):
+    """The sum in nats, float32, of the cross entropies of x @ weight.T against targets.
+
+    x: (N, dim). weight: (V, dim). targets: (N,), of which -100 don't count. dtype: of the matrix products.
+    A chunk of rows at a time goes from logits to loss to gradients, so that no (N, V) logits ever exist. The
+    gradients are scaled in place, so that a second backward pass through one loss raises.
+    """
+    return ChunkedCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled(), logits_at_once,
+                                     cached_entries)
+
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of x (N, dim) @ weight (V, dim).T's cross entropies against targets (N,), in float32.
-
-    Logits are many times larger than all else here, so only LOGITS_AT_ONCE of them exist at a time, and the
-    gradients are made along with the loss. dtype: of the products. Targets of -100 don't count.
-    """
-    LOGITS_AT_ONCE = 2**26
-    CACHED_ENTRIES = 2**20  # of a matrix, which a processor's cache holds in float32 for several passes
+    """The autograd function of chunked_cross_entropy."""
 
     @staticmethod
-    def parts(*tensors):
-        """Rows of several tensors: as many at a time as a processor's cache holds, elsewhere all at once."""
-        first = tensors[0]
-        size = max(1, ChunkedCrossEntropy.CACHED_ENTRIES // first.size(1)) if first.is_cpu else len(first)
-        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_gradients):
-        w, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), None, None
+    def forward(ctx, x, weight, targets, dtype, with_gradients, logits_at_once, cached_entries):
+        w = weight.to(dtype)
+        V = len(w)
+        is_target = (targets != -100)[:, None]
+        index = targets[:, None].clamp(min=0)  # Any column will do where there is no target.
+        total = torch.zeros((), device=x.device)
+        dx = None
+        dweight = None
         if with_gradients:
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+            dx = torch.empty_like(x)
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
             product = torch.empty_like(w)
-        V, kept = len(w), (targets != -100)[:, None]
-        index = targets[:, None].clamp(min=0)
-        size = max(1, min(len(x), ChunkedCrossEntropy.LOGITS_AT_ONCE // V))
-        chunk = w.new_empty(size, V)  # one for all, as fresh memory takes time
-        for begin in range(0, len(x), size):
-            rows = slice(begin, begin + size)
+        chunk_rows = max(1, min(len(x), logits_at_once // V))
+        buffer = w.new_empty(chunk_rows, V)  # One for all chunks, as fresh memory takes time.
+        for begin in range(0, len(x), chunk_rows):
+            rows = slice(begin, begin + chunk_rows)
             h = x[rows].to(dtype)
-            logits = torch.mm(h, w.T, out=chunk[:len(h)])
-            for some, i, counts in ChunkedCrossEntropy.parts(logits, index[rows], kept[rows]):
-                logprobs = some.float().log_softmax(-1)
+            logits = torch.mm(h, w.T, out=buffer[:len(h)])
+            for part, i, counts in parts(cached_entries, logits, index[rows], is_target[rows]):
+                logprobs = part.float().log_softmax(-1)
                 total -= (logprobs.gather(1, i) * counts).sum()
-                if with_gradients:  # of the logits, in their place
+                if with_gradients:
+                    # Overwrite the logits with their gradient, softmax - one-hot.
                     ones = torch.ones_like(i, dtype=torch.float32)
-                    some.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
+                    part.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
             if with_gradients:
-                dx[rows] = logits @ w * kept[rows]
-                torch.mm(logits.T, h * kept[rows], out=product)
-                for some, grad in ChunkedCrossEntropy.parts(dweight, product):
-                    some += grad
+                dx[rows] = logits @ w * is_target[rows]
+                torch.mm(logits.T, h * is_target[rows], out=product)
+                for dweight_part, product_part in parts(cached_entries, dweight, product):
+                    dweight_part += product_part  # It is a view: dweight itself grows.
         ctx.save_for_backward(dx, dweight)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx.mul_(grad), dweight.mul_(grad), None, None, None
+        return dx.mul_(grad), dweight.mul_(grad), None, None, None, None, None
+
+
+def parts(num_entries, *tensors):
+    """Cuts tensors into the same rows, on the CPU so many that one has num_entries, elsewhere all at once."""
+    first = tensors[0]
+    num_rows = max(1, num_entries // first.size(1)) if first.is_cpu else len(first)
+    return zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
+
+# -----------------------------------------------------------------------------
+# Attention with a BlockMask
+
+
+@functools.cache
+def compiled_flex_attention():
+    """Compiled once: uncompiled, flex attention would materialize all T x S scores."""
+    return torch.compile(flex_attention)
+
+
+def flex_attend(q, k, v, mask, is_grouped):
+    """Attention of q (B, H, T, D) to k and v (B, K, S, D) where a BlockMask allows it."""
+    attend = compiled_flex_attention() if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=mask, enable_gqa=is_grouped)
 
 # -----------------------------------------------------------------------------
 # Int8 weights
 
+GROUP = 64  # Weights of a row that share a scale; one scale for a whole row would cost 1% of perplexity.
+
+
+def quantize(weight):
+    """weight (out, in) -> integers from -127 to 127, int8 (out, in), and scales, float32 (out, in / GROUP)."""
+    groups = weight.float().unflatten(1, (-1, math.gcd(GROUP, weight.size(1))))
+    scale = groups.abs().amax(-1).clamp(min=1e-30) / 127
+    return (groups / scale[..., None]).round().to(torch.int8).flatten(1), scale
+
 
 def dequantize(quantized, scale):
-    """The float32 values (out, in) of int8 weights with a scale (out, in / 64) for every 64 in a row."""
-    return (quantized.float().unflatten(1, (scale.size(1), -1)) * scale[..., None]).flatten(1)
+    """The float32 values (out, in) that integers and scales stand for."""
+    groups = quantized.float().unflatten(1, (scale.size(1), -1))
+    return (groups * scale[..., None]).flatten(1)
 
 
-class Int8Linear(nn.Module):
-    """A Linear whose weights are whole numbers from -127 to 127, times a scale for every 64 of them.
-
-    Half of bfloat16's memory. `weight`, in a state dict too, are the values they stand for, in dtype.
-    """
+class Int8Weight(nn.Module):
+    """A matrix in half of bfloat16's memory. `weight`, in a state dict too, are its values in dtype."""
 
     def __init__(self, quantized, scale, dtype):
         super().__init__()
         self.register_buffer("quantized", quantized, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.dtype = dtype
-
-    @staticmethod
-    def quantize(weight):
-        """weight (out, in) -> (quantized, scale); a scale for a whole row would cost 1% of perplexity."""
-        groups = weight.float().unflatten(1, (-1, math.gcd(64, weight.size(1))))
-        scale = groups.abs().amax(-1).clamp(min=1e-30) / 127
-        return (groups / scale[..., None]).round().to(torch.int8).flatten(1), scale
+        self.register_state_dict_post_hook(save_values)
 
     @property
     def weight(self):
         return dequantize(self.quantized, self.scale).to(self.dtype)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[f"{prefix}weight"] = self.weight
+
+def save_values(module, state, prefix, metadata):
+    state[f"{prefix}weight"] = module.weight
+
+
+class Int8Linear(Int8Weight):
+    """Linear with int8 weights."""
 
     def forward(self, x):
-        rows = max(1, 2**18 // x.size(-1))  # at a time, as then they stay in the processor's cache
-        parts = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
-        return torch.cat([F.linear(x, dequantize(*part).to(x.dtype)) for part in parts], -1)
+        rows = max(1, 2**18 // x.size(-1))  # Dequantized so many at a time, they stay in the CPU's cache.
+        pieces = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
+        return torch.cat([F.linear(x, dequantize(*piece).to(x.dtype)) for piece in pieces], -1)
 
 
-class Int8Embedding(Int8Linear):
-    """The rows of the same, looked up."""
+class Int8Embedding(Int8Weight):
+    """The embedding with int8 weights: it dequantizes only the rows it looks up."""
 
     def forward(self, tokens):
         rows = dequantize(self.quantized[tokens.flatten()], self.scale[tokens.flatten()])
@@ -124,53 +165,99 @@ def load_int8(model, tensors, device, dtype):
     for name, tensor in tensors:
         path = name.removesuffix(".weight")
         tensor = tensor.to(device)
-        if tensor.dim() == 1:  # copied, as a slice would keep its whole file mapped into memory
+        if tensor.dim() == 1:
+            # A copy, as a slice would keep its whole file mapped into memory.
             model.get_submodule(path).weight = nn.Parameter(tensor.to(dtype, copy=True))
             continue
         kind = Int8Embedding if path == "tok_embeddings" else Int8Linear
-        model.set_submodule(path, kind(*Int8Linear.quantize(tensor), dtype))
+        model.set_submodule(path, kind(*quantize(tensor), dtype))
     if model.args.tie_word_embeddings:
         model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
 
 # -----------------------------------------------------------------------------
 # Compiled inference
 #
-# For the CPU in C++, as PyTorch reads weights at a third of the memory's speed where there are few tokens:
+# On the CPU in C++, as PyTorch reads weights at a third of the memory's speed where there are few tokens:
 # fast.cpp says why, and how it does better.
 
+NO_COMPILER = "no C++ compiler found (g++, or CXX)"
 
-def can_compile(device):
-    """Whether compilation can work for a device; where not, one line on standard error says why."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler found (g++, or CXX), so --compile has no effect", file=sys.stderr)
-        return False
-    return True
+
+def find_compiler():
+    """The C++ compiler's path, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def say_uncompiled(reason):
+    print(f"{reason}; --compile has no effect", file=sys.stderr)
+
+
+def compile_blocks(model, dynamic=None):
+    """Compiles a model's blocks with torch.compile, for training, or for inference on other devices.
+
+    One block is compiled, once, and serves all layers. dynamic: for any number of tokens at once.
+    """
+    if model.norm.weight.device.type == "cpu" and find_compiler() is None:
+        say_uncompiled(NO_COMPILER)
+        return
+    for layer in model.layers:
+        layer.compile(dynamic=dynamic)
+
+
+def compile_inference(model):
+    """What extends caches and makes logits faster: an object with the model's methods extend and head.
+
+    On the CPU a CompiledReader, on other devices the model itself with compiled blocks. None, after a line
+    on standard error that says why, where nothing can be compiled.
+    """
+    if model.norm.weight.device.type != "cpu":
+        compile_blocks(model, dynamic=True)
+        return model
+    try:
+        return CompiledReader(model)
+    except OSError as error:
+        say_uncompiled(error)
+        return None
+
+
+class Address(ctypes.c_void_p):
+    """A C function's parameter that takes a tensor as the address of its first element; None as 0."""
+
+    @classmethod
+    def from_param(cls, tensor):
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 @functools.cache
 def compile_kernels(**constants):
-    """fast.cpp as a ctypes library for the processor it runs on; OSError if the compiler fails."""
+    """fast.cpp as a ctypes library for the processor it runs on; OSError if there is no working compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise OSError(NO_COMPILER)
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     source += '#line 1 "fast.cpp"\n' + Path(__file__).with_name("fast.cpp").read_text(encoding="utf-8")
-    compiler = os.environ.get("CXX", "g++")
+    # -fassociative-math and what it needs lets sums be taken in any order, as vectors take them.
     flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
-             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")  # sums in any order
+             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        compiled, library = os.path.join(folder, "fast.o"), os.path.join(folder, "fast.so")
+        compiled = os.path.join(folder, "fast.o")
+        path = os.path.join(folder, "fast.so")
+        # Linked without -fopenmp, the library finds the OpenMP that PyTorch has loaded.
         for command in ([compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
-                        [compiler, "-shared", "-o", library, compiled]):  # it finds the OpenMP of PyTorch
+                        [compiler, "-shared", "-o", path, compiled]):
             done = subprocess.run(command, input=source, text=True, capture_output=True)
             if done.returncode:
                 lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
                 reason = next((line for line in lines if "error" in line), lines[0])
                 raise OSError(f"{compiler} can't compile fast.cpp: {reason.strip()}")
-        return ctypes.CDLL(library)
-
-
-def call(function, *arguments):
-    """Calls a C function; tensors go as their addresses."""
-    function(*(ctypes.c_int64(value) if isinstance(value, int) else
-               ctypes.c_void_p(value if value is None else value.data_ptr()) for value in arguments))
+        library = ctypes.CDLL(path)
+    number = ctypes.c_int64
+    library.read_token.argtypes = [number, *[Address] * 6, number]
+    library.head.argtypes = [number, *[Address] * 3]
+    library.add_and_norm.argtypes = [number, *[Address] * 4]
+    library.attend_to_prompt.argtypes = [number, number, *[Address] * 7, number, Address]
+    library.swiglu.argtypes = [number, Address, Address]
+    return library
 
 
 def move_to_huge_pages(model):
@@ -179,98 +266,95 @@ def move_to_huge_pages(model):
     Where a system has none, into one piece of memory.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]
+    sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]  # Each begins with a cache line.
     memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    for tensor, place in zip(tensors, torch.frombuffer(memory, dtype=torch.uint8).split(sizes), strict=True):
+    places = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
+    for tensor, place in zip(tensors, places, strict=True):
         tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
 
 
 class CompiledReader:
-    """Reads tokens and makes logits by what is in fast.cpp; the weights must stay where they are."""
+    """Runs a model through fast.cpp. It holds raw addresses: the weights must not be moved or replaced."""
 
     def __init__(self, model):
-        self.model, dtype = model, model.norm.weight.dtype
+        dtype = model.norm.weight.dtype
         types = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
         if dtype not in types:
             raise OSError(f"nothing can be compiled for {dtype}; take --dtype float32")
-        args, value = model.args, types[dtype]
-        weight = "int8_t" if isinstance(model.output, Int8Linear) else value
-        chunk = math.gcd(64, args.dim, args.hidden_dim)
+        args = model.args
+        weight = "int8_t" if isinstance(model.output, Int8Linear) else types[dtype]
+        chunk = math.gcd(GROUP, args.dim, args.hidden_dim)
         lanes = math.gcd(16, chunk, args.head_dim)
+        pairs = weight == "bfloat16" and chunk % 32 == 0 and lanes == 16
+        self.model = model
         self.constants = dict(
             DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
             H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
-            VALUE=value, WEIGHT=weight, CHUNK=chunk, LANES=lanes,
-            PAIRS=int(weight == "bfloat16" and chunk % 32 == 0 and lanes == 16))
-        self.kernels(1)  # before anything is changed
+            VALUE=types[dtype], WEIGHT=weight, GROUP=GROUP, CHUNK=chunk, LANES=lanes, PAIRS=int(pairs))
+        self.kernels(1)  # Compile first: if that fails, the model is still as it was.
         move_to_huge_pages(model)
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
         self.layers = torch.tensor([self.addresses(
             layer.attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
             layer.attention.wo, layer.ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
-            layer.feed_forward.w2) for layer in model.layers])
+            layer.feed_forward.w2) for layer in model.layers])  # in the order of fast.cpp's Layer
         self.output = torch.tensor(self.addresses(model.output))
 
     @staticmethod
     def addresses(*modules):
-        """Of a norm its weight's, of a matrix its values' and its scales', where 0 stands for none."""
+        """Addresses: a norm's weight; a matrix's values and its scales, 0 where it has none."""
         addresses = []
         for module in modules:
             if isinstance(module, Int8Linear):
                 addresses += [module.quantized.data_ptr(), module.scale.data_ptr()]
+            elif isinstance(module, nn.Linear):
+                addresses += [module.weight.data_ptr(), 0]
             else:
-                addresses += [module.weight.data_ptr()] + [0] * isinstance(module, nn.Linear)
+                addresses += [module.weight.data_ptr()]
         return addresses
 
     def kernels(self, B):
-        """The library for B rows, of which it multiplies up to 8 at once."""
+        """The kernels compiled for B rows, which go through in the fewest tiles of at most 8, of one size."""
         return compile_kernels(TILE=math.ceil(B / math.ceil(B / 8)), **self.constants)
 
-    def read(self, tokens, start_pos, caches):
-        """As Transformer.read."""
-        (B, T), model, room = tokens.shape, self.model, caches[0].k.size(1)
+    def extend(self, tokens, start_pos, caches):
+        """As Transformer.extend."""
+        model = self.model
+        B, T = tokens.shape
+        room = caches[0].k.size(1)
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
-        where = *model.angles(positions), positions
+        cos, sin = model.angles(positions)
         x = model.tok_embeddings(tokens).float()
+        h = torch.empty_like(x, dtype=model.norm.weight.dtype)
         caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
-        h, added = torch.empty_like(x, dtype=model.norm.weight.dtype), None
-        kernels = self.kernels(B if T == 1 else 1)  # those for prompts are the same for any B
+        kernels = self.kernels(B if T == 1 else 1)  # Those for prompts are the same for any B.
+        added = None
         if T == 1:
-            call(kernels.read_token, B, x, *where, self.layers, caches, room)
+            kernels.read_token(B, x, cos, sin, positions, self.layers, caches, room)
         else:
             for layer, cache in zip(model.layers, caches, strict=True):
-                attention, ffn = layer.attention, layer.feed_forward
-                call(kernels.add_and_norm, B * T, x, added, layer.attention_norm.weight, h)
-                q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-                call(kernels.attend_to_prompt, B, T, q, k, v, *where, cache, room, h)
+                attention = layer.attention
+                ffn = layer.feed_forward
+                kernels.add_and_norm(B * T, x, added, layer.attention_norm.weight, h)
+                q = attention.wq(h)
+                k = attention.wk(h)
+                v = attention.wv(h)
+                kernels.attend_to_prompt(B, T, q, k, v, cos, sin, positions, cache, room, h)
                 added = attention.wo(h)
-                call(kernels.add_and_norm, B * T, x, added, layer.ffn_norm.weight, h)
-                gate, up = ffn.w1(h), ffn.w3(h)
-                call(kernels.swiglu, gate.numel(), gate, up)
+                kernels.add_and_norm(B * T, x, added, layer.ffn_norm.weight, h)
+                gate = ffn.w1(h)
+                kernels.swiglu(gate.numel(), gate, ffn.w3(h))
                 added = ffn.w2(gate)
-        call(kernels.add_and_norm, B * T, x, added, model.norm.weight, h)
+        kernels.add_and_norm(B * T, x, added, model.norm.weight, h)
         return h
 
-    def logits(self, x):
-        """As Transformer.logits."""
+    def head(self, x):
+        """As Transformer.head."""
         logits = torch.empty(len(x), self.model.args.vocab_size)
-        call(self.kernels(len(x)).logits, len(x), x.contiguous(), self.output, logits)
+        self.kernels(len(x)).head(len(x), x.contiguous(), self.output, logits)
         return logits
-
-
-def compile_inference(model):
-    """Makes model.read and model.logits faster; elsewhere than on the CPU torch.compile does it."""
-    if model.norm.weight.device.type != "cpu":
-        for layer in model.layers:
-            layer.compile(dynamic=True)
-        return
-    try:
-        reader = CompiledReader(model)
-        model.read, model.logits = reader.read, reader.logits
-    except OSError as error:
-        print(f"{error}; --compile has no effect", file=sys.stderr)
 
 # -----------------------------------------------------------------------------
 # Memory
@@ -283,25 +367,29 @@ def glibc():
 
 
 def keep_freed_memory(device):
-    """Lets glibc keep what tensors on the CPU free from now on for the next ones, in this whole process.
+    """Lets glibc keep what tensors on the CPU free for the next ones, in this whole process: for commands.
 
     By default it returns large pieces, and fetching fresh pages takes a fifth of a step of training.
     """
     if device.type == "cpu" and (libc := glibc()):
-        libc.malloc_trim(0)  # returns what is free by now
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never again
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no pieces apart from the others
+        libc.malloc_trim(0)  # Return what is free by now.
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return any again.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no piece apart from the others.
+
+
+def free_memory(device):
+    """Bytes of memory that are free on a device; mps shares the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def check_memory(what, num_bytes, device):
-    """ValueError where so many bytes are more than a device has free, and the system tells how many."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:  # mps shares the machine's memory
-        free = psutil.virtual_memory().available
-        if num_bytes > free and (libc := glibc()):
-            libc.malloc_trim(0)  # returns what keep_freed_memory keeps
-            free = psutil.virtual_memory().available
+    """Raises ValueError if a device has less than num_bytes free."""
+    free = free_memory(device)
+    if num_bytes > free and device.type != "cuda" and (libc := glibc()):
+        libc.malloc_trim(0)  # Return what keep_freed_memory keeps.
+        free = free_memory(device)
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                          "take a smaller dtype, max_seq_len, batch or model")

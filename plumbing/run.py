@@ -1,9 +1,7 @@
-"""A run's folder: its record, log and plot, a progress bar, and the signals that end it early."""
+"""A training run's folder: what it has left there, its log and plot, a progress bar, and signals to stop."""
 
-import contextlib
 import datetime
 import json
-import os
 import shutil
 import signal
 import sys
@@ -14,91 +12,55 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
+from plumbing.checkpoint import checkpoints_of_run
+from plumbing.files import complete
 
-def entropy_floor(folder):
-    """The bits per byte that no model can beat on average, where entropy.json tells them; else None."""
-    path = Path(folder, "entropy.json")
-    return json.loads(path.read_text())["val"]["bits_per_byte"] if path.is_file() else None
-
-
-def cut_log(path, last_step):
-    """Leaves in a log the complete lines of steps up to last_step; returns the last one's step, or 0."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: found a line that is no step's ({error}); mend or remove it") from None
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
-    return json.loads(kept[-1])["step"] if kept else 0
-
-
-def prepare_folder(out_dir, last_step, tokenizer_path):
-    """Makes out_dir, or frees it of what a killed run left after last_step; see cut_log.
-
-    It takes a copy of the tokenizer.model, as the checkpoint that has it may be dropped.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for part in out_dir.glob("*.part"):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
-    shutil.copyfile(tokenizer_path, out_dir / "tokenizer.model.part")
-    os.replace(out_dir / "tokenizer.model.part", out_dir / "tokenizer.model")
-    return cut_log(out_dir / "log.jsonl", last_step)
-
-
-def report(record, out_dir, bar, floor, tokens_left):
-    """Writes a step's line to log.jsonl, and shows it beside the bar, or as a line where there is none."""
-    with open(out_dir / "log.jsonl", "a") as log:
-        log.write(json.dumps(record) + "\n")
-    line = (f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, norm {record['grad_norm']:.2f}, "
-            f"{record['tokens_per_s']:,} tokens/s, MFU {record['mfu']:.0%}, {record['memory'] / 1e9:.1f} GB")
-    if bar.disable:
-        left = datetime.timedelta(seconds=tokens_left // max(record["tokens_per_s"], 1))
-        print(f"step {record['step']}: {line}, {left} left", file=sys.stderr)
-    else:
-        bar.set_postfix_str(line)
-    if "val_bpb" in record:
-        bar.write(f"step {record['step']}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} "
-                  f"nats per token, {record['val_bpb']:.3f} bits per byte"
-                  + (f" (floor {floor:.3f})" if floor else ""))
-
-
-def plot_losses(out_dir, floor):
-    """Draws the losses of out_dir/log.jsonl, and the entropy floor if there is one, as out_dir/loss.png."""
-    import matplotlib  # here, as nothing else needs it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    evaluated = [record for record in records if "val_bpb" in record]
-    last, best = evaluated[-1], min(record["val_bpb"] for record in evaluated)
-    bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # of a loss of one nat per token
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([record["step"] for record in records], [record["loss"] * bits_per_byte for record in records],
-              color="#9ecae1", linewidth=1, label="train")
-    axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
-              color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
-    if floor is not None:
-        axes.axhline(floor, color="#d62728", linestyle="--", label=f"entropy of the stories, {floor:.3f}")
-    axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, last["step"]), ylim=(0, 4 * best))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    part = out_dir / "loss.png.part"
-    figure.savefig(part, format="png", dpi=150)
-    plt.close(figure)
-    os.replace(part, out_dir / "loss.png")
+# -----------------------------------------------------------------------------
+# What a step is measured by
 
 
 def measured_peak(device, dtype):
-    """FLOP/s of large matrix products on a device: what MFU is a share of."""
+    """FLOP/s of large matrix products on a device: what model FLOPs utilization (MFU) is a share of."""
     n = 8192 if device.type == "cuda" else 1024
-    a, seconds = torch.ones(n, n, dtype=dtype, device=device), []
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the result
+        float((a @ a)[0, 0])  # This waits for the result.
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    return 2 * n**3 / min(seconds)  # n x n results of n multiplications and n additions each
+
+
+class Stopwatch:
+    """Times generation around its steps: the first reads the prompts, the others decode."""
+
+    def __init__(self, prompt_tokens):
+        self.prompt_tokens = prompt_tokens
+        self.prefill_seconds = 0.0
+        self.decoded_tokens = 0
+        self.decode_seconds = 0.0
+
+    def over(self, steps):
+        """The same steps of Llama.steps, timed."""
+        start = time.perf_counter()
+        for i, (logits, drawn) in enumerate(steps):
+            seconds = time.perf_counter() - start
+            if i == 0:
+                self.prefill_seconds = seconds
+            else:
+                self.decode_seconds += seconds
+                self.decoded_tokens += sum(token is not None for token in drawn)
+            yield logits, drawn
+            start = time.perf_counter()
+
+    def report(self):
+        """One line: tokens read and decoded, and how many per second."""
+        read_rate = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        decode_rate = self.decoded_tokens / max(self.decode_seconds, 1e-9)
+        return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode {self.decoded_tokens:,} "
+                f"tokens at {decode_rate:,.1f}/s")
 
 
 def used_memory(device):
@@ -108,22 +70,152 @@ def used_memory(device):
     return psutil.Process().memory_info().rss
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """Yields a list that takes the name of a SIGTERM or Ctrl-C, so that a step can be finished and saved.
+def entropy_floor(folder):
+    """The bits per byte that no model can beat on average, if entropy.json says so; else None."""
+    path = Path(folder, "entropy.json")
+    return json.loads(path.read_text())["val"]["bits_per_byte"] if path.is_file() else None
 
-    Without torchrun, which passes some on twice, a second one acts as usual.
+# -----------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """The folder of one training run, and how the run looks from outside.
+
+    newest: the checkpoint to go on from, None if there is none. signals: the names of those received since
+    the steps began. stopping: whether this step is the last one; whoever trains sets it, as all ranks have to
+    agree. Only the master writes. ValueError if the folder holds a run and resume was not asked for.
     """
-    noted, usual = [], {}
 
-    def note(number, frame):
-        noted.append(signal.Signals(number).name)
-        if not dist.is_initialized():
-            signal.signal(number, usual[number])
-    if threading.current_thread() is threading.main_thread():  # in others Python does not allow it
-        usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+    def __init__(self, out_dir, resume, is_master, floor=None):
+        self.out_dir = Path(out_dir)
+        self.log_path = self.out_dir / "log.jsonl"
+        self.is_master = is_master
+        self.floor = floor
+        self.signals = []
+        self.stopping = False
+        saved = checkpoints_of_run(out_dir)
+        if not resume and (saved or self.log_path.exists()):
+            raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts a "
+                             "new one")
+        self.newest = saved[-1] if saved else None
+
+    def prepare(self, last_step, tokenizer_path):
+        """Makes the folder, or frees it of what a killed run left after last_step.
+
+        Returns the path of a copy of the tokenizer, as the checkpoint that has it may be dropped.
+        """
+        copy = self.out_dir / "tokenizer.model"
+        if self.is_master:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            for part in self.out_dir.glob("*.part"):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            with complete(copy) as file:
+                file.write(Path(tokenizer_path).read_bytes())
+            self.cut_log(last_step)
+        return copy
+
+    def cut_log(self, last_step):
+        """Cuts the log back to last_step: a killed run leaves later lines, and one that is half-written."""
+        lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.log_path}: found a line that is not a step's ({error}); mend or remove "
+                             "it") from None
+        with complete(self.log_path) as file:
+            file.write("".join(kept).encode())
+
+    def steps(self, first, last):
+        """Yields the steps first to last, behind a progress bar; ends early when `stopping` is set.
+
+        Meanwhile SIGTERM and Ctrl-C are only noted, so that a step can be finished and saved. Without
+        torchrun, which passes some on twice, a second one acts as usual.
+        """
+        usual = {}
+
+        def note(number, frame):
+            self.signals.append(signal.Signals(number).name)
+            if not dist.is_initialized():
+                signal.signal(number, usual[number])
+
+        if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread.
+            usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # disable=None: no bar where there is no terminal.
+        self.bar = tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step",
+                        disable=None if self.is_master else True)
+        self.first, self.last = first, last
+        self.began = time.monotonic()
+        try:
+            for self.step in self.bar:
+                yield self.step
+                if self.stopping:
+                    break
+        finally:
+            self.bar.close()
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+    def log(self, record):
+        """Writes a step's line to log.jsonl, and shows it beside the bar, or as a line where there is none."""
+        if not self.is_master:
+            return
+        with open(self.log_path, "a") as log:
+            log.write(json.dumps(record) + "\n")
+        line = (f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, norm {record['grad_norm']:.2f}, "
+                f"{record['tokens_per_s']:,} tokens/s, MFU {record['mfu']:.0%}, "
+                f"{record['memory'] / 1e9:.1f} GB")
+        if self.bar.disable:
+            print(f"step {self.step}: {line}, {self.time_left()} left", file=sys.stderr)
+        else:
+            self.bar.set_postfix_str(line)
+        if "val_bpb" in record:
+            floor = f" (floor {self.floor:.3f})" if self.floor else ""
+            self.show(f"step {self.step}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} nats "
+                      f"per token, {record['val_bpb']:.3f} bits per byte{floor}")
+
+    def time_left(self):
+        """How long the steps to come take if they are as fast as those done since the steps began."""
+        seconds_per_step = (time.monotonic() - self.began) / (self.step - self.first + 1)
+        return datetime.timedelta(seconds=round(seconds_per_step * (self.last - self.step)))
+
+    def show(self, text):
+        """Prints a text above the bar."""
+        if self.is_master:
+            self.bar.write(text)
+
+    def close(self):
+        """Plots a finished run; says how an interrupted one goes on."""
+        if not self.is_master:
+            return
+        if self.stopping:
+            cause = self.signals[0] if self.signals else "a signal"
+            print(f"{cause} after step {self.step}, which is saved; --resume goes on")
+        else:
+            self.plot()
+
+    def plot(self):
+        """Draws the losses of log.jsonl, and the entropy floor if there is one, as loss.png."""
+        import matplotlib  # Nothing else needs it.
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        evaluated = [record for record in records if "val_bpb" in record]
+        last = evaluated[-1]
+        best = min(record["val_bpb"] for record in evaluated)
+        bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # of a loss of one nat per token
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        axes.plot([record["step"] for record in records],
+                  [record["loss"] * bits_per_byte for record in records],
+                  color="#9ecae1", linewidth=1, label="train")
+        axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
+                  color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
+        if self.floor is not None:
+            axes.axhline(self.floor, color="#d62728", linestyle="--",
+                         label=f"entropy of the stories, {self.floor:.3f}")
+        axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, last["step"]), ylim=(0, 4 * best))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        with complete(self.out_dir / "loss.png") as file:
+            figure.savefig(file, format="png", dpi=150)
+        plt.close(figure)

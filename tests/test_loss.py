@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import llama31
 from llama31 import ModelArgs, Transformer, document_mask
-from plumbing.fast import ChunkedCrossEntropy
+from plumbing.fast import chunked_cross_entropy
 
 BOS = 90
 
