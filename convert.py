@@ -78,7 +78,8 @@ def read_tensors(folder):
             with safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path}: damaged, or not from safetensors; download it again ({error})") from None
+            raise ValueError(f"{path}: damaged, or not from safetensors; download it again ({error})"
+                             ) from None
     return {name: t for name, t in tensors.items() if not name.endswith(".inv_freq")}  # which old files have
 
 
@@ -220,8 +221,9 @@ def write_tokenizer_model(source, path, vocab_size):
         base = sorted((rank, token) for token, rank in vocab.items() if rank not in added)
         merged = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]  # ["a", "b"] or "a b"
         names = dict(zip(range(len(base), vocab_size), SPECIAL_TOKENS, strict=True))
+        splitter = json.loads(word_splitter().__getstate__())
         fits = (model["type"] == "BPE" and not model.get("dropout") and merged == sorted(merged)
-                and data["normalizer"] is None and data["pre_tokenizer"] == json.loads(word_splitter().__getstate__())
+                and data["normalizer"] is None and data["pre_tokenizer"] == splitter
                 and added.keys() == names.keys() and all(
                     added[i] == names[i] or RESERVED.fullmatch(added[i]) for i in names))
         if not fits:
@@ -305,7 +307,7 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
     with complete_folder(dst) as part:
         if (src / "tokenizer.model").exists():
             tokenizer = Tokenizer(src / "tokenizer.model")
-            llama31.check_vocabulary(tokenizer, args)
+            tokenizer.check_vocabulary(args.vocab_size)
             write_tokenizer_json(part, tokenizer, args.max_seq_len)
             ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_tokens),
                    "pad_token_id": tokenizer.pad_id}

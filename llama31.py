@@ -8,13 +8,13 @@ Read it downwards, as every part uses only what stands above it:
 
     Configuration                          ModelArgs and the published shapes
     Normalization, positions, KV cache     RMSNorm, RoPE, KVCache
-    Transformer                            Attention, FeedForward, TransformerBlock, the whole model, its loss
+    Transformer                            Attention, FeedForward, TransformerBlock, the model and its loss
     Loading, sampling, generation          load_checkpoint, Sampler, Llama
     Data loader, distributed, training     DistributedShardedDataLoader, optimize, train
     Commands                               sample, demo
 
-This file says what is computed. The folder plumbing/ says how it is made fast, how files look and how a run is
-kept; delete plumbing/fast.cpp, and only speed is lost.
+This file says what is computed. The folder plumbing/ says how it is made fast, how files look and how a run
+is kept; delete plumbing/fast.cpp, and only speed is lost.
 
 Sizes in comments: B batch, T new tokens, S cached and new tokens, H query heads, K key/value heads, D head
 dimension, V vocabulary.
@@ -25,7 +25,6 @@ import glob
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -174,9 +173,9 @@ def rope_frequencies(args):
     """(D/2,) float32: radians per position of each pair of a head's elements (Su et al., 2021).
 
     Queries and keys are turned by their position times these, so that their product depends on how far apart
-    they are. Fast pairs tell neighbours apart, slow ones paragraphs. With use_scaled_rope, Llama 3.1's stretch
-    of the context: pairs that turn at least 4 times within the old context stay, those that don't turn once are
-    slowed by rope_scale_factor, those between are blended.
+    they are: fast pairs tell neighbours apart, slow ones paragraphs. use_scaled_rope stretches the context
+    as Llama 3.1 does: pairs that turn at least 4 times within the old context stay, those that don't turn
+    once are slowed by rope_scale_factor, those between are blended.
     """
     with torch.device("cpu"):  # also while the model is laid out on the meta device
         freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
@@ -243,9 +242,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B, T, dim) -> the same shape.
 
-        mask: (B, 1, T, S), True where attended, or flex attention's BlockMask. None: plain causal attention, or
-        a single new token, which may see everything before it. cache: a KVCache, which takes the new keys and
-        values and returns them behind those of earlier tokens.
+        mask: (B, 1, T, S), True where attended, or flex attention's BlockMask. None: plain causal attention,
+        or a single new token, which may see everything before it. cache: a KVCache, which takes the new keys
+        and values and returns them behind those of earlier tokens.
         """
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
@@ -258,7 +257,7 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             y = fast.flex_attend(q, k, v, mask, self.is_grouped)
         else:
-            # is_causal aligns the mask to the first key, which is right only where all S keys are new (T = S).
+            # is_causal aligns its triangle with the first key: right only where all keys are new, T = S.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.is_grouped,
                                                is_causal=q.size(2) > 1 and mask is None)
         return self.wo(y.transpose(1, 2).flatten(-2))  # (B, T, dim)
@@ -334,7 +333,7 @@ class Transformer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args = args
-        empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding's own init takes a second, even on meta
+        empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding would draw it, even on the meta device
         self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -365,9 +364,9 @@ class Transformer(nn.Module):
     def init_weight(self, name, p, generator=None):
         """Draws the parameter of that name, or a stand-in of its shape, in place; returns it.
 
-        Normal with std 1/sqrt(dim) for embeddings, whose rows so have length 1; half of that for matrices, about
-        GPT-2's 0.02 at its width. Those that write to the residual stream are divided by sqrt(2 n_layers), as
-        2 n_layers of them add up there: so the stream is about as large after the last layer as after the first.
+        Normal with std 1/sqrt(dim) for embeddings, whose rows so have length 1; half of that for matrices,
+        about GPT-2's 0.02 at its width. Those that write to the residual stream are divided by
+        sqrt(2 n_layers), as 2 n_layers of them add up there.
         """
         std = self.args.dim ** -0.5
         if p.dim() == 1:
@@ -388,7 +387,8 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, use_reentrant=False,
+                                                      preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
@@ -406,7 +406,7 @@ class Transformer(nn.Module):
     def forward_loss(self, inputs, targets, bos_id=None, *, reduction="mean"):
         """Cross entropy in nats, float32, of the targets (B, T) that count; 0 if none does.
 
-        bos_id: documents begin at this token and don't see each other; predicting it does not count, nor does
+        bos_id: documents begin at this token and don't see each other; predicting it doesn't count, nor does
         a target of -100. reduction: "mean", or "sum" for whoever divides by the targets of several batches.
         """
         positions = torch.arange(inputs.size(1), device=inputs.device)[None]
@@ -445,10 +445,10 @@ class Transformer(nn.Module):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at last[b].
 
         start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
-        anything: nothing that counts sees them, and later tokens overwrite them. reader: whose extend and head
-        to use, see fast.compile_inference; None: the model's own. Long prompts are read in chunks of columns, of
-        tokens_at_once tokens in all rows, so that activations stay small. ValueError where the caches are too
-        short, also for such columns.
+        anything: nothing that counts sees them, and later tokens overwrite them. reader: what has extend and
+        head, see fast.compile_inference; None: the model itself. Long prompts are read in chunks of columns,
+        of tokens_at_once tokens in all rows, so that activations stay small. ValueError where the caches are
+        too short, also for such columns.
         """
         reader = self if reader is None else reader
         B, T = tokens.shape
@@ -484,35 +484,6 @@ class Transformer(nn.Module):
 
 # -----------------------------------------------------------------------------
 # Loading
-
-
-def choose_device(device=None):
-    """The torch.device asked for; None: cuda, else mps, else cpu. ValueError where it is not there."""
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
-    elif device is None:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device} can't be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
-
-
-def choose_dtype(dtype):
-    """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
-    return getattr(torch, name)
-
-
-def check_vocabulary(tokenizer, args):
-    """Raises ValueError if tokenizer and model have vocabularies of different sizes."""
-    if tokenizer.n_words != args.vocab_size:
-        raise ValueError(f"{tokenizer.model_path} has {tokenizer.n_words} tokens, the model "
-                         f"{args.vocab_size}; give the tokenizer.model that the model was trained with")
 
 
 def open_checkpoint(ckpt_dir):
@@ -570,8 +541,8 @@ class Sampler:
             return int(logits.argmax())
         logits = logits.float().cpu()
         probs = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
-        # Sorting the whole vocabulary is slow. Tokens rarer than this hold less than 1 - top_p together, so they
-        # are cut anyhow (0.9: for rounding).
+        # Sorting the whole vocabulary is slow. Tokens rarer than this hold less than 1 - top_p together, so
+        # they are cut anyhow (0.9: for rounding).
         ids = (probs >= 0.9 * (1 - self.top_p) / len(probs)).nonzero()[:, 0]
         probs, order = probs[ids].sort(descending=True, stable=True)
         kept = probs >= self.min_p * probs[0]
@@ -614,8 +585,8 @@ class Llama:
         the files.
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        device = choose_device(device)
-        dtype = choose_dtype(dtype)
+        device = fast.choose_device(device)
+        dtype = fast.choose_dtype(dtype)
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
         model = load_checkpoint(ckpt_dir, device, dtype, quantize)
@@ -623,7 +594,7 @@ class Llama:
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
-            check_vocabulary(tokenizer, model.args)
+            tokenizer.check_vocabulary(model.args.vocab_size)
         return Llama(model, tokenizer, max_seq_len, max_batch_size, reader)
 
     def new_caches(self, batch_size, max_seq_len=None):
@@ -636,7 +607,7 @@ class Llama:
         return [KVCache(args, batch_size, room, weight.dtype, weight.device) for _ in self.model.layers]
 
     def check_prompts(self, prompt_tokens, start_pos):
-        """Raises ValueError naming the prompt that is empty, too long, not of this vocabulary, or all read."""
+        """Raises ValueError naming the prompt that is empty, too long, all read or of another vocabulary."""
         B = len(prompt_tokens)
         if not 0 < B <= self.max_batch_size:
             raise ValueError(f"{B} prompts; expected 1 to {self.max_batch_size}, which is max_batch_size")
@@ -656,8 +627,8 @@ class Llama:
 
         Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
         stop_tokens None: the tokenizer's; [] never stops. caches: new_caches, or ones that hold the first
-        start_pos[i] tokens of prompt i, which are not read again; at each step they hold all tokens before its
-        own. sampling: as in Sampler. Errors: see check_prompts, Sampler.
+        start_pos[i] tokens of prompt i, which are not read again; at each step they hold all tokens before
+        its own. sampling: as in Sampler. Errors: see check_prompts, Sampler.
         """
         sampler = Sampler(**sampling)
         B = len(prompt_tokens)
@@ -760,9 +731,10 @@ class Llama:
 
     def texts(self, prompt_tokens, max_gen_len, stop, settings):
         """The whole text that follows each prompt."""
-        pieces = self.stream(self.steps(prompt_tokens, max_gen_len, **settings), stop)
-        rows = zip(*pieces, strict=True) if max_gen_len else [[]] * len(prompt_tokens)
-        return ["".join(row) for row in rows]
+        texts = [""] * len(prompt_tokens)
+        for pieces in self.stream(self.steps(prompt_tokens, max_gen_len, **settings), stop):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
 
     def text_completion(self, prompts, max_gen_len=256, echo=False, stop=(), **settings):
         """[{"generation": text}] for each prompt, with echo after its own; settings: as in steps.
@@ -791,7 +763,7 @@ class Llama:
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
-    A shard of n tokens has (n-1)//T windows; all shards' windows, in file-name order, are numbered 0 … W-1.
+    A shard of n tokens has (n-1)//T windows; those of all shards, by file name, are numbered 0 … W-1.
     Row b of rank r at call s gets number ((s*N + r)*B + b) mod W, taken through a permutation of that epoch
     with shuffle. The state is that counter alone, so it resumes on any number of ranks.
     """
@@ -836,7 +808,8 @@ class DistributedShardedDataLoader:
         """The order of an epoch's windows; two are kept, as a batch may straddle the end of an epoch."""
         if epoch not in self.permutations:
             self.permutations = {e: order for e, order in self.permutations.items() if e == epoch - 1}
-            self.permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
+            rng = np.random.default_rng([self.seed, epoch])
+            self.permutations[epoch] = rng.permutation(self.num_windows)
         return self.permutations[epoch]
 
     def window(self, number):
@@ -857,7 +830,7 @@ class DistributedShardedDataLoader:
         return ids[:-1], targets[1:]
 
     def next_batch(self, once=False):
-        """x, y: int64 (B, T). once: windows of a second epoch have no targets, for whoever counts each once."""
+        """x, y: int64 (B, T). once: windows of later epochs have no targets, so that each counts once."""
         first = self.counter + self.rank * self.B
         self.counter += self.num_processes * self.B
         rows = []
@@ -879,9 +852,9 @@ def join_process_group(device, needed=False):
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(device)
+    device = fast.choose_device(device)
     if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each of a machine's ranks
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each rank
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if needed and "RANK" not in os.environ:
@@ -948,21 +921,22 @@ def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
 def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="the step"):
     """One step of training on this rank's micro-batches: the loss over all ranks and the gradient's norm.
 
-    model: perhaps wrapped by DDP or sharded by FSDP. batches: (inputs, targets), (B, T) each. ValueError, with
-    `what` was done, where loss or norm is not finite: before any weight has changed.
+    model: may be wrapped by DDP or sharded by FSDP. batches: (inputs, targets), (B, T) each. ValueError,
+    which says `what` was done, where loss or norm is not finite: before any weight has changed.
     """
     device = batches[0][0].device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    # Every target weighs the same, in whatever micro-batch and on whatever rank it lies: so sums are divided by
-    # the number of all targets. (A mean of means would favour the targets of batches that have few.)
+    # Every target weighs the same, in whatever micro-batch and on whatever rank it lies, so sums are divided
+    # by the number of all targets. (A mean of means would favour the targets of batches that have few.)
     count = sum(int(target_mask(targets, bos_id).sum()) for _, targets in batches)
     [count] = sum_over_ranks([count], device)
     nats = torch.zeros((), device=device)
     for i, (inputs, targets) in enumerate(batches, start=1):
-        model.require_backward_grad_sync = i == len(batches)  # DDP: all-reduce after the last micro-batch only
+        # DDP: all-reduce the gradients after the last micro-batch only.
+        model.require_backward_grad_sync = i == len(batches)
         with autocast:
             loss = model(inputs, targets, bos_id, reduction="sum") / max(count, 1)
-        # Times world_size, as DDP and FSDP average gradients over the ranks, and the loss is a sum over them.
+        # Times world_size, as DDP and FSDP average gradients over the ranks where the loss is a sum.
         (loss * world_size).backward()
         nats += loss.detach()
     [loss] = sum_over_ranks([nats], device)
@@ -971,8 +945,8 @@ def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="t
         grad_norm = grad_norm.full_tensor()
     grad_norm = float(grad_norm)
     if not math.isfinite(loss + grad_norm):
-        raise ValueError(f"{what} has loss {loss} and gradient norm {grad_norm}, expected finite ones; what was "
-                         f"saved before stays. Try a lower lr than {lr}")
+        raise ValueError(f"{what} has loss {loss} and gradient norm {grad_norm}, expected finite ones; what "
+                         f"was saved before stays. Try a lower lr than {lr}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1004,7 +978,7 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
         if found != expected and field.name not in ("max_seq_len", "tie_word_embeddings"):
             raise ValueError(f"{source} has {field.name} {found}, but {expected} is asked for; resume "
                              "without --preset and --ckpt_dir, or give another --out_dir")
-    check_vocabulary(tokenizer, model.args)
+    tokenizer.check_vocabulary(model.args.vocab_size)
     return tokenizer, model, pieces
 
 
@@ -1075,7 +1049,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
     out_dir = Path(out_dir)
     expect(not out_dir.is_file(), "out_dir", out_dir, "a folder, not a file")
-    dtype = choose_dtype(dtype)
+    dtype = fast.choose_dtype(dtype)
     expect(dtype != torch.float16, "dtype", dtype, "float32 or bfloat16, as float16 underflows in training")
     rank, world_size, device = join_process_group(device, needed=fsdp)
     is_master = rank == 0
@@ -1097,18 +1071,14 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     # The model, the optimizer, and where an earlier run stopped.
     num_parameters = sum(p.numel() for p in model.parameters())
-    files.check_disk("a checkpoint", 12 * num_parameters, out_dir)  # weights and AdamW's two averages, in float32
+    files.check_disk("a checkpoint", 12 * num_parameters, out_dir)  # weights, AdamW's two averages: float32
     fill_model(model, pieces, seed, device, dtype, fsdp)
     model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # of the windows, which resuming has to keep
-    progress = dict(step=0)
+    progress = run.load_progress(order, steps)
     if run.newest:
-        progress = checkpoint.load_file(run.newest / "progress.pt")
-        if progress["order"] != order or progress["step"] > steps:
-            raise ValueError(f"{run.newest} has step {progress['step']} and {progress['order']}; found steps "
-                             f"{steps} and {order}: resume with the same, and no fewer steps")
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer)
         loader.load_state_dict(progress["loader"])
     if compile:
@@ -1146,7 +1116,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         run.stopping = signals > 0  # A signal to one rank stops all.
         if step == steps or run.stopping or (save_interval and step % save_interval == 0):
             progress = dict(step=step, order=order, loader=loader.state_dict())
-            checkpoint.save_training(out_dir / f"step_{step:06d}", model, optimizer, tokenizer_path, progress, keep)
+            path = out_dir / f"step_{step:06d}"
+            checkpoint.save_training(path, model, optimizer, tokenizer_path, progress, keep)
         if sample_interval and step % sample_interval == 0 and (is_master or fsdp):  # FSDP: all hold a shard
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
@@ -1212,26 +1183,20 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "data" / "entropy.json").exists():
         raise ValueError(f"{out_dir} holds no demo but other files; give another --out_dir")
     if retrain or not checkpoints_of_run(out_dir):
-        old = out_dir.with_name(f"{out_dir.name}.old.part")
-        part = out_dir.with_name(f"{out_dir.name}.part")  # an earlier demo stays until this one is done
-        shutil.rmtree(part, ignore_errors=True)
-        data = part / "data"
-        stories.write(data)
-        shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)
-        texts = (story for shard in shards[1:] for story in tiny_stories.read_stories(shard))
-        train_tokenizer(texts, 2048, data / "tokenizer.model")  # enough for a token per word
-        tiny_stories.tokenize(data, data / "tokenizer.model", num_workers=1)  # 1 s, workers start slower
-        fast_bfloat16 = choose_device().type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
-        bins = glob.escape(str(data))
-        train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
-              out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
-              seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
-              eval_steps=0, save_interval=0, shuffle=True, dtype="bfloat16" if fast_bfloat16 else "float32")
-        shutil.rmtree(old, ignore_errors=True)
-        if out_dir.exists():
-            os.replace(out_dir, old)
-        os.replace(part, out_dir)
-        shutil.rmtree(old, ignore_errors=True)
+        fast_bfloat16 = fast.choose_device().type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
+        with files.complete_folder(out_dir, replace=True) as part:  # An earlier demo stays until then.
+            data = part / "data"
+            stories.write(data)
+            shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)
+            texts = (story for shard in shards[1:] for story in tiny_stories.read_stories(shard))
+            train_tokenizer(texts, 2048, data / "tokenizer.model")  # enough for a token per word
+            tiny_stories.tokenize(data, data / "tokenizer.model", num_workers=1)  # 1 s; workers start slower
+            bins = glob.escape(str(data))
+            train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
+                  out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
+                  seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
+                  eval_steps=0, save_interval=0, shuffle=True,
+                  dtype="bfloat16" if fast_bfloat16 else "float32")
     sample(ckpt_dir=checkpoints_of_run(out_dir)[-1])
 
 

@@ -70,6 +70,12 @@ class Tokenizer:
             os.path.basename(self.model_path), pat_str=SPLIT_PATTERN, special_tokens=self.special_tokens,
             mergeable_ranks={token: rank for rank, token in enumerate(base)})
 
+    def check_vocabulary(self, vocab_size: int):
+        """Raises ValueError if a model has another number of token ids."""
+        if self.n_words != vocab_size:
+            raise ValueError(f"{self.model_path} has {self.n_words} tokens, the model {vocab_size}; give the "
+                             "tokenizer.model that the model was trained with")
+
     def encode(self, s: str, bos: bool = False, eos: bool = False,
                allowed_special: str | Collection[str] = ()) -> list[int]:
         """Token ids of a text, the same as Meta's.

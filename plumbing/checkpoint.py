@@ -23,7 +23,7 @@ from plumbing.parallel import whole_weights
 
 
 def split_dim(name):
-    """The dimension along which Meta's model-parallel files split a tensor; None: each file has all of it."""
+    """The dimension along which Meta's model-parallel files split a tensor; None: each has all of it."""
     if name.endswith("norm.weight"):
         return None
     return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
@@ -113,9 +113,8 @@ def open_pieces(ckpt_dir, shapes):
         if dim is None:
             continue
         if shape[dim] % len(files):
-            raise ValueError(f"{ckpt_dir}: found {len(files)} files of weights, but {name} has {shape[dim]} "
-                             f"{'columns' if dim else 'rows'}, which {len(files)} does not divide: is a file "
-                             "missing?")
+            raise ValueError(f"{ckpt_dir}: found {len(files)} files of weights, but {name} is {shape}, of "
+                             f"which {len(files)} does not divide {shape[dim]}: is one missing?")
         piece_shapes[name][dim] //= len(files)
     states = [load_file(path) for path in files]
     for path, state in zip(files, states, strict=True):

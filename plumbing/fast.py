@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from plumbing.cli import expect
+
 # -----------------------------------------------------------------------------
 # Loss
 
@@ -85,7 +87,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def parts(num_entries, *tensors):
-    """Cuts tensors into the same rows, on the CPU so many that one has num_entries, elsewhere all at once."""
+    """Cuts tensors into the same rows: on the CPU with num_entries each, elsewhere all at once."""
     first = tensors[0]
     num_rows = max(1, num_entries // first.size(1)) if first.is_cpu else len(first)
     return zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
@@ -112,7 +114,7 @@ GROUP = 64  # Weights of a row that share a scale; one scale for a whole row wou
 
 
 def quantize(weight):
-    """weight (out, in) -> integers from -127 to 127, int8 (out, in), and scales, float32 (out, in / GROUP)."""
+    """weight (out, in) -> integers in [-127, 127], int8 (out, in), and scales, float32 (out, in / GROUP)."""
     groups = weight.float().unflatten(1, (-1, math.gcd(GROUP, weight.size(1))))
     scale = groups.abs().amax(-1).clamp(min=1e-30) / 127
     return (groups / scale[..., None]).round().to(torch.int8).flatten(1), scale
@@ -316,7 +318,7 @@ class CompiledReader:
         return addresses
 
     def kernels(self, B):
-        """The kernels compiled for B rows, which go through in the fewest tiles of at most 8, of one size."""
+        """The kernels compiled for B rows, which go through in the fewest tiles of at most 8 rows."""
         return compile_kernels(TILE=math.ceil(B / math.ceil(B / 8)), **self.constants)
 
     def extend(self, tokens, start_pos, caches):
@@ -393,3 +395,28 @@ def check_memory(what, num_bytes, device):
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                          "take a smaller dtype, max_seq_len, batch or model")
+
+# -----------------------------------------------------------------------------
+# Devices and types
+
+
+def choose_device(device=None):
+    """The torch.device asked for; None: cuda, else mps, else cpu. ValueError where it is not there."""
+    if device is None and torch.cuda.is_available():
+        device = "cuda"
+    elif device is None:
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device} can't be used: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
+
+
+def choose_dtype(dtype):
+    """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
+    return getattr(torch, name)

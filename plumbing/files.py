@@ -38,8 +38,11 @@ def complete(path):
 
 
 @contextlib.contextmanager
-def complete_folder(path):
-    """Yields a new folder, path with .part appended, that appears at path only when it is complete."""
+def complete_folder(path, replace=False):
+    """Yields a new folder, path with .part appended, that appears at path only when it is complete.
+
+    replace: a folder that is there stays until then, and goes.
+    """
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -49,11 +52,16 @@ def complete_folder(path):
             if file.is_file():
                 with open(file, "r+b") as opened:
                     os.fsync(opened.fileno())
+        old = Path(f"{path}.old.part")
+        shutil.rmtree(old, ignore_errors=True)
+        if replace and os.path.exists(path):
+            os.replace(path, old)  # A folder can't be replaced by one that has files.
         os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        # When the disk is full, torch.save closes its archive and raises a second error over the first.
-        if isinstance(error.__context__, OSError):
+        # When the disk is full, torch.save closes its archive, which raises a second error over the first.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise OSError(f"{part}: {error.__context__}") from None
         raise
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import checkpoints_of_run
+from plumbing.checkpoint import checkpoints_of_run, load_file
 from plumbing.files import complete
 
 # -----------------------------------------------------------------------------
@@ -59,8 +59,8 @@ class Stopwatch:
         """One line: tokens read and decoded, and how many per second."""
         read_rate = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
         decode_rate = self.decoded_tokens / max(self.decode_seconds, 1e-9)
-        return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode {self.decoded_tokens:,} "
-                f"tokens at {decode_rate:,.1f}/s")
+        return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode "
+                f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
 
 
 def used_memory(device):
@@ -83,8 +83,8 @@ class Run:
     """The folder of one training run, and how the run looks from outside.
 
     newest: the checkpoint to go on from, None if there is none. signals: the names of those received since
-    the steps began. stopping: whether this step is the last one; whoever trains sets it, as all ranks have to
-    agree. Only the master writes. ValueError if the folder holds a run and resume was not asked for.
+    the steps began. stopping: whether this step is the last one; whoever trains sets it, as all ranks have
+    to agree. Only the master writes. ValueError if the folder holds a run and resume was not asked for.
     """
 
     def __init__(self, out_dir, resume, is_master, floor=None):
@@ -99,6 +99,19 @@ class Run:
             raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts a "
                              "new one")
         self.newest = saved[-1] if saved else None
+
+    def load_progress(self, order, steps):
+        """The progress that the newest checkpoint has saved, or that of a new run.
+
+        ValueError where its order of the windows is another, or it is beyond the steps asked for.
+        """
+        if self.newest is None:
+            return {"step": 0}
+        progress = load_file(self.newest / "progress.pt")
+        if progress["order"] != order or progress["step"] > steps:
+            raise ValueError(f"{self.newest} has step {progress['step']} and {progress['order']}; found "
+                             f"steps {steps} and {order}: resume with the same, and no fewer steps")
+        return progress
 
     def prepare(self, last_step, tokenizer_path):
         """Makes the folder, or frees it of what a killed run left after last_step.
@@ -147,8 +160,9 @@ class Run:
         self.first, self.last = first, last
         self.began = time.monotonic()
         try:
-            for self.step in self.bar:
-                yield self.step
+            for step in self.bar:
+                self.step = step
+                yield step
                 if self.stopping:
                     break
         finally:
@@ -157,7 +171,7 @@ class Run:
                 signal.signal(number, handler)
 
     def log(self, record):
-        """Writes a step's line to log.jsonl, and shows it beside the bar, or as a line where there is none."""
+        """Writes a step's line to log.jsonl, and shows it beside the bar, or alone where there is none."""
         if not self.is_master:
             return
         with open(self.log_path, "a") as log:
@@ -171,8 +185,8 @@ class Run:
             self.bar.set_postfix_str(line)
         if "val_bpb" in record:
             floor = f" (floor {self.floor:.3f})" if self.floor else ""
-            self.show(f"step {self.step}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} nats "
-                      f"per token, {record['val_bpb']:.3f} bits per byte{floor}")
+            self.show(f"step {self.step}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} "
+                      f"nats per token, {record['val_bpb']:.3f} bits per byte{floor}")
 
     def time_left(self):
         """How long the steps to come take if they are as fast as those done since the steps began."""
