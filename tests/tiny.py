@@ -1,6 +1,7 @@
 """What the tests share: a random tiny model and its files, texts, token files, closeness and processes."""
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from llama31 import Llama, ModelArgs, Transformer
 
 ROOT = Path(llama31.__file__).parent
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=101, multiple_of=16, max_seq_len=128)
+SCALED = dict(n_heads=2, use_scaled_rope=True)  # 16 pairs a head, which fall into all of rope_bands
 WORDS = ("once upon a time there was the little cat Zoë who sat on a mat and saw 🦙 with the big red dog "
          "named Max, it's 2024").split()
 
@@ -63,6 +65,13 @@ def write_checkpoint(folder, model, num_files=1, *, tokenizer=None, params=None,
 def read_weights(folder):
     """The tensors, by name, of a checkpoint of one file."""
     return torch.load(folder / "consolidated.00.pth", weights_only=True)
+
+
+def rope_bands(args):
+    """How many of a head's pairs turn more than 4 times, 1 to 4 times and less than once in 8192 tokens."""
+    D = args["dim"] // args["n_heads"]
+    turns = [8192 * args.get("rope_theta", 500000.0) ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
+    return sum(t > 4 for t in turns), sum(1 <= t <= 4 for t in turns), sum(t < 1 for t in turns)
 
 
 def assert_close(a, b, what="", negligible=0.0):
