@@ -29,7 +29,7 @@ def byte_tokenizer(tmp_path_factory):
 
 
 def speaker(tokenizer, ends=False, max_seq_len=16384):
-    """A random model that says characters of TEXT alone; its answers end, most within 40 tokens, or do not."""
+    """A random model that only says characters of TEXT; answers end, mostly within 40 tokens, or never."""
     llama = random_llama(tokenizer, seed=1, max_seq_len=max_seq_len)
     said = tokenizer.encode(TEXT) + [tokenizer.eot_id] * ends
     weight = llama.model.output.weight.data

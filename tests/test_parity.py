@@ -100,7 +100,7 @@ def test_logits_loss_and_gradients_agree_on_any_small_configuration(data):
     n_kv_heads, group, pairs, vocab_size = draw(1, 2, 3), draw(1, 2, 3), draw(1, 2, 3, 8), draw(2, 7, 50)
     changes = dict(
         n_heads=n_kv_heads * group, n_kv_heads=draw(n_kv_heads, None) if group == 1 else n_kv_heads,
-        dim=2 * pairs * n_kv_heads * group, n_layers=draw(1, 2, 3), high=vocab_size,
+        dim=2 * pairs * n_kv_heads * group, n_layers=draw(1, 2, 3), vocab_size=vocab_size,
         multiple_of=draw(1, 8, 32), ffn_dim_multiplier=draw(None, 0.6, 1.3), norm_eps=draw(1e-5, 1e-2),
         rope_theta=draw(500000.0, 10000.0, 100.0), use_scaled_rope=draw(False, True),
         rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True))
