@@ -22,6 +22,11 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer_path(tokenizer):
+    return tokenizer.model_path
+
+
+@pytest.fixture(scope="session")
 def corpus(tokenizer, tmp_path_factory):
     """A folder to train in: train.bin and val.bin, tokenizer.model, and ckpt with a model as it begins."""
     folder = tmp_path_factory.mktemp("corpus")

@@ -128,8 +128,8 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_run_goes_on_exactly(corpus, t
     for number in (signal.SIGTERM, signal.SIGINT):
         before = len(read_log(tmp_path / "parts"))
         command = [sys.executable, *words(corpus, 2, tmp_path / "parts", *common)]
-        process = subprocess.Popen(command, cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
         while len(read_log(tmp_path / "parts")) < before + 10:
             assert process.poll() is None
             time.sleep(0.02)

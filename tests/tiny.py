@@ -55,7 +55,8 @@ def write_checkpoint(folder, model, num_files=1, *, tokenizer=None, params=None,
         for name, p in model.state_dict().items():
             dim = dims.get(name.split(".")[-2], 0)
             if name not in without:
-                part[name] = p.clone() if dim is None else p.chunk(num_files, dim)[i].clone()
+                whole = dim is None or num_files == 1
+                part[name] = p if whole else p.chunk(num_files, dim)[i].clone()
         torch.save(part, folder / f"consolidated.{i:02d}.pth")
     if tokenizer:
         shutil.copy(tokenizer.model_path, folder / "tokenizer.model")
