@@ -42,8 +42,8 @@ print(int(line.split()[1]) * 1024 - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("args, batch_size, seq_len, recomputed", [
-    (ModelArgs(dim=384, n_layers=5, n_heads=6, n_kv_heads=3, vocab_size=4000), 2, 192, False),
-    (ModelArgs(dim=384, n_layers=3, n_heads=6, vocab_size=12000, tie_word_embeddings=True), 1, 384, True)])
+    (ModelArgs(dim=512, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=4000), 2, 192, False),
+    (ModelArgs(dim=384, n_layers=3, n_heads=6, vocab_size=20000, tie_word_embeddings=True), 1, 512, True)])
 def test_training_takes_the_memory_that_is_computed(args, batch_size, seq_len, recomputed):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # for the same
     printed = output("-c", MEASURE, repr(args), batch_size, seq_len, int(recomputed), env=environment)
