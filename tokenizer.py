@@ -73,8 +73,8 @@ class Tokenizer:
     def check_vocabulary(self, vocab_size: int):
         """Raises ValueError if a model has another number of token ids."""
         if self.n_words != vocab_size:
-            raise ValueError(f"{self.model_path} has {self.n_words} tokens, the model {vocab_size}; give the "
-                             "tokenizer.model that the model was trained with")
+            raise ValueError(f"{self.model_path} has {self.n_words} tokens, the model {vocab_size}; give "
+                             "the tokenizer.model that the model was trained with")
 
     def encode(self, s: str, bos: bool = False, eos: bool = False,
                allowed_special: str | Collection[str] = ()) -> list[int]:
@@ -145,8 +145,8 @@ class Tokenizer:
 def split_at_stop(text, stop, final):
     """(text that can be shown now, text held back, whether a stop text was found); that one is in neither.
 
-    What is held back may be the beginning of a stop text, unless the text is final. Of several stop texts the
-    first to be complete counts, so that it doesn't matter how tokens cut the text.
+    What is held back may be the beginning of a stop text, unless the text is final. Of several stop texts
+    the first to be complete counts, so that it doesn't matter how tokens cut the text.
     """
     found = []  # (end, begin) of each stop text
     for s in stop:
@@ -257,8 +257,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     appears when complete. ValueError: vocab_size too small, not str, or too little text for so many merges.
     """
     # imported here because sampling and finetuning do without this package
-    from tokenizers import models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
+    from tokenizers import models, pre_tokenizers, trainers
 
     specials = len(SPECIAL_TOKENS)
     if not isinstance(vocab_size, int) or vocab_size < 256 + specials:

@@ -175,9 +175,10 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
         (part / "params.json").write_text(json.dumps(params, indent=2) + "\n")
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, part / "tokenizer.model")
-        torch.save(state, part / "consolidated.00.pth")
-        if progress is not None:
-            torch.save(progress, part / "progress.pt")
+        for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):
+            if content is not None:
+                with open(part / name, "wb") as file:  # Given a path, torch.save doesn't say why it fails.
+                    torch.save(content, file)
         if optimizer_dir is not None:
             os.replace(optimizer_dir, part / "optimizer")
 

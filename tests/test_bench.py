@@ -1,19 +1,15 @@
 """bench.py: its arithmetic against counts and by hand, llama.cpp's file read back, and its command."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_generate import random_llama
+from tiny import output, random_model, write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from llama31 import ModelArgs, Transformer, open_checkpoint, save_checkpoint
+from llama31 import ModelArgs, Transformer, open_checkpoint
 
-ROOT = Path(bench.__file__).parent
 ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=130, multiple_of=32)
 
 
@@ -25,7 +21,7 @@ def test_the_weights_counted_are_those_of_the_matrices_that_multiply(tied):
     assert output == model.output.weight.numel()
 
 
-def test_prefill_operations_are_those_that_torch_counts_but_for_what_causality_spares():
+def test_prefill_operations_are_torchs_without_what_causality_spares():
     model, n = Transformer(ARGS), 24
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, n, dtype=torch.int64))
@@ -37,7 +33,7 @@ def test_prefill_operations_are_those_that_torch_counts_but_for_what_causality_s
     assert bench.prefill_flops(ARGS, [n, 5]) == expected + bench.prefill_flops(ARGS, [5])
 
 
-def test_decoding_reads_every_weight_once_and_each_rows_own_keys_and_values():
+def test_decoding_reads_every_weight_once_and_each_rows_keys_and_values():
     model = Transformer(ARGS)
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if p.dim() == 2 and not name.startswith("tok_embeddings"))
@@ -65,8 +61,8 @@ def test_the_least_time_counts_after_two_calls_to_warm_up(monkeypatch):
 def test_llama_cpps_file_holds_the_same_weights(kind, bound, tmp_path):
     gguf = pytest.importorskip("gguf")
     model = Transformer(ModelArgs(**{**vars(ARGS), "use_scaled_rope": True}))
-    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
-    bench.write_gguf(tmp_path / "model.gguf", *open_checkpoint(tmp_path / "ckpt"), kind)
+    ckpt_dir = write_checkpoint(tmp_path / "ckpt", model)
+    bench.write_gguf(tmp_path / "model.gguf", *open_checkpoint(ckpt_dir), kind)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     state = model.state_dict()
@@ -82,14 +78,12 @@ def test_llama_cpps_file_holds_the_same_weights(kind, bound, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_prints_the_machine_and_a_row_for_each_job(tmp_path):
-    model = random_llama().model
-    save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict())
-    words = [sys.executable, "bench.py", "--ckpt_dir", tmp_path / "ckpt", "--prompt_len", "16", "--new", "4",
-             "--decode_prompt_len", "8", "--rounds", "1", "--device", "cpu", "--batch_size", "3",
-             "--compile=False"]
-    result = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
-    assert re.search(r"reads [\d.]+ GB/s; float32 [\d,]+ GFLOP/s, bfloat16 [\d,]+ GFLOP/s", result.stdout)
-    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
+    ckpt_dir = write_checkpoint(tmp_path / "ckpt", random_model())
+    printed = output("bench.py", "--ckpt_dir", ckpt_dir, "--prompt_len", "16", "--new", "4",
+                     "--decode_prompt_len", "8", "--rounds", "1", "--device", "cpu", "--batch_size", "3",
+                     "--compile=False")
+    assert re.search(r"reads [\d.]+ GB/s; float32 [\d,]+ GFLOP/s, bfloat16 [\d,]+ GFLOP/s", printed)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["prefill of 16", "decode", "decode, batch of 3"]
     for row in rows[2:]:
         assert float(row[1].replace(",", "")) > 0 and re.fullmatch(r" \d+% ", row[3])
@@ -97,10 +91,9 @@ def test_the_command_prints_the_machine_and_a_row_for_each_job(tmp_path):
 
 @pytest.mark.slow
 def test_the_train_command_prints_a_row_for_each_way_of_training():
-    words = [sys.executable, "bench.py", "train", "--seq_len", "16", "--vocab_size", "64", "--n_layers", "1",
-             "--rounds", "2", "--compile=False", "--device", "cpu"]
-    result = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
-    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
+    printed = output("bench.py", "train", "--seq_len", "16", "--vocab_size", "64", "--n_layers", "1",
+                     "--rounds", "2", "--compile=False", "--device", "cpu")
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["causal", "document mask"]
     assert float(rows[2][2].replace(",", "")) > 0 and rows[2][6] == " 1.00 (1.00 to 1.00) "
 

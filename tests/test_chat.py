@@ -3,75 +3,57 @@
 import fcntl
 import os
 import select
-import signal
 import string
 import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import pytest
-import torch
+from tiny import ROOT, random_llama, run, write_checkpoint
 
-import llama31
-from chat import Conversation, interrupt
-from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
+from chat import Conversation
+from llama31 import Llama, Transformer
 from tokenizer import train_tokenizer
 
-ROOT = Path(llama31.__file__).parent
 TEXT = string.ascii_lowercase + " "
-COMMAND = [sys.executable, "chat.py", "--device", "cpu", "--temperature", "0", "--ckpt_dir"]
-ENVIRONMENT = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model is only slowed down by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+COMMAND = ["chat.py", "--device", "cpu", "--temperature", "0", "--ckpt_dir"]
+ENVIRONMENT = {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": ""}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def byte_tokenizer(tmp_path_factory):
     """One whose tokens are single bytes, so that an answer's text has the ids that were generated."""
     return train_tokenizer([], 512, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model")
 
 
-def random_llama(tokenizer, answers=None, max_seq_len=16384):
-    """A random model whose likeliest token is always one of answers (None: of all)."""
-    model = Transformer(ModelArgs(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=tokenizer.n_words,
-                                  multiple_of=16, max_seq_len=max_seq_len))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(mean=float(p.dim() == 1), std=p.size(-1) ** -0.5, generator=generator)
-        if answers is not None:
-            model.output.weight[[i for i in range(tokenizer.n_words) if i not in answers]] = 0
-            model.output.weight[tokenizer.eot_id] *= 1.3  # within 40 tokens, mostly
-    return Llama(model.eval(), tokenizer)
+def speaker(tokenizer, ends=False, max_seq_len=16384):
+    """A random model that only says characters of TEXT; answers end, mostly within 40 tokens, or never."""
+    llama = random_llama(tokenizer, seed=1, max_seq_len=max_seq_len)
+    said = tokenizer.encode(TEXT) + [tokenizer.eot_id] * ends
+    weight = llama.model.output.weight.data
+    weight[[i for i in range(tokenizer.n_words) if i not in said]] = 0
+    weight[tokenizer.eot_id] *= 1.3
+    return llama
 
 
 @pytest.fixture(scope="module")
-def polite(tokenizer):
-    """Ends its answers."""
-    return random_llama(tokenizer, [*tokenizer.encode(TEXT), tokenizer.eot_id])
+def polite(byte_tokenizer):
+    """Ends its answers, mostly."""
+    return speaker(byte_tokenizer, ends=True)
 
 
 @pytest.fixture(scope="module")
-def talker(tokenizer):
+def talker(byte_tokenizer):
     """Never ends an answer."""
-    return random_llama(tokenizer, tokenizer.encode(TEXT))
+    return speaker(byte_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def ckpt_dirs(polite, talker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, llama in (("polite", polite), ("talker", talker)):
-        model, path = llama.model, llama.tokenizer.model_path
-        save_checkpoint(folder / name, model.args, model.state_dict(), path)
+        write_checkpoint(folder / name, llama.model, tokenizer=llama.tokenizer)
     return folder
 
 
@@ -155,17 +137,17 @@ def test_an_answer_that_fails_in_the_middle_stays_as_far_as_it_got(talker, read,
     assert held + read[0] == len(talker.tokenizer.encode_dialog(dialog))
 
 
-def test_a_drawn_answer_is_what_generate_draws_with_the_turns_seed(tokenizer):
-    llama = random_llama(tokenizer)  # of all bytes: much of it is no UTF-8
+def test_a_drawn_answer_is_what_generate_draws_with_the_turns_seed(byte_tokenizer):
+    llama = random_llama(byte_tokenizer, max_seq_len=1000)  # of all bytes: much of it is no UTF-8
     settings = dict(temperature=1.5, top_p=0.95, top_k=300, min_p=1e-4)
 
     def answers(seed):
         conversation = Conversation(llama, max_gen_len=60, seed=seed, **settings)
         for turn in range(3):
-            tokens = conversation.tokens + tokenizer.encode_dialog([user("hi")])[1:]
+            tokens = conversation.tokens + byte_tokenizer.encode_dialog([user("hi")])[1:]
             [row] = llama.generate([tokens], 60, seed=seed + turn, **settings)
             answer, _ = told(conversation, "hi")
-            assert answer == tokenizer.decode(row) + "\n"
+            assert answer == byte_tokenizer.decode(row) + "\n"
             yield answer
         conversation.reset()
         yield told(conversation, "hi")[0]
@@ -173,17 +155,17 @@ def test_a_drawn_answer_is_what_generate_draws_with_the_turns_seed(tokenizer):
     assert drawn == [*answers(5)] and after_reset == first != second
 
 
-def test_a_character_spread_over_tokens_comes_whole_with_the_last(tokenizer, polite, monkeypatch):
+def test_an_answer_has_a_character_whole_with_its_last_token(byte_tokenizer, polite, monkeypatch):
     conversation = Conversation(polite)
-    ids = [*tokenizer.encode("né😀"), *tokenizer.encode("é")[:1]]
+    ids = [*byte_tokenizer.encode("né😀"), *byte_tokenizer.encode("é")[:1]]
     monkeypatch.setattr(Llama, "steps", lambda *args, **settings: ((None, [i]) for i in [*ids, None]))
     pieces = []
     conversation.answer("hi", pieces.append)
     assert pieces == ["n", "", "é", "", "", "", "😀", "", "\ufffd\n"]
 
 
-def test_a_full_context_is_told_and_a_message_without_room_changes_nothing(tokenizer):
-    llama = random_llama(tokenizer, tokenizer.encode(TEXT), max_seq_len=100)
+def test_a_full_context_is_told_and_a_message_without_room_changes_nothing(byte_tokenizer):
+    llama = speaker(byte_tokenizer, max_seq_len=100)
     conversation = Conversation(llama, max_gen_len=30, temperature=0)
     first, cut = told(conversation, "hi")
     assert cut == "stopped at --max_gen_len 30"
@@ -224,8 +206,8 @@ class Terminal:
         attributes[3] |= termios.NOFLSH   # what was written before Ctrl-C comes, too
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         self.process = subprocess.Popen(
-            [*COMMAND, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+            [sys.executable, *COMMAND, *words], cwd=ROOT, env=ENVIRONMENT, stdin=slave, stdout=slave,
+            stderr=slave, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(slave)
 
     def __enter__(self):
@@ -284,16 +266,16 @@ def test_a_conversation_at_a_terminal(polite, ckpt_dirs):
         assert terminal.process.wait(30) == 0
 
 
-def test_ctrl_c_stops_an_answer_and_what_was_said_stays_in_the_conversation(talker, ckpt_dirs):
+def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talker, ckpt_dirs):
     dialog = []
     with Terminal(ckpt_dirs / "talker", "--max_gen_len", "100000") as terminal:
         for text in ("hello there", "abc", "so"):
             dialog.append(user(text))
             terminal.type(text + "\n")
             terminal.until(text + "\n")
-            heard = terminal.until("v")
+            heard = terminal.until("k")
             terminal.type("\x03")
-            heard += "v" + terminal.until("\n[stopped]\n> ").replace("^C", "")
+            heard += "k" + terminal.until("\n[stopped]\n> ").replace("^C", "")
             assert 0 < len(heard) < 8000  # which a buffer would hold back
             assert heard == expected(talker, dialog, len(heard))
             dialog.append(assistant(heard))
@@ -301,27 +283,14 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays_in_the_conversation(talk
         assert terminal.process.wait(30) == 0
 
 
-def test_of_several_ctrl_cs_only_the_first_interrupts():
-    before = signal.signal(signal.SIGINT, interrupt)
-    raised = 0
-    for _ in range(3):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raised += 1
-    signal.signal(signal.SIGINT, before)
-    assert raised == 1
-
-
 # -----------------------------------------------------------------------------
 # Without a terminal
 
 
-def test_piped_lines_are_answered_and_only_answers_go_to_the_output(tokenizer, ckpt_dirs):
-    result = subprocess.run(
-        [*COMMAND, ckpt_dirs / "talker", "--max_seq_len", "100"], cwd=ROOT, env=ENVIRONMENT,
-        input="hi\n\nabc\n/reset\nabc", capture_output=True, text=True)
-    llama = random_llama(tokenizer, tokenizer.encode(TEXT), 100)
+def test_piped_lines_are_answered_and_only_answers_go_to_the_output(byte_tokenizer, ckpt_dirs):
+    result = run(*COMMAND, ckpt_dirs / "talker", "--max_seq_len", "100", env=ENVIRONMENT,
+                 input="hi\n\nabc\n/reset\nabc")
+    llama = speaker(byte_tokenizer, max_seq_len=100)
     assert result.stdout == "".join(expected(llama, [user(text)], 100) + "\n" for text in ("hi", "abc"))
     full = "[the context of 100 tokens is full; /reset starts anew]"
     refused = "[the context is full: 101 tokens so far, 25 for this message, 100 in all; /reset starts anew]"
@@ -331,7 +300,8 @@ def test_piped_lines_are_answered_and_only_answers_go_to_the_output(tokenizer, c
 
 def test_an_output_that_is_closed_ends_it_quietly(ckpt_dirs):
     with subprocess.Popen(
-            [*COMMAND, ckpt_dirs / "talker", "--max_gen_len", "16000"], cwd=ROOT, env=ENVIRONMENT,
+            [sys.executable, *COMMAND, ckpt_dirs / "talker", "--max_gen_len", "16000"],
+            cwd=ROOT, env=ENVIRONMENT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"hi\n")
         process.stdin.flush()

@@ -3,44 +3,24 @@
 import json
 import re
 import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from tiny import SHAPE, output, random_model, write_checkpoint
 
-import llama31
 import reference
-from llama31 import Llama, ModelArgs, Transformer, save_checkpoint, split_dim
-from tokenizer import train_tokenizer
+from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
+from plumbing.checkpoint import split_dim
+from plumbing.fast import choose_dtype
 
-ARGS = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=104, multiple_of=16, max_seq_len=32)
+ARGS = {**SHAPE, **dict(n_heads=8, n_kv_heads=8, vocab_size=104)}  # what eight files can share
 TOKENS = torch.arange(20)[None]
 
 
-def random_model(seed=0, **changes):
-    model = Transformer(ModelArgs(**{**ARGS, **changes})).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2, generator=generator)
-    return model
-
-
-def write(folder, model, num_files=1, dtype=torch.float32, without=()):
-    """Meta's layout, split as its model-parallel code splits."""
-    folder.mkdir(exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(asdict(model.args)))
-    state = {name: p.to(dtype) for name, p in model.state_dict().items() if name not in without}
-    for i in range(num_files):
-        rows = {"wo": 1, "w2": 1, "attention_norm": None, "ffn_norm": None, "norm": None}
-        part = {}
-        for name, p in state.items():
-            dim = rows.get(name.split(".")[-2], 0)
-            part[name] = p.clone() if dim is None else p.chunk(num_files, dim)[i].clone()
-        torch.save(part, folder / f"consolidated.{i:02d}.pth")
+def model_of(seed=0, **changes):
+    return random_model(seed, **{**ARGS, **changes})
 
 
 def change_file(path, change):
@@ -68,8 +48,8 @@ def error_of(folder, **settings):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_files", [1, 2, 4, 8])
 def test_the_files_of_a_checkpoint_are_merged_into_the_same_weights(tmp_path, num_files, tied):
-    model = random_model(tie_word_embeddings=tied)
-    write(tmp_path, model, num_files)
+    model = model_of(tie_word_embeddings=tied)
+    write_checkpoint(tmp_path, model, num_files)
     loaded = Llama.build(tmp_path, device="cpu").model
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, p in model.state_dict().items():
@@ -82,18 +62,18 @@ def test_the_files_of_a_checkpoint_are_merged_into_the_same_weights(tmp_path, nu
 
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_the_output_is_tied_if_declared_absent_or_equal_to_the_embedding(tmp_path, num_files):
-    tied, untied = random_model(tie_word_embeddings=True), random_model()
-    write(tmp_path, tied, num_files, without=["output.weight"])
+    tied, untied = model_of(tie_word_embeddings=True), model_of()
+    write_checkpoint(tmp_path, tied, num_files, without=["output.weight"])
     for declared in (True, False):
         (tmp_path / "params.json").write_text(json.dumps({**ARGS, "tie_word_embeddings": declared}))
         model = Llama.build(tmp_path, device="cpu").model
         assert model.output.weight is model.tok_embeddings.weight and model.args.tie_word_embeddings
         assert torch.equal(model(TOKENS), tied(TOKENS))
-    write(tmp_path, tied, num_files)
+    write_checkpoint(tmp_path, tied, num_files)
     (tmp_path / "params.json").write_text(json.dumps(ARGS))
     model = Llama.build(tmp_path, device="cpu").model
     assert model.output.weight is model.tok_embeddings.weight and model.args.tie_word_embeddings
-    write(tmp_path, untied, num_files)
+    write_checkpoint(tmp_path, untied, num_files)
     model = Llama.build(tmp_path, device="cpu").model
     assert model.output.weight is not model.tok_embeddings.weight and not model.args.tie_word_embeddings
 
@@ -103,17 +83,17 @@ def test_the_output_is_tied_if_declared_absent_or_equal_to_the_embedding(tmp_pat
     (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "float32"), (torch.float32, "bfloat16"),
     (torch.float16, torch.bfloat16)])
 def test_weights_come_in_the_dtype_asked_for_or_as_stored(tmp_path, num_files, stored, asked):
-    model = random_model()
-    write(tmp_path, model, num_files, stored)
+    model = model_of()
+    write_checkpoint(tmp_path, model.to(stored), num_files)
     loaded = Llama.build(tmp_path, device="cpu", dtype=asked).model
-    expected = stored if asked is None else llama31.choose_dtype(asked)
+    expected = stored if asked is None else choose_dtype(asked)
     for name, p in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], p.to(stored).to(expected)), name
         assert loaded.state_dict()[name].dtype == expected
 
 
 def test_weights_of_mixed_dtypes_come_in_that_of_the_embedding(tmp_path):
-    write(tmp_path, random_model(), dtype=torch.bfloat16)
+    write_checkpoint(tmp_path, model_of().bfloat16())
     change_file(tmp_path / "consolidated.00.pth",
                 lambda state: state.update({"norm.weight": state["norm.weight"].float()}))
     llama = Llama.build(tmp_path, device="cpu")
@@ -122,22 +102,22 @@ def test_weights_of_mixed_dtypes_come_in_that_of_the_embedding(tmp_path):
 
 
 def test_metas_rope_frequencies_in_the_files_are_ignored(tmp_path):
-    model = random_model()
-    write(tmp_path, model, 2)
+    model = model_of()
+    write_checkpoint(tmp_path, model, 2)
     for i in range(2):
         change_file(tmp_path / f"consolidated.{i:02d}.pth", put(**{"rope.freqs": torch.ones(4)}))
     assert torch.equal(Llama.build(tmp_path, device="cpu").model(TOKENS), model(TOKENS))
 
 
 def test_loading_draws_nothing_and_changes_no_global_state(tmp_path):
-    write(tmp_path, random_model())
+    write_checkpoint(tmp_path, model_of())
     before = torch.get_rng_state()
     Llama.build(tmp_path, device="cpu")
     assert torch.equal(torch.get_rng_state(), before) and torch.get_default_dtype() == torch.float32
     assert torch.get_default_device() == torch.device("cpu")
 
 
-def test_a_saved_checkpoint_carries_the_rope_scale_factor_that_was_detected(tmp_path, capsys):
+def test_a_saved_checkpoint_carries_the_detected_rope_scale_factor(tmp_path, capsys):
     shape = dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, multiple_of=1, ffn_dim_multiplier=0.001,
                  vocab_size=3, use_scaled_rope=True)
     (tmp_path / "published").mkdir()
@@ -164,7 +144,7 @@ def test_a_saved_checkpoint_carries_the_rope_scale_factor_that_was_detected(tmp_
     (put(**{f"extra{i}": torch.ones(1) for i in range(9)}), "and 5 more")])
 @pytest.mark.parametrize("num_files", [1, 2])
 def test_tensors_that_do_not_fit_are_listed(tmp_path, num_files, change, said):
-    write(tmp_path, random_model(), num_files)
+    write_checkpoint(tmp_path, model_of(), num_files)
     change_file(tmp_path / f"consolidated.{num_files - 1:02d}.pth", change)
     message = error_of(tmp_path)
     assert re.search(said, message)
@@ -182,16 +162,16 @@ def test_a_folder_without_weights_is_named_with_the_way_on(tmp_path):
 
 
 def test_a_file_of_torchs_old_format_loads(tmp_path):
-    model = random_model()
-    write(tmp_path, model)
+    model = model_of()
+    write_checkpoint(tmp_path, model)
     torch.save(model.state_dict(), tmp_path / "consolidated.00.pth", _use_new_zipfile_serialization=False)
     assert torch.equal(Llama.build(tmp_path, device="cpu").model(TOKENS), model(TOKENS))
 
 
 def test_logits_that_are_not_finite_are_said(tmp_path):
-    model = random_model()
+    model = model_of()
     model.norm.weight.data[3] = float("nan")
-    write(tmp_path, model)
+    write_checkpoint(tmp_path, model)
     for temperature in (0, 1.0):
         with pytest.raises(ValueError, match="logits are not all finite"):
             Llama.build(tmp_path, device="cpu").generate([[1, 2]], 3, temperature=temperature)
@@ -199,7 +179,7 @@ def test_logits_that_are_not_finite_are_said(tmp_path):
 
 @pytest.mark.parametrize("lost", range(8))
 def test_one_of_eight_files_missing_is_named(tmp_path, lost):
-    write(tmp_path, random_model(), 8)
+    write_checkpoint(tmp_path, model_of(), 8)
     (tmp_path / f"consolidated.{lost:02d}.pth").unlink()
     message = error_of(tmp_path)
     if lost < 7:
@@ -209,18 +189,18 @@ def test_one_of_eight_files_missing_is_named(tmp_path, lost):
 
 
 def test_files_of_different_models_are_not_mixed(tmp_path):
-    write(tmp_path / "a", random_model(seed=1), 2)
-    write(tmp_path / "b", random_model(seed=2), 2)
+    write_checkpoint(tmp_path / "a", model_of(seed=1), 2)
+    write_checkpoint(tmp_path / "b", model_of(seed=2), 2)
     (tmp_path / "b" / "consolidated.01.pth").replace(tmp_path / "a" / "consolidated.01.pth")
     assert "files of one model" in error_of(tmp_path / "a")
-    write(tmp_path / "b", random_model(dim=128), 2)
+    write_checkpoint(tmp_path / "b", model_of(dim=128), 2)
     (tmp_path / "b" / "consolidated.01.pth").replace(tmp_path / "a" / "consolidated.01.pth")
     assert "tensors don't fit the configuration" in error_of(tmp_path / "a")
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
 def test_a_truncated_file_is_named(tmp_path, kept):
-    write(tmp_path, random_model())
+    write_checkpoint(tmp_path, model_of())
     path = tmp_path / "consolidated.00.pth"
     content = path.read_bytes()
     path.write_bytes(content[:kept if kept > 1 else int(kept * len(content))])
@@ -228,17 +208,16 @@ def test_a_truncated_file_is_named(tmp_path, kept):
 
 
 def test_pickled_objects_are_never_run(tmp_path):
-    write(tmp_path, random_model())
+    write_checkpoint(tmp_path, model_of())
     torch.save({"model": subprocess.Popen}, tmp_path / "consolidated.00.pth")
     assert "consolidated.00.pth: damaged, or not from torch.save" in error_of(tmp_path)
     torch.save([torch.ones(3)], tmp_path / "consolidated.00.pth")
     assert "found a list" in error_of(tmp_path)
 
 
-def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(tmp_path):
-    write(tmp_path, random_model())
-    train_tokenizer(["a b a b"], 513, tmp_path / "tokenizer.model")
-    assert "has 513 tokens, the model 104" in error_of(tmp_path)
+def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(tmp_path, tokenizer):
+    write_checkpoint(tmp_path, model_of(), tokenizer=tokenizer)
+    assert "has 560 tokens, the model 104" in error_of(tmp_path)
 
 
 def free(monkeypatch, num_bytes):
@@ -246,8 +225,8 @@ def free(monkeypatch, num_bytes):
 
 
 def test_weights_and_caches_larger_than_free_memory_are_refused(tmp_path, monkeypatch):
-    model = random_model()
-    write(tmp_path, model)
+    model = model_of()
+    write_checkpoint(tmp_path, model)
     size = sum(p.nbytes for p in model.parameters())
     free(monkeypatch, size - 1)
     assert "the weights of" in error_of(tmp_path)
@@ -288,18 +267,22 @@ print(peak() - bare)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("tied", [False, True])
 def test_loading_a_single_file_takes_little_more_memory_than_its_weights(tmp_path, tied):
-    model = Transformer(ModelArgs(**{**ARGS, "dim": 1024, "n_layers": 12, "vocab_size": 20000,
-                                     "tie_word_embeddings": tied})).bfloat16()
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(dim=1024, n_layers=12, n_heads=8, vocab_size=20000,
+                                      tie_word_embeddings=tied)).bfloat16()
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    if not tied:  # equal ones would be tied
+        torch.nn.init.ones_(model.output.weight)
     size = sum(p.nbytes for p in model.parameters())
     assert size > 300e6
-    write(tmp_path, model, dtype=torch.bfloat16)
-    printed = subprocess.check_output([sys.executable, "-c", MEMORY, tmp_path],
-                                      cwd=Path(llama31.__file__).parent)
-    assert int(printed) <= 1.1 * size + 150e6
+    write_checkpoint(tmp_path, model)
+    assert int(output("-c", MEMORY, tmp_path)) <= 1.1 * size + 150e6
 
 
 def test_split_dim_knows_every_tensor_of_the_model():
-    dims = {name: split_dim(name) for name in random_model().state_dict()}
+    dims = {name: split_dim(name) for name in model_of().state_dict()}
     assert {name.split(".")[-2] for name, dim in dims.items() if dim == 1} == {"wo", "w2"}
     assert {name.split(".")[-2] for name, dim in dims.items() if dim is None} == {
         "attention_norm", "ffn_norm", "norm"}

@@ -5,7 +5,6 @@ Always float32 where numbers are compared, and max|a-b| <= 1e-5 max|b|.
 
 import json
 import os
-import random
 import resource
 import shutil
 import weakref
@@ -16,13 +15,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_parity import SCALED, assert_close, make, random_tokens
+from tiny import SCALED, assert_close, random_model, random_tokens, write_checkpoint
 
 import convert
 import llama31
 from plumbing import cli
 from plumbing.checkpoint import merge_pieces
-from tokenizer import Tokenizer, train_tokenizer
+from tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -43,25 +42,6 @@ each_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(),
 SMALL = dict(max_file_bytes=60_000)  # several files
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def save_meta(folder, model, files=1, tokenizer_path=None):
-    """Saves a model as Meta does, its matrices split over so many files."""
-    state = model.state_dict()
-    llama31.save_checkpoint(folder, model.args, state, tokenizer_path)
-    for i in range(files):
-        split = {name: tensor.chunk(files, dim)[i].clone() if (dim := llama31.split_dim(name)) is not None
-                 else tensor for name, tensor in state.items()}
-        torch.save(split, folder / f"consolidated.{i:02d}.pth")
-
-
 def save_hf(folder, dtype=torch.float32, max_shard_size="5GB", seed=0, **changes):
     """Saves a random LlamaForCausalLM as transformers does, and returns it."""
     fields = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -80,7 +60,7 @@ def load_hf(folder):
 def weights(folder):
     """Name -> (dtype, shape, bytes) of every tensor of a folder of either format."""
     if (folder / "params.json").exists():
-        args, pieces = llama31.open_checkpoint(folder)
+        _, pieces = llama31.open_checkpoint(folder)
         state = {name: merge_pieces(name, pieces[name]) for name in pieces}
     else:
         state = {}
@@ -124,8 +104,8 @@ def test_a_model_of_transformers_has_the_same_logits_here(changes, tmp_path):
 def test_a_checkpoint_has_the_same_logits_in_transformers(changes, files, tmp_path):
     if changes.get("n_kv_heads", 8) * 16 % files or changes.get("n_heads", 4) == 2:
         files = min(files, 2)
-    ours = make(changes)[0]
-    save_meta(tmp_path / "meta", ours, files)
+    ours = random_model(3, **changes)
+    write_checkpoint(tmp_path / "meta", ours, files)
     convert.to_hf(tmp_path / "meta", tmp_path / "hf", **(SMALL if files > 1 else {}))
     theirs = load_hf(tmp_path / "hf")
     tokens = random_tokens(2, 90)
@@ -138,14 +118,14 @@ def test_a_checkpoint_has_the_same_logits_in_transformers(changes, files, tmp_pa
 @pytest.mark.parametrize("files", [1, 8])
 @each_configuration
 def test_meta_to_hugging_face_to_meta_keeps_every_byte(changes, files, dtype, tmp_path):
-    model = make(changes)[0].to(dtype)
-    save_meta(tmp_path / "a", model, files)
+    model = random_model(3, **changes).to(dtype)
+    write_checkpoint(tmp_path / "a", model, files)
     convert.to_hf(tmp_path / "a", tmp_path / "b", **(SMALL if files > 1 else {}))
     convert.from_hf(tmp_path / "b", tmp_path / "c")
     assert weights(tmp_path / "c") == weights(tmp_path / "a")
     assert weights(tmp_path / "c")["norm.weight"][0] == dtype
     assert transformers.AutoConfig.from_pretrained(tmp_path / "b").dtype == dtype
-    args = llama31.open_checkpoint(tmp_path / "c")[0]
+    args = llama31.open_checkpoint(tmp_path / "c")[0].args
     for name in ("hidden_dim", *convert.FIELDS, "rope_theta", "use_scaled_rope", "rope_scale_factor"):
         assert getattr(args, name) == getattr(model.args, name), name
 
@@ -175,7 +155,7 @@ def test_files_hold_at_most_so_many_bytes_and_one_is_in_memory_at_a_time(tmp_pat
 
     monkeypatch.setattr(convert, "save_file", save)
     monkeypatch.setattr(convert, "reordered", reordered)
-    save_meta(tmp_path / "meta", make(CONFIGURATIONS["mha"])[0])
+    write_checkpoint(tmp_path / "meta", random_model(**CONFIGURATIONS["mha"]))
     convert.to_hf(tmp_path / "meta", tmp_path / "hf", **SMALL)
     index = json.loads((tmp_path / "hf" / convert.INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -193,7 +173,7 @@ def test_files_hold_at_most_so_many_bytes_and_one_is_in_memory_at_a_time(tmp_pat
 
 
 def test_a_tensor_larger_than_a_file_may_be_gets_its_own(tmp_path):
-    save_meta(tmp_path / "meta", make(CONFIGURATIONS["mha"])[0])
+    write_checkpoint(tmp_path / "meta", random_model(**CONFIGURATIONS["mha"]))
     convert.to_hf(tmp_path / "meta", tmp_path / "hf", max_file_bytes=1)
     assert all(len(load_file(path)) == 1 for path in (tmp_path / "hf").glob("*.safetensors"))
 
@@ -307,16 +287,13 @@ def test_what_is_no_llama_is_refused_by_name(changes, named, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """(a folder with a model of a small vocabulary and loud weights, its conversion)."""
+def small(tokenizer, tmp_path_factory):
+    """The folder of a model of a small vocabulary, meta, and of its conversion, hf."""
     folder = tmp_path_factory.mktemp("small")
-    words = "the cat sat on a mat and saw Zoë with 🦙 and it's a big red ball, 2024 times".split()
-    lines = random.Random(0)
-    tokenizer = train_tokenizer([" ".join(lines.choices(words, k=30)) for _ in range(50)], 560,
-                                folder / "tokenizer.model")
-    model = make(dict(vocab_size=tokenizer.n_words, n_kv_heads=2, max_seq_len=256))[0]
-    save_meta(folder / "meta", model, 1, folder / "tokenizer.model")
+    model = random_model(3, vocab_size=tokenizer.n_words, max_seq_len=256)
+    write_checkpoint(folder / "meta", model, tokenizer=tokenizer)
     convert.to_hf(folder / "meta", folder / "hf")
+    shutil.copy(tokenizer.model_path, folder)
     return folder
 
 
@@ -470,7 +447,7 @@ def test_transformers_stops_where_llama31_stops(small):
 
 
 def test_without_a_tokenizer_no_id_is_special(tmp_path):
-    save_meta(tmp_path / "meta", make(CONFIGURATIONS["mha"])[0])
+    write_checkpoint(tmp_path / "meta", random_model(**CONFIGURATIONS["mha"]))
     convert.to_hf(tmp_path / "meta", tmp_path / "hf")
     assert not list((tmp_path / "hf").glob("tokenizer*"))
     theirs = load_hf(tmp_path / "hf")
@@ -496,7 +473,7 @@ def test_other_tokenizers_leave_weights_alone_and_say_so(small, tmp_path, capsys
 
 def test_metas_params_without_a_context_length_get_the_published_one(tmp_path):
     for scaled, length in ((True, 131072), (False, 8192)):
-        save_meta(tmp_path / "meta", make(dict(use_scaled_rope=scaled))[0])
+        write_checkpoint(tmp_path / "meta", random_model(use_scaled_rope=scaled))
         params = json.loads((tmp_path / "meta" / "params.json").read_text())
         del params["max_seq_len"]
         (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
@@ -588,8 +565,8 @@ def test_old_files_with_rotary_buffers_convert(tmp_path):
     assert weights(tmp_path / "a.meta") == weights(tmp_path / "b.meta")
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused(small, tmp_path):
-    save_meta(tmp_path / "meta", make(CONFIGURATIONS["mha"])[0], 1, small / "tokenizer.model")
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tokenizer, tmp_path):
+    write_checkpoint(tmp_path / "meta", random_model(**CONFIGURATIONS["mha"]), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="tokenizer.model has 560 tokens, the model 104"):
         convert.to_hf(tmp_path / "meta", tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]

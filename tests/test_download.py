@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import sentences
 
 import tiny_stories
 from tokenizer import train_tokenizer
@@ -364,10 +365,10 @@ def tree(folder):
 
 
 @pytest.mark.slow
-def test_20_kills_in_every_stage_each_followed_by_the_same_command_end_in_the_same_files(tmp_path):
+def test_kills_in_every_stage_end_in_the_same_files(tmp_path):
+    """20 kills, each followed by the same command."""
     rng = random.Random(5)
-    words = "once upon a time there was a little dog named Max who loved the big red ball".split()
-    stories = [[{"story": " ".join(rng.choices(words, k=60))} for _ in range(4_000)] for _ in range(4)]
+    stories = [[{"story": text} for text in sentences(4_000, seed, 60, 60)] for seed in range(4)]
     body = archive_of({f"data0{i}.json": json.dumps(shard).encode() for i, shard in enumerate(stories)})
     train_tokenizer([record["story"] for record in stories[0][:500]], 540, tmp_path / "tokenizer.model")
     stages = ["*.gz.part", "*.gz", tiny_stories.SHARDS, "tokens.part", "*_val.bin*"]  # begin with these

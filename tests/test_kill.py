@@ -7,18 +7,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from tiny import output, read_log, read_weights, untimed
 
 import llama31
-from llama31 import ModelArgs, Transformer, save_checkpoint
-from plumbing.files import write_tokens
-from tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")]
 
@@ -57,59 +50,40 @@ for kill in attempts:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kill")
-    tokenizer = train_tokenizer(["a b a b"], 513, folder / "tokenizer.model")
-    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=513, multiple_of=16))
-    model.init_weights(torch.Generator().manual_seed(0))
-    save_checkpoint(folder / "ckpt", model.args, model.state_dict(), tokenizer.model_path)
-    rng = np.random.default_rng(0)
-    documents = [[tokenizer.bos_id, *rng.integers(97, 110, 9), tokenizer.eos_id] for _ in range(200)]
-    write_tokens(folder / "train.bin", documents)
-    write_tokens(folder / "val.bin", documents[:20])
-    return folder
-
-
-def train_in_forks(folder, out_dir, attempts, **flags):
+def train_in_forks(corpus, out_dir, attempts, **flags):
     """The statuses of attempts to train; each is resumed by the next."""
-    settings = dict(train_data=f"{folder}/train.bin", val_data=f"{folder}/val.bin", out_dir=str(out_dir),
-                    ckpt_dir=f"{folder}/ckpt", batch_size=2, seq_len=16, lr=1e-3, eval_steps=0, device="cpu",
+    settings = dict(train_data=f"{corpus}/train.bin", val_data=f"{corpus}/val.bin", out_dir=str(out_dir),
+                    ckpt_dir=f"{corpus}/ckpt", batch_size=2, seq_len=16, lr=1e-3, eval_steps=0, device="cpu",
                     dtype="float32", **flags)
-    printed = subprocess.check_output([sys.executable, "-c", FORKS, json.dumps([settings, attempts])],
-                                      cwd=Path(llama31.__file__).parent, timeout=300,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return [int(word) for word in printed.split()]
+    return [int(word) for word in output("-c", FORKS, json.dumps([settings, attempts])).split()]
 
 
 def outcome(out_dir):
     """What a run has left, without its times."""
-    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     newest = llama31.checkpoints_of_run(out_dir)[-1]
-    weights = torch.load(newest / "consolidated.00.pth", weights_only=True)
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    return newest.name, [{name: record[name] for name in record.keys() - {"tokens_per_s", "mfu", "memory"}}
-                         for record in records], {name: p.tolist() for name, p in weights.items()}
+    weights = {name: p.tolist() for name, p in read_weights(newest).items()}
+    return newest.name, untimed(read_log(out_dir)), weights
 
 
-def test_kills_at_random_moments_change_nothing(folder, tmp_path):
+def test_kills_at_random_moments_change_nothing(corpus, tmp_path):
     flags = dict(steps=30, save_interval=2, eval_interval=5, keep=2, shuffle=True)
-    assert train_in_forks(folder, tmp_path / "whole", [{}], **flags) == [0]
+    assert train_in_forks(corpus, tmp_path / "whole", [{}], **flags) == [0]
     moments = random.Random(1)
     attempts = [dict(kill_after=moments.uniform(0.02, 1.2)) for _ in range(8)] + [{}]
-    statuses = train_in_forks(folder, tmp_path / "parts", attempts, **flags)
+    statuses = train_in_forks(corpus, tmp_path / "parts", attempts, **flags)
     assert statuses.count(signal.SIGKILL) >= 3 and statuses[-1] == 0
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts")
 
 
-def test_kills_before_every_rename_change_nothing(folder, tmp_path):
+def test_kills_before_every_rename_change_nothing(corpus, tmp_path):
     flags = dict(steps=4, save_interval=1, eval_interval=2, keep=1)
-    assert train_in_forks(folder, tmp_path / "whole", [{}], **flags) == [0]
+    assert train_in_forks(corpus, tmp_path / "whole", [{}], **flags) == [0]
     killed = 0
     for begin in (1, 2, 3):
         out_dir = tmp_path / str(begin)
         attempts = [dict(kill_at=n) for n in range(begin, begin + 6)] + [{}]
-        statuses = train_in_forks(folder, out_dir, attempts, **flags)
+        statuses = train_in_forks(corpus, out_dir, attempts, **flags)
         assert statuses[-1] == 0 and set(statuses) <= {0, signal.SIGKILL}
         killed += statuses.count(signal.SIGKILL)
         assert outcome(tmp_path / "whole") == outcome(out_dir)

@@ -6,7 +6,6 @@ The vocabulary, the number of parameters and the training loop are the same; the
 settings are not: learned positions, LayerNorm and a GELU MLP against RoPE, RMSNorm and SwiGLU.
 """
 
-import json
 import math
 import os
 import statistics
@@ -14,6 +13,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import read_log, read_weights
 from torch import nn
 
 import llama31
@@ -81,19 +81,19 @@ def learn(data, out_dir, minutes, **recipe):
         train(train_data=str(data / "train.bin"), val_data=str(data / "val.bin"), out_dir=str(folder),
               preset="learning", tokenizer_path=str(data / "tokenizer.model"), steps=steps, eval_steps=0,
               eval_interval=10**9, save_interval=0, device="cpu", **BATCH, **recipe)
-        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return read_log(folder)
     speed = statistics.median(record["tokens_per_s"] for record in run(out_dir / "speed", 12)[4:])
     tokens = BATCH["batch_size"] * BATCH["seq_len"]
     steps = round(minutes * 60 * speed / tokens)
     records = run(out_dir / "run", steps)
-    state = torch.load(next(out_dir.glob("run/step_*/consolidated.00.pth")), weights_only=True)
+    state = read_weights(next(out_dir.glob("run/step_*")))
     parameters = sum(tensor.numel() for name, tensor in state.items() if name != "output.weight")
     return (records[-1]["val_bpb"], parameters, steps * tokens,
             statistics.median(record["tokens_per_s"] for record in records))
 
 
 @pytest.mark.slow
-def test_the_llama_learns_more_in_the_same_time_than_a_nanogpt_of_equal_size(tmp_path, monkeypatch):
+def test_the_llama_learns_more_in_the_same_time_than_an_equal_nanogpt(tmp_path, monkeypatch):
     sample, minutes = os.environ.get("TINYSTORIES_SAMPLE"), os.environ.get("LEARNING_MINUTES")
     if not sample or not minutes:
         pytest.skip("TINYSTORIES_SAMPLE, the folder of real stories, and LEARNING_MINUTES are not both set")

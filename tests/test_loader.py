@@ -3,8 +3,6 @@
 import math
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,16 +11,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import output, shard_bytes
 
 from llama31 import DistributedShardedDataLoader
 
 HEADER = 1024  # bytes
 
 
-def write_shard(path, tokens, magic=20240801, version=7, count=None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u4").tobytes())
+def write_shard(path, tokens, **header):
+    path.write_bytes(shard_bytes(tokens, **header))
 
 
 def write_shards(folder, sizes):
@@ -75,7 +72,8 @@ batches, ranks_ = st.integers(1, 5), st.integers(1, 4)
 @many
 @given(layouts(), batches, ranks_, st.integers(1, 3))
 @example((4, [0, 1, 4, 5, 9]), 5, 4, 2)  # B * ranks is several epochs
-def test_row_b_of_rank_r_at_call_s_is_window_s_N_r_B_b_mod_W(layout, B, N, epochs):
+def test_every_row_of_every_rank_has_the_window_of_the_contract(layout, B, N, epochs):
+    """Row b of rank r of N has at call s window ((s N + r) B + b) mod W."""
     T, sizes = layout
     windows = windows_of(sizes, T)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +109,7 @@ def test_a_state_of_n_ranks_goes_on_with_m_ranks_where_it_stopped(layout, B, N, 
 
 @many
 @given(layouts(), batches, ranks_, st.integers(0, 2**32))
-def test_shuffled_every_window_comes_once_an_epoch_in_an_order_of_the_seed_alone(layout, B, N, seed):
+def test_shuffled_windows_come_once_an_epoch_in_an_order_of_the_seed(layout, B, N, seed):
     T, sizes = layout
     windows = windows_of(sizes, T)
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +160,7 @@ print(peak() - before, loader.ntok_total, loader.num_windows, *map(int, (x.sum()
 
 
 @pytest.mark.parametrize("order", ["plain", "shuffle"])
-def test_a_shard_of_3_4_gigabytes_costs_no_memory_and_is_read_right_to_its_end(tmp_path, order):
+def test_a_huge_shard_costs_no_memory_and_is_read_right_to_its_end(tmp_path, order):
     T, W = 1024, 830_000
     count = W * T + 1 + 77  # as many bytes as the largest file of TinyStories
     path = tmp_path / "huge.bin"
@@ -172,9 +170,7 @@ def test_a_shard_of_3_4_gigabytes_costs_no_memory_and_is_read_right_to_its_end(t
         f.seek(HEADER + 4 * (W * T - 2))
         f.write(np.array([5, 6, 128_000], dtype="<u4").tobytes())
     assert path.stat().st_size > 3.3e9
-    out = subprocess.run([sys.executable, "-c", HUGE, path, order], stdout=subprocess.PIPE, check=True,
-                         cwd=Path(__file__).parent.parent)
-    grown, *numbers = map(int, out.stdout.split())
+    grown, *numbers = map(int, output("-c", HUGE, path, order).split())
     assert numbers == [count, W, 5 + 6, 5, 6, 128_000]
     assert grown < 40  # MiB; the permutation of the windows takes 6
 

@@ -3,31 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import SHAPE, assert_close, random_model, random_tokens
 
 import llama31
-from llama31 import ModelArgs, Transformer, document_mask
+from llama31 import document_mask
 from plumbing.fast import chunked_cross_entropy
 
-BOS = 90
+BOS = 90  # above what words are
+V, DIM = SHAPE["vocab_size"], SHAPE["dim"]
 
 
-def model_of(seed=0, **changes):
-    model = Transformer(ModelArgs(**{**dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=97,
-                                            multiple_of=16), **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(mean=float(p.dim() == 1), std=p.size(-1) ** -0.5, generator=generator)
-    return model
-
-
-def random_tokens(*shape, seed=1, high=89):
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+def words(*shape, seed=1):
+    return random_tokens(*shape, high=BOS, seed=seed)
 
 
 def packed(*lengths, seed=1):
     """One row of documents of these lengths, each beginning with BOS."""
-    tokens, at = random_tokens(sum(lengths), seed=seed), 0
+    tokens, at = words(sum(lengths), seed=seed), 0
     for n in lengths:
         tokens[at] = BOS
         at += n
@@ -40,15 +32,17 @@ def gradients(model):
     return found
 
 
-def assert_close(a, b, what=""):
-    error, size = (a - b).abs().max().item(), b.abs().max().item()
-    assert error <= 1e-5 * size, f"{what}: off by {error}, of {size}"
-
-
 def assert_all_close(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert_close(a[name], b[name], name)
+
+
+def chunked_loss(model, inputs, targets, **sizes):
+    """The mean of chunked_cross_entropy with chunks of these sizes."""
+    x = model.trunk(inputs, torch.arange(inputs.size(1))[None])
+    nats = chunked_cross_entropy(x.flatten(0, 1), model.output.weight, targets.flatten(), x.dtype, **sizes)
+    return nats / (targets != -100).sum().clamp(min=1)
 
 
 def plain_loss(model, inputs, targets):
@@ -58,48 +52,66 @@ def plain_loss(model, inputs, targets):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("logits_at_once, cached_logits", [
-    (1, 1), (97, 2**20), (97 * 5, 97 * 2), (97 * 34, 97 * 7), (2**25, 1), (2**25, 97 * 4), (2**25, 2**20)])
+@pytest.mark.parametrize("logits_at_once, cached_entries", [
+    (1, 1), (V, 2**20), (V * 5, V * 2), (V * 34, V * 7), (2**25, 1), (2**25, V * 4), (2**25, 2**20)])
 def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
-        monkeypatch, logits_at_once, cached_logits, tied):
-    model, tokens = model_of(tie_word_embeddings=tied), random_tokens(2, 18)
+        logits_at_once, cached_entries, tied):
+    sizes = dict(logits_at_once=logits_at_once, cached_entries=cached_entries)
+    model, tokens = random_model(tie_word_embeddings=tied), words(2, 18)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
     targets[0, 2:7], targets[1, 3] = -100, -100
     expected = plain_loss(model, inputs, targets)
     expected.backward()
     expected_gradients = gradients(model)
-    monkeypatch.setattr(ChunkedCrossEntropy, "LOGITS_AT_ONCE", logits_at_once)
-    monkeypatch.setattr(ChunkedCrossEntropy, "CACHED_ENTRIES", cached_logits)
-    loss = 3 * model(inputs, targets) / 3
+    loss = 3 * chunked_loss(model, inputs, targets, **sizes) / 3
     loss.backward()
     assert_close(loss, expected)
     assert_all_close(gradients(model), expected_gradients)
     with torch.no_grad():
-        assert_close(model(inputs, targets), expected)
+        assert_close(chunked_loss(model, inputs, targets, **sizes), expected)
     none = torch.full_like(targets, -100)
-    model(inputs, none).backward()
-    assert model(inputs, none) == 0 and all((g == 0).all() for g in gradients(model).values())
+    loss = chunked_loss(model, inputs, none, **sizes)
+    loss.backward()
+    assert loss == 0 and all((g == 0).all() for g in gradients(model).values())
 
 
-def test_no_more_logits_exist_at_once_than_the_chunk_has(monkeypatch):
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_the_models_loss_is_the_mean_or_the_sum_over_counted_targets(bos_id):
+    model, tokens = random_model(), packed(7, 9, 5)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 2:5] = -100
+    count = 20 - 3 - (0 if bos_id is None else 2)
+    mean = model(inputs, targets, bos_id)
+    mean.backward()
+    expected = gradients(model)
+    nats = model(inputs, targets, bos_id, reduction="sum")
+    (nats / count).backward()
+    assert_close(nats / count, mean)
+    assert_all_close(gradients(model), expected)
+    if bos_id is None:
+        assert_close(mean, plain_loss(model, inputs, targets))
+    none = torch.full_like(targets, -100)
+    assert model(inputs, none, bos_id) == 0 and model(inputs, none, bos_id, reduction="sum") == 0
+
+
+def test_no_more_logits_exist_at_once_than_the_chunk_has():
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if torch.is_tensor(result) and result.dim() == 2 and 97 in result.shape:
+            if torch.is_tensor(result) and result.dim() == 2 and V in result.shape:
                 sizes.append(result.numel())
             return result
-    monkeypatch.setattr(ChunkedCrossEntropy, "LOGITS_AT_ONCE", 97 * 60)
-    model, tokens = model_of(), random_tokens(4, 101)
+    model, tokens = random_model(), words(4, 101)
     with Watch():
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-    assert max(sizes) == 97 * 60  # of 97 * 400; the weight has 97 * 48
+        chunked_loss(model, tokens[:, :-1], tokens[:, 1:], logits_at_once=V * 70).backward()
+    assert max(sizes) == V * 70  # of V * 400; the weight has V * DIM
 
 
 def test_the_loss_is_accumulated_in_float32_under_bfloat16():
     """4,000 equal targets: a bfloat16 sum would stop growing at 256 nats."""
-    model = model_of(n_layers=1)
+    model = random_model(n_layers=1)
     inputs = torch.full((8, 500), 3)
     targets = torch.full((8, 500), 7)
     with torch.no_grad():
@@ -112,11 +124,11 @@ def test_the_loss_is_accumulated_in_float32_under_bfloat16():
 
 
 @pytest.mark.parametrize("lengths", [(9,), (1, 8), (5, 2, 1, 6), (3, 3, 3, 3)], ids=str)
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_packed_documents_have_loss_and_gradients_of_documents_run_apart(lengths, n_kv_heads):
-    model, tokens = model_of(n_kv_heads=n_kv_heads), packed(*lengths)
+    model, tokens = random_model(n_kv_heads=n_kv_heads), packed(*lengths)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    loss = model(inputs, targets, BOS)
+    loss = model.forward_loss(inputs, targets, bos_id=BOS)
     loss.backward()
     together, count = gradients(model), sum(lengths) - len(lengths)
     total = torch.zeros(())
@@ -129,8 +141,8 @@ def test_packed_documents_have_loss_and_gradients_of_documents_run_apart(lengths
 
 
 def test_a_changed_document_leaves_the_others_logits_bit_identical(monkeypatch):
-    model, a, b = model_of(), packed(7, 9, 5), packed(7, 9, 5)
-    b[0, 8:16] = random_tokens(8, seed=9)  # the second document
+    model, a, b = random_model(), packed(7, 9, 5), packed(7, 9, 5)
+    b[0, 8:16] = words(8, seed=9)  # the second document
     hidden = []
     norm = model.norm.forward
     monkeypatch.setattr(model.norm, "forward", lambda x: hidden.append(norm(x)) or hidden[-1])
@@ -145,7 +157,7 @@ def test_a_batch_without_a_boundary_inside_takes_the_causal_kernel(monkeypatch):
     masks, attend = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention",
                         lambda *args, **kwargs: masks.append(kwargs) or attend(*args, **kwargs))
-    model, tokens = model_of(), random_tokens(2, 12)
+    model, tokens = random_model(), words(2, 12)
     tokens[:, 0] = BOS
     model(tokens, tokens, BOS)
     assert len(masks) == 2 and all(m["is_causal"] and m["attn_mask"] is None for m in masks)
@@ -162,7 +174,7 @@ def flex_mask(tokens):
 
 
 def test_flex_attention_has_the_logits_of_the_boolean_mask():
-    model = model_of()
+    model = random_model()
     tokens = torch.cat([packed(70, 60, 20), packed(1, 140, 9)])
     positions = torch.arange(150)[None]
     with torch.no_grad():
@@ -173,7 +185,7 @@ def test_flex_attention_has_the_logits_of_the_boolean_mask():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has gradients only on cuda")
 def test_flex_attention_has_the_gradients_of_the_boolean_mask_on_cuda():
     tokens = torch.cat([packed(70, 60, 20), packed(1, 140, 9)])
-    model = model_of()
+    model = random_model()
     model(tokens, tokens, BOS).backward()
     expected = gradients(model)
     model.cuda()
@@ -184,7 +196,7 @@ def test_flex_attention_has_the_gradients_of_the_boolean_mask_on_cuda():
 
 @pytest.mark.parametrize("bos_id", [None, BOS])
 def test_recomputed_blocks_have_the_same_loss_and_gradients_and_keep_less(bos_id):
-    model, tokens = model_of(n_layers=4), packed(30, 20, 50)
+    model, tokens = random_model(n_layers=4), packed(30, 20, 50)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     kept, outcomes = [], []
     for model.activation_checkpointing in (False, True):
@@ -202,8 +214,8 @@ def test_recomputed_blocks_have_the_same_loss_and_gradients_and_keep_less(bos_id
 
 def test_softmax_is_float32_also_where_products_are_bfloat16():
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(40, 48, generator=generator), torch.randn(97, 48, generator=generator)
-    targets = random_tokens(40)
+    x, weight = torch.randn(40, DIM, generator=generator), torch.randn(V, DIM, generator=generator)
+    targets = words(40)
     logits = (x.bfloat16() @ weight.bfloat16().T).float()
-    total = ChunkedCrossEntropy.apply(x, weight, targets, torch.bfloat16, False)
+    total = chunked_cross_entropy(x, weight, targets, torch.bfloat16)
     assert_close(total, F.cross_entropy(logits, targets, reduction="sum"))

@@ -4,36 +4,25 @@ import gzip
 import hashlib
 import json
 import os
-import random
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import assert_close, output, random_model, read_log, sentences, shard_tokens
 
 import llama31
 import tiny_stories
-from llama31 import DistributedShardedDataLoader, ModelArgs, Transformer
+from llama31 import DistributedShardedDataLoader
 from tokenizer import Tokenizer, train_tokenizer
-
-WORDS = "the cat sat on a mat and saw the dog who had found an old red ball under the big tree".split()
 
 
 def some_texts(n, seed=0):
-    rng = random.Random(seed)
-    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 30))) + ".\nOh é 漢字!" for i in range(n)]
+    return [f"{i} {sentence}\nOh é 漢字!" for i, sentence in enumerate(sentences(n, seed))]
 
 
 TEXTS = some_texts(300)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    train_tokenizer(TEXTS, 560, path)
-    return str(path)
 
 
 def prepare(tmp_path, paths, tokenizer_path, **flags):
@@ -42,13 +31,9 @@ def prepare(tmp_path, paths, tokenizer_path, **flags):
     return tmp_path / "data"
 
 
-def tokens_of(path):
-    return np.frombuffer(path.read_bytes()[1024:], "<u4")
-
-
 def documents_of(path, tokenizer_path):
     tokenizer = Tokenizer(tokenizer_path)
-    text = tokenizer.decode((tokens_of(path) & 0x7fffffff).tolist())
+    text = tokenizer.decode((shard_tokens(path) & 0x7fffffff).tolist())
     begin, *documents = text.split("<|begin_of_text|>")
     assert begin == "" and all(document.endswith("<|end_of_text|>") for document in documents)
     return [document.removesuffix("<|end_of_text|>") for document in documents]
@@ -95,7 +80,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, tokenizer_path, 
         prepare(tmp_path, [tmp_path / "a.parquet"], tokenizer_path)
 
 
-def test_files_without_a_separator_are_a_document_each_and_empty_ones_are_none(tmp_path, tokenizer_path):
+def test_without_a_separator_a_file_is_a_document_and_empty_ones_are_none(tmp_path, tokenizer_path):
     for i, text in enumerate(["", " \n ", *TEXTS[:40]]):
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" * (i % 2) + text.encode())
     data = prepare(tmp_path, tmp_path.glob("*.txt"), tokenizer_path)
@@ -112,12 +97,11 @@ def test_another_field_is_read_when_named(tmp_path, tokenizer_path):
 
 def test_the_command_line_takes_several_inputs_and_trains_a_vocabulary(tmp_path):
     one, two = write(tmp_path / "a b.jsonl", TEXTS[:150]), write(tmp_path / "c.json", TEXTS[150:])
-    words = [sys.executable, tiny_stories.__file__, "text", "--input", one, two, "--vocab_size", "530",
+    words = ["tiny_stories.py", "text", "--input", one, two, "--vocab_size", "530",
              "--data_dir", tmp_path / "data"]
     trees = []
     for num_workers in "1", "2":
-        result = subprocess.run([*words, "--num_workers", num_workers], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        output(*words, "--num_workers", num_workers)
         trees.append({path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()})
     assert trees[0] == trees[1]
     assert sorted(trees[0]) == ["manifest.json", "tokenizer.model", "train.bin", "val.bin"]
@@ -251,7 +235,7 @@ def test_of_a_chat_the_assistants_words_and_ends_of_turn_alone_are_targets(tmp_p
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": dialog}) for dialog in dialogs))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
-    stored = np.concatenate([tokens_of(data / f"{name}.bin") for name in ("val", "train")])
+    stored = np.concatenate([shard_tokens(data / f"{name}.bin") for name in ("val", "train")])
     tokens, learned = stored & 0x7fffffff, stored >> 31 == 0
     chats = np.split(np.arange(len(tokens)), np.flatnonzero(tokens == tokenizer.bos_id)[1:])
     assert len(chats) == 30
@@ -275,13 +259,13 @@ def test_files_with_a_chat_are_version_8_and_others_7(tmp_path, tokenizer_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
     versions = {name: int(np.fromfile(data / name, "<i4", 3)[1]) for name in ("val.bin", "train.bin")}
-    masked = {name: bool((tokens_of(data / name) >> 31).any()) for name in versions}
+    masked = {name: bool((shard_tokens(data / name) >> 31).any()) for name in versions}
     assert sorted(versions.values()) == [7, 8] and {n: v == 8 for n, v in versions.items()} == masked
     manifest = json.loads((data / "manifest.json").read_text())["files"]
     assert {name: about["version"] for name, about in manifest.items()} == versions
 
 
-def test_one_document_of_a_mebibyte_without_a_separator_in_it_is_read_in_linear_time(tmp_path, monkeypatch):
+def test_a_mebibyte_without_a_separator_is_read_in_linear_time(tmp_path, monkeypatch):
     reads = []
 
     class File:
@@ -324,7 +308,7 @@ def test_the_gradient_of_a_chat_is_that_of_the_assistants_tokens_alone(tmp_path,
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": d}) for d in some_dialogs(6)))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
-    ids = (tokens_of(data / "train.bin") & 0x7fffffff).astype(np.int64)
+    ids = (shard_tokens(data / "train.bin") & 0x7fffffff).astype(np.int64)
     said, assistants = [], False  # by the text alone: from the assistant's header to the end of its turn
     pieces = [tokenizer.decode([i]) for i in ids]
     for i, piece in enumerate(pieces):
@@ -334,10 +318,7 @@ def test_the_gradient_of_a_chat_is_that_of_the_assistants_tokens_alone(tmp_path,
         before = "".join(pieces[max(0, i - 20):i + 1])
         assistants |= before.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
     T = len(ids) - 1
-    torch.manual_seed(0)
-    model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.n_words,
-                                  max_seq_len=T))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model = random_model(vocab_size=tokenizer.n_words, max_seq_len=T)
     [x], [y] = DistributedShardedDataLoader(data / "train.bin", 1, T, 0, 1).next_batch()
     assert x.tolist() == ids[:-1].tolist()
     assert y.tolist() == [i if kept else -100 for i, kept in zip(ids[1:].tolist(), said[1:], strict=True)]
@@ -349,7 +330,7 @@ def test_the_gradient_of_a_chat_is_that_of_the_assistants_tokens_alone(tmp_path,
     places = [i - 1 for i, kept in enumerate(said) if kept]
     (-sum(log_probs[i, ids[i + 1]] for i in places) / len(places)).backward()
     for a, p in zip(found, model.parameters(), strict=True):
-        assert (a - p.grad).abs().max() <= 1e-5 * p.grad.abs().max()
+        assert_close(a, p.grad)
 
 
 def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokenizer_path, monkeypatch):
@@ -360,7 +341,7 @@ def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokeniz
                  batch_size=4, seq_len=32, steps=12, lr=3e-3, device="cpu", dtype="float32",
                  eval_interval=12)
     llama31.train(out_dir=str(tmp_path / "out"), tokenizer_path=tokenizer_path, **flags)
-    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    records = read_log(tmp_path / "out")
     assert records[-1]["loss"] < records[0]["loss"] and records[-1]["val_bpb"] > 0
 
     other = tmp_path / "tokenizer.model"  # as many tokens, but others

@@ -19,12 +19,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import WORDS, run, sentences, shard_bytes, shard_tokens
 
 import tiny_stories
 from tokenizer import Tokenizer, train_tokenizer
-
-SCRIPT = tiny_stories.__file__
-WORDS = "Once upon a time there was little dog named Max who loved the big red ball and his friend".split()
 
 
 def write_shards(data_dir, stories):
@@ -36,21 +34,13 @@ def write_shards(data_dir, stories):
         (folder / f"data{i:02d}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def some_stories(rng, n):
-    return [f"\n\n {' '.join(rng.choices(WORDS, k=rng.randint(0, 60)))}.\né😀 " for _ in range(n)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    train_tokenizer(some_stories(random.Random(0), 200), 560, path)
-    return str(path)
+def some_stories(n, seed):
+    return [f"\n\n {text}\né😀 " for text in sentences(n, seed, 0, 60)]
 
 
 @pytest.fixture
 def data_dir(tmp_path):
-    rng = random.Random(1)
-    write_shards(tmp_path, [some_stories(rng, n) for n in (40, 25, 1, 60, 33)])
+    write_shards(tmp_path, [some_stories(n, seed) for seed, n in enumerate((40, 25, 1, 60, 33))])
     return tmp_path
 
 
@@ -62,9 +52,7 @@ def originals_file(shards, tokenizer_path):
         random.Random(1337 + i).shuffle(data)
         for record in data:
             tokens += tokenizer.encode(record["story"].strip(), bos=True, eos=True)
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240801, 7, len(tokens)
-    return header.tobytes() + np.array(tokens, dtype=np.uint32).tobytes()
+    return shard_bytes(tokens)
 
 
 def bin_files(data_dir):
@@ -146,7 +134,7 @@ def test_a_broken_shard_is_named_and_old_files_stay(data_dir, tokenizer_path, nu
 
 @pytest.mark.parametrize("at_work", [False, True])
 def test_a_killed_worker_is_an_error_that_names_a_shard(tmp_path, tokenizer_path, at_work):
-    write_shards(tmp_path, [some_stories(random.Random(2), 4_000)] * 30)
+    write_shards(tmp_path, [some_stories(4_000, 2)] * 30)
     children = set(multiprocessing.active_children())
 
     def kill_one():
@@ -177,7 +165,7 @@ def test_a_lone_surrogate_or_an_empty_story_is_tokenized(tmp_path, tokenizer_pat
     write_shards(tmp_path, [["\ud83d", ""], ["a"]])
     tiny_stories.tokenize(str(tmp_path), tokenizer_path, 1)
     tokenizer = Tokenizer(tokenizer_path)
-    tokens = np.frombuffer((tmp_path / "TinyStories_val.bin").read_bytes()[1024:], "<u4").tolist()
+    tokens = shard_tokens(tmp_path / "TinyStories_val.bin").tolist()
     texts = tokenizer.decode(tokens).split("<|begin_of_text|>")[1:]
     assert sorted(texts) == ["<|end_of_text|>", "\ufffd<|end_of_text|>"]
 
@@ -240,7 +228,7 @@ def test_a_finished_shard_is_not_taken_for_another(data_dir, tmp_path_factory, t
         (folder / "data00.json").unlink()
     if change == "vocabulary":
         tokenizer_path = str(tmp_path_factory.mktemp("other") / "tokenizer.model")
-        train_tokenizer(some_stories(random.Random(9), 200), 540, tokenizer_path)
+        train_tokenizer(some_stories(200, 9), 540, tokenizer_path)
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
     shards = sorted(folder.glob("*.json"))
     assert bin_files(data_dir) == {"TinyStories_val.bin": originals_file(shards[:1], tokenizer_path),
@@ -312,8 +300,7 @@ def test_no_space_left_is_one_line_with_the_file_and_loses_nothing(data_dir, tok
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
     expected = finished_tree(data_dir)
     for limit in 1000, 5_000, 8_000, 12_000, 16_000:
-        result = subprocess.run([sys.executable, "-c", FULL, data_dir, tokenizer_path, str(limit)],
-                                capture_output=True, text=True, cwd=Path(SCRIPT).parent, timeout=60)
+        result = run("-c", FULL, data_dir, tokenizer_path, limit)
         [line] = [line for line in result.stderr.splitlines() if "error" in line]
         assert result.returncode == 1 and str(data_dir) in line and "make room, then run again" in line
         assert finished_tree(data_dir) == expected and not list(data_dir.rglob("*.bin.*part"))
@@ -381,7 +368,7 @@ RECORDS = st.lists(st.builds(lambda story, more: {**more, "story": story}, st.te
 
 
 @st.composite
-def shard_bytes(draw):
+def shard_content(draw):
     """JSON of all kinds, most of it a shard, some of it then damaged."""
     value = draw(st.one_of(RECORDS, RECORDS, JSON))
     indent = draw(st.sampled_from([None, 0, 2]))
@@ -395,12 +382,12 @@ def shard_bytes(draw):
 
 
 @settings(max_examples=600, deadline=None, derandomize=True)
-@given(shard_bytes(), st.sampled_from([8, 9, 13, 64, 2**20]))
+@given(shard_content(), st.sampled_from([8, 9, 13, 64, 2**20]))
 @example(b"[" * 100_000, 64)
 @example(b'[{"story": "a"}] \n\t x', 8)
 @example(b'[{"story": "a"},]', 8)
 @example(b'[{"story": "a", "n": 1' + b"0" * 5000 + b"}]", 64)
-def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_that_names_it(content, block):
+def test_a_shard_read_in_blocks_is_what_json_reads_or_a_named_error(content, block):
     path = io.BytesIO(content)
     expected = stories_as_json_reads_them(content)
     with pytest.MonkeyPatch.context() as patch:
@@ -444,28 +431,24 @@ def test_an_array_read_in_blocks_is_what_json_reads(values, block):
 # ---------------------------------------------------------------- command line
 
 
-def run(*words):
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=60)
-
-
-def test_the_command_line_tokenizes_and_an_unknown_flag_fails_before_anything_runs(data_dir, tokenizer_path):
-    words = ["tokenize", "--data_dir", str(data_dir), "--tokenizer_path", tokenizer_path,
+def test_the_command_tokenizes_and_an_unknown_flag_fails_at_once(data_dir, tokenizer_path):
+    words = ["tiny_stories.py", "tokenize", "--data_dir", str(data_dir), "--tokenizer_path", tokenizer_path,
              "--num_workers", "1"]
     result = run(*words, "--shards", "3")
     assert result.returncode == 1 and "unknown flag --shards" in result.stderr
     assert not bin_files(data_dir) and len(result.stderr.splitlines()) == 1
     assert run(*words).returncode == 0 and len(bin_files(data_dir)) == 2
     for command in ([], ["tokenize"], ["download"]):
-        result = run(*command, "--help")
+        result = run("tiny_stories.py", *command, "--help")
         assert result.returncode == 0 and "--data_dir" in result.stdout
 
 
 def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
-    write_shards(tmp_path, [some_stories(random.Random(2), 20_000)] * 30)
+    write_shards(tmp_path, [some_stories(20_000, 2)] * 8)
     interrupted = 0
     for delay in (0, 0.1, 0.2, 0.4, 0.6):  # while workers start, and while they work
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, "tokenize", "--data_dir", str(tmp_path),
+            [sys.executable, tiny_stories.__file__, "tokenize", "--data_dir", str(tmp_path),
              "--tokenizer_path", tokenizer_path, "--num_workers", "2"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,

@@ -1,6 +1,5 @@
 """Training: the schedule, what a run leaves on disk, exact resuming, and errors before any work."""
 
-import json
 import math
 import re
 import shutil
@@ -9,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tiny import random_tokens, read_log, read_weights, shard_bytes, shard_tokens, untimed
 
 import llama31
 import reference
@@ -17,19 +17,6 @@ from plumbing.files import write_tokens
 from tokenizer import Tokenizer, train_tokenizer
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder with tokenizer.model, train.bin and val.bin of a made-up text, many documents each."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "fast", "über"]
-    texts = [" ".join(rng.choice(words, size=rng.integers(4, 12))) + "." for _ in range(400)]
-    tokenizer = train_tokenizer(texts, 530, folder / "tokenizer.model")
-    for name, part in (("val", texts[:80]), ("train", texts[80:])):
-        write_tokens(folder / f"{name}.bin", [tokenizer.encode(text, bos=True, eos=True) for text in part])
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +30,7 @@ def run(corpus, out_dir, **flags):
                     batch_size=2, seq_len=16, steps=6, lr=1e-2, warmup_steps=2, eval_interval=3,
                     device="cpu", dtype="float32")
     train(**{**settings, **flags})
-    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-
-
-def untimed(records):
-    """What a log says of the training itself."""
-    return [{name: record[name] for name in record.keys() - {"tokens_per_s", "mfu", "memory"}}
-            for record in records]
-
-
-def weights(path):
-    return torch.load(path / "consolidated.00.pth", weights_only=True)
+    return read_log(out_dir)
 
 
 def test_the_rate_warms_up_linearly_and_follows_a_cosine_to_its_floor():
@@ -64,7 +41,7 @@ def test_the_rate_warms_up_linearly_and_follows_a_cosine_to_its_floor():
     assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
 
 
-def test_a_run_leaves_a_log_a_plot_and_a_checkpoint_directory_that_all_programs_read(corpus, tmp_path):
+def test_a_run_leaves_a_log_a_plot_and_checkpoints_that_all_programs_read(corpus, tmp_path):
     records = run(corpus, tmp_path, save_interval=2, keep=2)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     for record in records:
@@ -78,15 +55,16 @@ def test_a_run_leaves_a_log_a_plot_and_a_checkpoint_directory_that_all_programs_
     ours = Llama.build(folder, device="cpu").text_completion(["the cat"], max_gen_len=12, temperature=0)
     assert ours == reference.Llama.build(folder).text_completion(["the cat"], max_gen_len=12, temperature=0)
     args = ModelArgs.from_json(folder / "params.json")
-    assert weights(folder).keys() == Transformer(args).state_dict().keys()
+    assert read_weights(folder).keys() == Transformer(args).state_dict().keys()
 
 
 @pytest.mark.parametrize("doc_mask", [False, True])
-def test_bits_per_byte_are_nats_of_counted_targets_over_bytes_of_ordinary_tokens(corpus, tmp_path, doc_mask):
+def test_bits_per_byte_are_counted_targets_nats_over_ordinary_bytes(corpus, tmp_path, doc_mask):
+    """The bytes are those of ordinary tokens among the targets."""
     record = run(corpus, tmp_path, eval_steps=0, doc_mask=doc_mask)[-1]
     llama = Llama.build(tmp_path / "step_000006", device="cpu")
     tokenizer = llama.tokenizer
-    tokens = np.fromfile(corpus / "val.bin", dtype="<u4", offset=1024).astype(np.int64)
+    tokens = shard_tokens(corpus / "val.bin").astype(np.int64)
     nats = count = num_bytes = 0
     windows = (len(tokens) - 1) // 16 // 2 * 2  # whole batches of 2
     for k in range(windows):
@@ -109,7 +87,7 @@ def test_a_resumed_run_continues_exactly(corpus, tmp_path, shuffle):
         log.write('{"step": 7, "lo')  # as a kill leaves it
     parts = run(corpus, tmp_path / "parts", shuffle=shuffle, resume=True)
     assert untimed(whole) == untimed(parts)
-    a, b = weights(tmp_path / "whole" / "step_000006"), weights(tmp_path / "parts" / "step_000006")
+    a, b = read_weights(tmp_path / "whole" / "step_000006"), read_weights(tmp_path / "parts" / "step_000006")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -127,7 +105,7 @@ def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
     start = tmp_path / "base" / "step_000006"
     run(corpus, tmp_path / "fine", ckpt_dir=str(start), preset=None, tokenizer_path=None, steps=20, lr=1e-5,
         dtype="bfloat16")
-    a, b = weights(start), weights(tmp_path / "fine" / "step_000020")
+    a, b = read_weights(start), read_weights(tmp_path / "fine" / "step_000020")
     moved = sum(int((a[name] != b[name]).sum()) for name in a) / sum(a[name].numel() for name in a)
     assert moved > 0.9 and all(w.dtype == torch.float32 for w in b.values())
 
@@ -180,13 +158,13 @@ def test_a_folder_with_a_run_is_not_overwritten(corpus, tmp_path):
 
 
 def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
-    write_tokens(tmp_path / "train.bin", [list(range(500, 560))])
-    with pytest.raises(ValueError, match="holds token 5.., the vocabulary ends at 529"):
+    write_tokens(tmp_path / "train.bin", [list(range(530, 590))])
+    with pytest.raises(ValueError, match="holds token 5.., the vocabulary ends at 559"):
         run(corpus, tmp_path / "out", train_data=str(tmp_path / "train.bin"))
-    assert Tokenizer(corpus / "tokenizer.model").n_words == 530
+    assert Tokenizer(corpus / "tokenizer.model").n_words == 560
     run(corpus, tmp_path / "base", steps=1)
     other = train_tokenizer(["a b c a b c"], 514, tmp_path / "other.model").model_path
-    with pytest.raises(ValueError, match="514 tokens, the model 530"):
+    with pytest.raises(ValueError, match="514 tokens, the model 560"):
         run(corpus, tmp_path / "more", ckpt_dir=str(tmp_path / "base" / "step_000001"), preset=None,
             tokenizer_path=other)
 
@@ -220,11 +198,9 @@ def test_resuming_without_a_checkpoint_starts_at_the_first_step(corpus, tmp_path
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size, num_ranks", [(4, 1), (3, 2), (7, 3)])
 def test_an_evaluation_counts_every_window_and_its_targets_bytes_once(tmp_path, batch_size, num_ranks):
-    tokens = torch.randint(256, (16 * 10 + 5,), generator=torch.Generator().manual_seed(0))
+    tokens = random_tokens(16 * 10 + 5, high=256)
     stored = tokens.numpy() + 2**31 * (np.arange(len(tokens)) % 3 == 0)  # no targets, of version 8
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240801, 8, len(stored)
-    (tmp_path / "val.bin").write_bytes(header.tobytes() + stored.astype("<u4").tobytes())
+    (tmp_path / "val.bin").write_bytes(shard_bytes(stored, version=8))
     model = Transformer(ModelArgs(**SHAPE, vocab_size=256))
     byte_lengths = 1 + torch.arange(256) % 5
     nats = count = num_bytes = 0
@@ -260,7 +236,7 @@ def test_a_line_that_a_kill_left_unwritten_is_made_up_for(corpus, tmp_path):
 def test_a_run_is_not_resumed_with_another_architecture(corpus, tmp_path, monkeypatch, again, said):
     run(corpus, tmp_path / "run", steps=1)
     monkeypatch.setitem(llama31.PRESETS, "other", {**SHAPE, "n_layers": 3})
-    llama31.save_checkpoint(tmp_path / "ckpt", ModelArgs(**{**SHAPE, "dim": 64}, vocab_size=530), {})
+    llama31.save_checkpoint(tmp_path / "ckpt", ModelArgs(**{**SHAPE, "dim": 64}, vocab_size=560), {})
     if again.get("ckpt_dir"):
         again = {**again, "ckpt_dir": str(tmp_path / "ckpt")}
     with pytest.raises(ValueError, match=said):
