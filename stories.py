@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing import cli
+from plumbing.documents import SHARDS
 from plumbing.files import complete, complete_folder
 
 DATA_DIR = "data"
-SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 NUM_STORIES = 22_000
 NUM_SHARDS = 20  # the first is validation
 

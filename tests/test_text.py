@@ -16,6 +16,7 @@ import torch
 import llama31
 import tiny_stories
 from llama31 import DistributedShardedDataLoader, ModelArgs, Transformer
+from plumbing import documents
 from tokenizer import Tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and saw the dog who had found an old red ball under the big tree".split()
@@ -73,7 +74,7 @@ def write(path, texts, field="text"):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
 def test_every_format_gives_every_document_once(tmp_path, tokenizer_path, monkeypatch, name):
-    monkeypatch.setattr(tiny_stories, "BLOCK", 100)
+    monkeypatch.setattr(documents, "BLOCK", 100)
     data = prepare(tmp_path, [write(tmp_path / name, TEXTS)], tokenizer_path, separator=r"\n====\n")
     val, train = (documents_of(data / f"{split}.bin", tokenizer_path) for split in ("val", "train"))
     assert sorted(val + train) == sorted(TEXTS) and 0 < len(val) < 20
@@ -292,18 +293,18 @@ def test_one_document_of_a_mebibyte_without_a_separator_in_it_is_read_in_linear_
             reads.append(n)
             block, self.text = self.text[:n], self.text[n:]
             return block
-    monkeypatch.setattr(tiny_stories, "BLOCK", 2**12)
-    assert list(tiny_stories.split_at(File("x" * 2**20 + "|y|"), "|")) == ["x" * 2**20, "y", ""]
+    monkeypatch.setattr(documents, "BLOCK", 2**12)
+    assert list(documents.split_at(File("x" * 2**20 + "|y|"), "|")) == ["x" * 2**20, "y", ""]
     assert len(reads) < 15
 
 
 def test_a_separator_across_two_blocks_is_found(monkeypatch, tmp_path):
     for block in 1, 2, 3, 5:
-        monkeypatch.setattr(tiny_stories, "BLOCK", block)
+        monkeypatch.setattr(documents, "BLOCK", block)
         path = tmp_path / "a.txt"
         path.write_text("a==b=c====d")
         with open(path) as file:
-            assert list(tiny_stories.split_at(file, "==")) == ["a", "b=c", "", "d"]
+            assert list(documents.split_at(file, "==")) == ["a", "b=c", "", "d"]
 
 
 def test_the_path_of_an_input_may_be_a_path_object(tmp_path, tokenizer_path):

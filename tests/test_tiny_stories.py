@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny_stories
+from plumbing import documents
 from tokenizer import Tokenizer, train_tokenizer
 
 SCRIPT = tiny_stories.__file__
@@ -404,8 +405,8 @@ def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_that_names_it(con
     path = io.BytesIO(content)
     expected = stories_as_json_reads_them(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_stories, "BLOCK", block)
-        patch.setattr(tiny_stories, "open", lambda *_, **__: io.TextIOWrapper(path, "utf-8"), raising=False)
+        patch.setattr(documents, "BLOCK", block)
+        patch.setattr(documents, "open", lambda *_, **__: io.TextIOWrapper(path, "utf-8"), raising=False)
         if expected is not None:
             assert tiny_stories.read_stories("data07.json") == expected
         else:
@@ -423,9 +424,9 @@ def test_the_time_to_read_one_long_value_grows_linearly(tmp_path, monkeypatch, c
         def read(self, n=-1):
             reads.append(n)
             return super().read(n)
-    monkeypatch.setattr(tiny_stories, "BLOCK", 2**12)
+    monkeypatch.setattr(documents, "BLOCK", 2**12)
     try:
-        list(tiny_stories.read_array(File(content)))
+        list(documents.read_array(File(content)))
     except ValueError:
         pass
     assert len(reads) < 40
@@ -437,8 +438,8 @@ def test_the_time_to_read_one_long_value_grows_linearly(tmp_path, monkeypatch, c
 def test_an_array_read_in_blocks_is_what_json_reads(values, block):
     content = json.dumps(values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_stories, "BLOCK", block)
-        assert json.dumps(list(tiny_stories.read_array(io.StringIO(content)))) == content
+        patch.setattr(documents, "BLOCK", block)
+        assert json.dumps(list(documents.read_array(io.StringIO(content)))) == content
 
 
 # ---------------------------------------------------------------- command line
