@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import plumbing.download
 import tiny_stories
 from tokenizer import train_tokenizer
 
@@ -100,8 +101,8 @@ def server(body=ARCHIVE, faults=(), ranges=True, tag=None, modified=None, length
 def waited(monkeypatch):
     """The seconds that were waited between attempts; in truth there are none."""
     seconds = []
-    monkeypatch.setattr(tiny_stories, "time", SimpleNamespace(sleep=seconds.append))
-    monkeypatch.setattr(tiny_stories, "CHUNK", 1000)
+    monkeypatch.setattr(plumbing.download, "time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr(plumbing.download, "CHUNK", 1000)
     return seconds
 
 
@@ -163,7 +164,7 @@ def test_an_archive_that_is_said_to_be_encoded_stays_as_it_is(tmp_path):
     [(20_000, "cut"), 503, 503, 503, 503]])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_attempt_that_fails_is_repeated_until_all_is_there(tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(tiny_stories, "TIMEOUT", 0.3)
+    monkeypatch.setattr(plumbing.download, "TIMEOUT", 0.3)
     with server(faults=faults, ranges=ranges) as web:
         download(tmp_path, web.url)
     assert_complete(tmp_path)
@@ -185,7 +186,7 @@ def test_waiting_doubles_and_begins_anew_after_progress(tmp_path, waited):
     with server(faults=[500] * 9) as web, pytest.raises(
             ConnectionError, match="downloading http.*failed.*500 Internal Server Error; run again"):
         download(tmp_path / "b", web.url)
-    assert waited[6:] == [1, 2, 4, 8] and len(web.requests) == tiny_stories.ATTEMPTS
+    assert waited[6:] == [1, 2, 4, 8] and len(web.requests) == plumbing.download.ATTEMPTS
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
@@ -332,7 +333,7 @@ def test_a_broken_or_unsafe_archive_is_put_aside_and_a_new_run_starts_anew(tmp_p
 
 def test_an_interrupted_unpacking_goes_on_and_is_not_taken_for_done(tmp_path, monkeypatch):
     members = {f"data0{i}.json": shard_of(i) for i in range(4)}
-    written, complete, stop_at = [], tiny_stories.complete, [None]
+    written, complete, stop_at = [], plumbing.download.complete, [None]
 
     @contextlib.contextmanager
     def complete_until(path):
@@ -342,7 +343,7 @@ def test_an_interrupted_unpacking_goes_on_and_is_not_taken_for_done(tmp_path, mo
         written.append(Path(path).name)
         with complete(path) as file:
             yield file
-    monkeypatch.setattr(tiny_stories, "complete", complete_until)
+    monkeypatch.setattr(plumbing.download, "complete", complete_until)
     with server(archive_of(members)) as web:
         for stop_at[0] in "data01.json", "data03.json":  # noqa: B007
             with pytest.raises(KeyboardInterrupt):
