@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -73,9 +74,11 @@ def write(path, texts, field="text"):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
-def test_every_format_gives_every_document_once(tmp_path, tokenizer_path, monkeypatch, name):
-    monkeypatch.setattr(documents, "BLOCK", 100)
-    data = prepare(tmp_path, [write(tmp_path / name, TEXTS)], tokenizer_path, separator=r"\n====\n")
+def test_every_format_gives_every_document_once(tmp_path, tokenizer_path, name):
+    path = write(tmp_path / name, TEXTS)
+    records = documents.read_documents(str(path), "text", r"\n====\n", block=100)
+    assert list(records) == [{"story": text} for text in TEXTS]
+    data = prepare(tmp_path, [path], tokenizer_path, separator=r"\n====\n")
     val, train = (documents_of(data / f"{split}.bin", tokenizer_path) for split in ("val", "train"))
     assert sorted(val + train) == sorted(TEXTS) and 0 < len(val) < 20
     assert sorted(path.name for path in data.iterdir()) == ["manifest.json", "train.bin", "val.bin"]
@@ -282,7 +285,7 @@ def test_files_with_a_chat_are_version_8_and_others_7(tmp_path, tokenizer_path):
     assert {name: about["version"] for name, about in manifest.items()} == versions
 
 
-def test_one_document_of_a_mebibyte_without_a_separator_in_it_is_read_in_linear_time(tmp_path, monkeypatch):
+def test_one_long_document_without_a_separator_is_read_in_linear_time():
     reads = []
 
     class File:
@@ -293,18 +296,15 @@ def test_one_document_of_a_mebibyte_without_a_separator_in_it_is_read_in_linear_
             reads.append(n)
             block, self.text = self.text[:n], self.text[n:]
             return block
-    monkeypatch.setattr(documents, "BLOCK", 2**12)
-    assert list(documents.split_at(File("x" * 2**20 + "|y|"), "|")) == ["x" * 2**20, "y", ""]
+    pieces = documents.split_at(File("x" * 2**20 + "|y|"), "|", 2**12)
+    assert list(pieces) == ["x" * 2**20, "y", ""]
     assert len(reads) < 15
 
 
-def test_a_separator_across_two_blocks_is_found(monkeypatch, tmp_path):
+def test_a_separator_across_two_blocks_is_found():
     for block in 1, 2, 3, 5:
-        monkeypatch.setattr(documents, "BLOCK", block)
-        path = tmp_path / "a.txt"
-        path.write_text("a==b=c====d")
-        with open(path) as file:
-            assert list(documents.split_at(file, "==")) == ["a", "b=c", "", "d"]
+        file = io.StringIO("a==b=c====d")
+        assert list(documents.split_at(file, "==", block)) == ["a", "b=c", "", "d"]
 
 
 def test_the_path_of_an_input_may_be_a_path_object(tmp_path, tokenizer_path):

@@ -395,38 +395,41 @@ def shard_bytes(draw):
     return bytes(content)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
 @settings(max_examples=600, deadline=None, derandomize=True)
-@given(shard_bytes(), st.sampled_from([8, 9, 13, 64, 2**20]))
-@example(b"[" * 100_000, 64)
-@example(b'[{"story": "a"}] \n\t x', 8)
-@example(b'[{"story": "a"},]', 8)
-@example(b'[{"story": "a", "n": 1' + b"0" * 5000 + b"}]", 64)
-def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_that_names_it(content, block):
-    path = io.BytesIO(content)
+@given(content=shard_bytes(), block= st.sampled_from([8, 9, 13, 64, 2**20]))
+@example(content=b"[" * 100_000, block=64)
+@example(content=b'[{"story": "a"}] \n\t x', block=8)
+@example(content=b'[{"story": "a"},]', block=8)
+@example(content=b'[{"story": "a", "n": 1' + b"0" * 5000 + b"}]", block=64)
+def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_names_it(scratch, content, block):
+    path = scratch / "data07.json"
+    path.write_bytes(content)
     expected = stories_as_json_reads_them(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "BLOCK", block)
-        patch.setattr(documents, "open", lambda *_, **__: io.TextIOWrapper(path, "utf-8"), raising=False)
-        if expected is not None:
-            assert tiny_stories.read_stories("data07.json") == expected
-        else:
-            with pytest.raises(ValueError, match="data07.json.*found.*expected a list"):
-                tiny_stories.read_stories("data07.json")
+    if expected is not None:
+        assert [record["story"] for record in documents.read_shard(path, block)] == expected
+        assert tiny_stories.read_stories(path) == expected
+    else:
+        with pytest.raises(ValueError, match="data07.json.*found.*expected a list"):
+            list(documents.read_shard(path, block))
 
 
 @pytest.mark.parametrize("content", [
     '[{"story": "' + "x" * 2_000_000 + '"}]', '[{"story": "' + "x" * 2_000_000,
     "[" + " " * 2_000_000 + '{"story": "a"}' + " " * 2_000_000 + "]"])
-def test_the_time_to_read_one_long_value_grows_linearly(tmp_path, monkeypatch, content):
+def test_the_time_to_read_one_long_value_grows_linearly(content):
     reads = []
 
     class File(io.StringIO):
         def read(self, n=-1):
             reads.append(n)
             return super().read(n)
-    monkeypatch.setattr(documents, "BLOCK", 2**12)
     try:
-        list(documents.read_array(File(content)))
+        list(documents.read_array(File(content), 2**12))
     except ValueError:
         pass
     assert len(reads) < 40
@@ -437,9 +440,7 @@ def test_the_time_to_read_one_long_value_grows_linearly(tmp_path, monkeypatch, c
 @example([1234567, -1.5e300], 3)
 def test_an_array_read_in_blocks_is_what_json_reads(values, block):
     content = json.dumps(values)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "BLOCK", block)
-        assert json.dumps(list(documents.read_array(io.StringIO(content)))) == content
+    assert json.dumps(list(documents.read_array(io.StringIO(content), block))) == content
 
 
 # ---------------------------------------------------------------- command line
