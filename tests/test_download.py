@@ -1,6 +1,7 @@
 """Download and unpacking, against a local server with every fault a network has; kills at random moments."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.server
@@ -101,8 +102,8 @@ def server(body=ARCHIVE, faults=(), ranges=True, tag=None, modified=None, length
 def waited(monkeypatch):
     """The seconds that were waited between attempts; in truth there are none."""
     seconds = []
-    monkeypatch.setattr(plumbing.download, "time", SimpleNamespace(sleep=seconds.append))
-    monkeypatch.setattr(plumbing.download, "CHUNK", 1000)
+    patient = functools.partial(plumbing.download.fetch, sleep=seconds.append, chunk_bytes=1000)
+    monkeypatch.setattr(tiny_stories, "fetch", patient)
     return seconds
 
 
@@ -164,7 +165,7 @@ def test_an_archive_that_is_said_to_be_encoded_stays_as_it_is(tmp_path):
     [(20_000, "cut"), 503, 503, 503, 503]])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_attempt_that_fails_is_repeated_until_all_is_there(tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(plumbing.download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(tiny_stories, "fetch", functools.partial(tiny_stories.fetch, timeout=0.3))
     with server(faults=faults, ranges=ranges) as web:
         download(tmp_path, web.url)
     assert_complete(tmp_path)
@@ -186,7 +187,7 @@ def test_waiting_doubles_and_begins_anew_after_progress(tmp_path, waited):
     with server(faults=[500] * 9) as web, pytest.raises(
             ConnectionError, match="downloading http.*failed.*500 Internal Server Error; run again"):
         download(tmp_path / "b", web.url)
-    assert waited[6:] == [1, 2, 4, 8] and len(web.requests) == plumbing.download.ATTEMPTS
+    assert waited[6:] == [1, 2, 4, 8] and len(web.requests) == 5
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
