@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import tiny_stories
 from plumbing import documents
+from plumbing.files import sha256_of
 from tokenizer import Tokenizer, train_tokenizer
 
 SCRIPT = tiny_stories.__file__
@@ -117,12 +118,13 @@ def test_the_tokens_of_a_shard_take_four_bytes_each(tmp_path, tokenizer_path):
     assert peak < 3 * text_bytes + 8 * len(tokens)  # the file, its texts, the growing array; a list: 36 each
 
 
-def test_a_train_split_too_large_for_one_header_is_cut_between_shards(data_dir, tokenizer_path, monkeypatch):
+def test_a_train_split_too_large_for_one_header_is_cut_between_shards(data_dir, tokenizer_path):
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
     whole = bin_files(data_dir)["TinyStories_train.bin"]
     (data_dir / "TinyStories_train_mine.bin").write_bytes(b"a user's file")
-    monkeypatch.setattr(tiny_stories, "MAX_TOKENS", 4000)
-    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    shards = sorted(str(path) for path in (data_dir / tiny_stories.SHARDS).glob("*.json"))
+    splits = {"val": shards[:1], "train": shards[1:]}
+    tiny_stories.write_splits(str(data_dir), "TinyStories_", splits, tokenizer_path, 1, max_tokens=4000)
     parts = [path.read_bytes() for path in sorted(data_dir.glob("TinyStories_train_0*.bin"))]
     assert len(parts) > 1 and b"".join(part[1024:] for part in parts) == whole[1024:]
     assert [np.frombuffer(part[:12], "<i4")[2] * 4 for part in parts] == [len(part) - 1024 for part in parts]
@@ -256,10 +258,10 @@ def test_the_manifest_tells_what_every_shard_gave(data_dir, tokenizer_path, num_
     tokenizer = Tokenizer(tokenizer_path)
     for name, of_split in ("TinyStories_val.bin", shards[:1]), ("TinyStories_train.bin", shards[1:]):
         about = files[name]
-        assert about["tokenizer"] == tiny_stories.sha256_of(tokenizer_path) and about["version"] == 7
+        assert about["tokenizer"] == sha256_of(tokenizer_path) and about["version"] == 7
         for shard, told in zip(of_split, about["shards"], strict=True):
             texts = [text.strip() for text in tiny_stories.read_stories(shard)]
-            assert told == {"name": shard.name, "sha256": tiny_stories.sha256_of(shard),
+            assert told == {"name": shard.name, "sha256": sha256_of(shard),
                             "stories": len(texts), "bytes": sum(len(text.encode()) for text in texts),
                             "tokens": sum(len(tokenizer.encode(text)) + 2 for text in texts)}
         for key in "stories", "tokens", "bytes":
@@ -278,7 +280,7 @@ def test_the_known_counts_of_the_full_dataset_are_reported(data_dir, tokenizer_p
     folder = data_dir / tiny_stories.SHARDS
     for i in range(5, 50):
         shutil.copy(folder / "data02.json", folder / f"data{i:02d}.json")
-    monkeypatch.setattr(tiny_stories, "LLAMA3", tiny_stories.sha256_of(tokenizer_path))
+    monkeypatch.setattr(tiny_stories, "LLAMA3", sha256_of(tokenizer_path))
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
     assert "do not match {'val': 18660516, 'train': 907021844}" in capsys.readouterr().out
     counts = {name: (len(data) - 1024) // 4 for name, data in bin_files(data_dir).items()}
