@@ -63,7 +63,7 @@ def download(data_dir: str = DATA_DIR, url: str = URL, sha256: str | None = None
     """Downloads the archive into data_dir and unpacks it to data_dir/TinyStories_all_data/data*.json.
 
     What is complete is kept, what was interrupted goes on. sha256: the archive's digest; without it, the
-    archive has to be that of an earlier download. ConnectionError: no good answer. ValueError: it is unsound.
+    archive has to be that of an earlier download. ConnectionError: no good answer. ValueError: unsound.
     """
     folder = os.path.join(data_dir, SHARDS)
     archive = os.path.join(data_dir, ARCHIVE)
