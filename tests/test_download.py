@@ -366,7 +366,7 @@ def tree(folder):
 
 
 @pytest.mark.slow
-def test_20_kills_in_every_stage_each_followed_by_the_same_command_end_in_the_same_files(tmp_path):
+def test_20_kills_in_every_stage_then_the_same_command_give_the_same_files(tmp_path):
     rng = random.Random(5)
     words = "once upon a time there was a little dog named Max who loved the big red ball".split()
     stories = [[{"story": " ".join(rng.choices(words, k=60))} for _ in range(4_000)] for _ in range(4)]

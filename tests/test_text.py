@@ -1,5 +1,6 @@
 """Your own text and chats as token files: every format, the validation split, the masks, broken input."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -99,7 +100,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, tokenizer_path, 
         prepare(tmp_path, [tmp_path / "a.parquet"], tokenizer_path)
 
 
-def test_files_without_a_separator_are_a_document_each_and_empty_ones_are_none(tmp_path, tokenizer_path):
+def test_without_a_separator_a_file_is_a_document_and_an_empty_one_none(tmp_path, tokenizer_path):
     for i, text in enumerate(["", " \n ", *TEXTS[:40]]):
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" * (i % 2) + text.encode())
     data = prepare(tmp_path, tmp_path.glob("*.txt"), tokenizer_path)
@@ -285,20 +286,30 @@ def test_files_with_a_chat_are_version_8_and_others_7(tmp_path, tokenizer_path):
     assert {name: about["version"] for name, about in manifest.items()} == versions
 
 
+class Counted(io.StringIO):
+    """A text file that counts how often it is read."""
+
+    reads = 0
+
+    def read(self, n=-1):
+        self.reads += 1
+        return super().read(n)
+
+
+@pytest.mark.parametrize("content", [
+    '[{"story": "' + "x" * 2_000_000 + '"}]', '[{"story": "' + "x" * 2_000_000,
+    "[" + " " * 2_000_000 + '{"story": "a"}' + " " * 2_000_000 + "]"])
+def test_the_time_to_read_one_long_value_grows_linearly(content):
+    file = Counted(content)
+    with contextlib.suppress(ValueError):
+        list(documents.read_array(file, 2**12))
+    assert file.reads < 40
+
+
 def test_one_long_document_without_a_separator_is_read_in_linear_time():
-    reads = []
-
-    class File:
-        def __init__(self, text):
-            self.text = text
-
-        def read(self, n):
-            reads.append(n)
-            block, self.text = self.text[:n], self.text[n:]
-            return block
-    pieces = documents.split_at(File("x" * 2**20 + "|y|"), "|", 2**12)
-    assert list(pieces) == ["x" * 2**20, "y", ""]
-    assert len(reads) < 15
+    file = Counted("x" * 2**20 + "|y|")
+    assert list(documents.split_at(file, "|", 2**12)) == ["x" * 2**20, "y", ""]
+    assert file.reads < 15
 
 
 def test_a_separator_across_two_blocks_is_found():
