@@ -180,6 +180,14 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path):
     assert_complete(tmp_path)
 
 
+def test_a_weak_etag_does_not_vouch_for_what_is_there(tmp_path):
+    date = "Mon, 01 Jan 2024 00:00:00 GMT"
+    with server(faults=[(10_000, "cut")], tag='W/"a"', modified=date) as web:
+        download(tmp_path, web.url)
+    assert [request.get("If-Range") for request in web.requests] == [None, date]
+    assert_complete(tmp_path)
+
+
 def test_waiting_doubles_and_begins_anew_after_progress(tmp_path, waited):
     with server(faults=[500, 500, 500, (10_000, "cut"), 500, 500]) as web:
         download(tmp_path, web.url)

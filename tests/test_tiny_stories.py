@@ -423,6 +423,7 @@ def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_names_it(scratch,
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(JSON, max_size=5), st.sampled_from([2, 3, 64]))
 @example([1234567, -1.5e300], 3)
+@example([1e300], 4)  # of [1e+300] the first block has [1e+
 def test_an_array_read_in_blocks_is_what_json_reads(values, block):
     content = json.dumps(values)
     assert json.dumps(list(documents.read_array(io.StringIO(content), block))) == content
