@@ -9,7 +9,8 @@ A story is a chain of choices, each uniform among the options open at that point
 two chains give the same text (`parse` searches for a second one), so a text is as likely as its chain: the
 bits of the choices, divided by the bytes of the text, are the floor that no model can beat on average.
 
-How to read the grammar: "rule = text", or "rule:" and its options, one per dash; `story` is the first rule.
+The grammar is a list of rules, "rule = text", or "rule:" and a line with a dash for each option. The first
+rule is `story`. Lines that begin with two spaces continue the one before. A text consists of
 
     (ran|walked)     one of these
     <soon>           one of the options of that rule
@@ -20,7 +21,7 @@ How to read the grammar: "rule = text", or "rule:" and its options, one per dash
     {he} {him2}      the pronoun of {name}, of {name2}
     //               a new paragraph
 
-Sentences and speech get their capital, and "a" before a vowel its "n", at the end.
+At the end, sentences and speech get their capital, and "a" gets its "n" before a vowel.
 """
 
 import functools
@@ -33,56 +34,72 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing import cli
+from plumbing.documents import SHARDS
 from plumbing.files import complete, complete_folder
 
 DATA_DIR = "data"
-SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 NUM_STORIES = 22_000
-NUM_SHARDS = 20  # the first is validation
+NUM_SHARDS = 20  # The first of them is validation.
 
 # -----------------------------------------------------------------------------
-# words and grammar
+# Words and grammar
 
 WORDS = """
 girl: Lily, Anna, Mia, Ella, Lucy, Amy, Sara, Molly, Emma, Zoe, Ruby, Nora, Kate, Jane, Alice, Clara, Maya,
-Eva, Tina, Hannah, Julia, Betty, Fiona, Leah, Nina, Lola, Maria, Emily, Sophie, Chloe, Bella, Abby; boy:
-George, Tom, Ben, Sam, Max, Tim, Leo, Adam, Finn, Oscar, Henry, Noah, Luke, Peter, Billy, Dan, Eli, Fred,
-Hugo, Jake, Kevin, Liam, Owen, Paul, Theo, Felix, Zack, Alex, Bobby, Carl, David, Jack; friend: Paula, Rita,
-Tess, Wendy, Vera, Ada, Carla, Dora, Elsa, Gina, Heidi, Jenny, Laura, Marta, Naomi, Polly, Rosa, Sally,
-Tanya, Susie, Annie, Lisa, Helen, Nancy, Ellie, Linda, Mandy, Becky, Cora, Millie, Ida, Lena, Eric, Harry,
-Ian, Jim, Karl, Mike, Ned, Otto, Pablo, Ralph, Simon, Toby, Victor, Andy, Bruno, Chris, Dylan, Ethan, Hans,
-Ivan, Joey, Martin, Robert, Thomas, Daniel, Jonas, Lucas, Oliver, Philip, Ronny, Walter, Willy, Ali, Amir,
-Anton, Bert, Boris, Ken, Gus, Igor, Kurt, Lars, Marco, Nils, Omar, Ravi, Rory, Sven, Tony, Una, Yuki, Zara,
-Olga, Mina, Kim, Jill, Inga, Hilda, Greta, Faye, Edith, Dina, Berta, Alma; food: apples, pears, plums,
-grapes, cherries, peaches, carrots, sandwiches, cookies, muffins, bananas, nuts, raisins, crackers, pancakes,
-eggs, tomatoes, waffles, buns, noodles, donuts, melon, oranges, peas, beans, potatoes, cake, bread, rice,
-jam, yogurt, ham, chicken, corn, popcorn, pudding, salad, toast, jelly, pizza, pasta, chocolate, candy, pie,
-dumplings, cupcakes, biscuits, rolls, walnuts, sausages, soup, fish, lemons, berries, pretzels, fruit,
-mushrooms, cereal, turkey, brownies, burgers, tacos, figs, olives; animal: frog, bee, duck, rabbit, snail,
-beetle, spider, ladybug, ant, goose, swan, owl, robin, dove, hen, cat, dog, lizard, toad, worm, moth,
-butterfly, mole, fox, deer, goat, pony, cow, horse, pig, cricket, pigeon, donkey, otter, beaver, calf,
-parrot, bat, eagle, stork, sheep, seagull, rat, hawk, heron, fly, rooster, crow, turtle, chipmunk, badger,
-piglet, bird, foal, wasp, raccoon, duckling, dragonfly, caterpillar, peacock, weasel, hare, gecko, bull;
+  Eva, Tina, Hannah, Julia, Betty, Fiona, Leah, Nina, Lola, Maria, Emily, Sophie, Chloe, Bella, Abby
+boy: George, Tom, Ben, Sam, Max, Tim, Leo, Adam, Finn, Oscar, Henry, Noah, Luke, Peter, Billy, Dan, Eli,
+  Fred, Hugo, Jake, Kevin, Liam, Owen, Paul, Theo, Felix, Zack, Alex, Bobby, Carl, David, Jack
+friend: Paula, Rita, Tess, Wendy, Vera, Ada, Carla, Dora, Elsa, Gina, Heidi, Jenny, Laura, Marta, Naomi,
+  Polly, Rosa, Sally, Tanya, Susie, Annie, Lisa, Helen, Nancy, Ellie, Linda, Mandy, Becky, Cora, Millie, Ida,
+  Lena, Eric, Harry, Ian, Jim, Karl, Mike, Ned, Otto, Pablo, Ralph, Simon, Toby, Victor, Andy, Bruno, Chris,
+  Dylan, Ethan, Hans, Ivan, Joey, Martin, Robert, Thomas, Daniel, Jonas, Lucas, Oliver, Philip, Ronny,
+  Walter, Willy, Ali, Amir, Anton, Bert, Boris, Ken, Gus, Igor, Kurt, Lars, Marco, Nils, Omar, Ravi, Rory,
+  Sven, Tony, Una, Yuki, Zara, Olga, Mina, Kim, Jill, Inga, Hilda, Greta, Faye, Edith, Dina, Berta, Alma
+food: apples, pears, plums, grapes, cherries, peaches, carrots, sandwiches, cookies, muffins, bananas, nuts,
+  raisins, crackers, pancakes, eggs, tomatoes, waffles, buns, noodles, donuts, melon, oranges, peas, beans,
+  potatoes, cake, bread, rice, jam, yogurt, ham, chicken, corn, popcorn, pudding, salad, toast, jelly, pizza,
+  pasta, chocolate, candy, pie, dumplings, cupcakes, biscuits, rolls, walnuts, sausages, soup, fish, lemons,
+  berries, pretzels, fruit, mushrooms, cereal, turkey, brownies, burgers, tacos, figs, olives
+animal: frog, bee, duck, rabbit, snail, beetle, spider, ladybug, ant, goose, swan, owl, robin, dove, hen,
+  cat, dog, lizard, toad, worm, moth, butterfly, mole, fox, deer, goat, pony, cow, horse, pig, cricket,
+  pigeon, donkey, otter, beaver, calf, parrot, bat, eagle, stork, sheep, seagull, rat, hawk, heron, fly,
+  rooster, crow, turtle, chipmunk, badger, piglet, bird, foal, wasp, raccoon, duckling, dragonfly,
+  caterpillar, peacock, weasel, hare, gecko, bull
 thing: crown, mask, marble, bell, book, hat, cap, ring, key, flag, shell, lantern, crayon, pencil, necklace,
-watch, bracelet, stone, spoon, button, coin, feather, brush, comb, sock, glove, box, bottle, candle, card,
-map, stamp, leaf, brick, net, rope, basket, blanket, pillow, nail, cork, pin, stick, belt, tie, fork, mug,
-jar; toy: ball, doll, drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus,
-wagon, trumpet, teddy bear, dinosaur, dragon, yo-yo, puzzle, balloon, tractor, guitar, pinwheel, top, horn,
-bucket, shovel, banjo, scooter; colour: red, blue, green, yellow, orange, purple, pink, brown, white, black,
-gray, silver, golden, striped, spotted; big: big, little, tiny, small, fat, thin, old, young, busy, shy,
-sleepy, hungry, happy, funny, lazy, lonely, proud, silly, noisy, clever, brave, gentle, quiet, sad, curious,
-playful, wet, cute; new: new, old, shiny, dusty, pretty, dirty, broken, plain, nice, muddy, wooden, huge,
-lost, lovely, strange, tiny; furniture: bed, sofa, table, door, curtain, rug, piano, desk, couch, bookcase,
-chair, bathtub, dresser, stove, stairs, window; petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button,
-Snowball, Ginger, Patch, Bubbles, Muffin, Cookie, Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty,
-Star, Honey, Happy; limb: knee, hand, foot, arm, elbow, leg, toe, finger; elder: mom, dad, mommy, daddy,
-grandma, grandpa, aunt, uncle; cloth: scarf, towel, napkin, ribbon; weekday: Monday, Tuesday, Wednesday,
-Thursday, Friday, Saturday, Sunday; fragile: cup, vase, plate, bowl, lamp, clock, teapot, mirror; pet:
-kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb, sparrow; kitten: milk, cream, tuna; puppy: meat,
-bones; bunny: clover, cabbage; squirrel: acorns, seeds; mouse: cheese, crumbs, oats; hedgehog: slugs, worms;
-lamb: hay, grass; sparrow: seeds, crumbs; place: park, beach, farm, forest, lake, zoo, market, meadow, river,
-pond, school, garden, village, hill, playground, harbor; spot: bench, fence, gate, oak tree, well, path,
-fountain, rose bush, wall, hedge, swing, bridge, statue, sign, barrel, ladder
+  watch, bracelet, stone, spoon, button, coin, feather, brush, comb, sock, glove, box, bottle, candle, card,
+  map, stamp, leaf, brick, net, rope, basket, blanket, pillow, nail, cork, pin, stick, belt, tie, fork, mug,
+  jar
+toy: ball, doll, drum, robot, kite, puppet, whistle, flute, train, truck, boat, plane, rocket, car, bus,
+  wagon, trumpet, teddy bear, dinosaur, dragon, yo-yo, puzzle, balloon, tractor, guitar, pinwheel, top, horn,
+  bucket, shovel, banjo, scooter
+colour: red, blue, green, yellow, orange, purple, pink, brown, white, black, gray, silver, golden, striped,
+  spotted
+big: big, little, tiny, small, fat, thin, old, young, busy, shy, sleepy, hungry, happy, funny, lazy, lonely,
+  proud, silly, noisy, clever, brave, gentle, quiet, sad, curious, playful, wet, cute
+new: new, old, shiny, dusty, pretty, dirty, broken, plain, nice, muddy, wooden, huge, lost, lovely, strange,
+  tiny
+furniture: bed, sofa, table, door, curtain, rug, piano, desk, couch, bookcase, chair, bathtub, dresser,
+  stove, stairs, window
+petname: Fluffy, Spot, Coco, Pip, Biscuit, Pepper, Button, Snowball, Ginger, Patch, Bubbles, Muffin, Cookie,
+  Shadow, Lucky, Pickle, Sunny, Teddy, Daisy, Peanut, Rusty, Star, Honey, Happy
+limb: knee, hand, foot, arm, elbow, leg, toe, finger
+elder: mom, dad, mommy, daddy, grandma, grandpa, aunt, uncle
+cloth: scarf, towel, napkin, ribbon
+weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday
+fragile: cup, vase, plate, bowl, lamp, clock, teapot, mirror
+pet: kitten, puppy, bunny, squirrel, mouse, hedgehog, lamb, sparrow
+kitten: milk, cream, tuna
+puppy: meat, bones
+bunny: clover, cabbage
+squirrel: acorns, seeds
+mouse: cheese, crumbs, oats
+hedgehog: slugs, worms
+lamb: hay, grass
+sparrow: seeds, crumbs
+place: park, beach, farm, forest, lake, zoo, market, meadow, river, pond, school, garden, village, hill,
+  playground, harbor
+spot: bench, fence, gate, oak tree, well, path, fountain, rose bush, wall, hedge, swing, bridge, statue,
+  sign, barrel, ladder
 """
 
 GRAMMAR = """
@@ -129,46 +146,62 @@ storm:
 - was playing with a {colour} {toy} when the lights went (out|off). {name} <very> <afraid> and hid <near> the
   <furniture>. "<oh>, <comfort>," {his} {elder} <said>. {name} and {his} {elder} ate <meal> and told stories
   about <animals>.(| //) <soon> {name} <very> <glad> and fell asleep with the {toy}. <dawn> {name} <end>.
-end = <had> <meal> with <friends>|told <friends> <news> over <meal>|<saw> <animals> with <friends>; fond =
-  (loved|liked|enjoyed) <meal>|<knew> a (song|story|poem|riddle) about <animals>|(kept|had|collected)
-  <things>; meal = (|<food>, )<food>, <food>, <food> and <food>; friends = (|<friend>, |<friend>, <friend>,
-  )<friend>, <friend>, <friend> and <friend>; animals = (|a <big> <animal>, )a <big> <animal>, a <big>
-  <animal> and a <big> <animal>; things = (|a <new> <thing>, )a <new> <thing>, a <new> <thing> and a <new>
-  <thing>; kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}; six =
-  three|four|five|six|seven|eight|nine|ten; kind =
-  kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|calm;
-  met = (often|always|sometimes) (played with|met|visited|saw); pal = friend|cousin|neighbor|classmate; went
-  = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}; near = near|beside|behind|by;
-  had = had|ate|shared|enjoyed; knew = knew|made up|liked|loved; news = about it|everything|the story|the
-  news; saw = saw|watched|fed|drew|painted|sang about|talked about|read about; found =
-  saw|found|spotted|noticed; fed = (gave|brought|fetched|got) it some {treat:pet}; very = (was|felt)
-  (very|so|really|quite); sad = sad|upset|unhappy|gloomy|miserable|down|glum|troubled; glad =
-  happy|cheerful|glad|brave|calm|safe|merry|strong; afraid =
-  afraid|scared|frightened|worried|nervous|anxious|uneasy|startled; cheered =
-  laughed|smiled|cheered|clapped|giggled|danced|sang|beamed; slept = slept|played|hopped|jumped|rolled
-  over|fell asleep|sat still|looked happy; oh = Oh|Well|Look|Hey|Listen|You know|Hmm|Ah; said =
-  said|whispered|answered|replied|said softly|said gently|said kindly|murmured; when = One <sunny>
-  (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>; sunny =
-  sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful; soon = Soon|Then|After a
-  while,|A little later,|After that,|A moment later,|Before long,|A few minutes later,; later = That
-  evening,|The next day,|On <weekday>,|<soon>; dawn = In the morning,|The next day,|When the sun came up,;
-  comfort = I can help you|don't cry|don't worry|all will be well|let me help|take my hand|be brave|it will
-  be fine|I am here|you are not alone|stay calm|come here|trust me|give me a hug|you are so brave|wait for
-  me; forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|I
-  forgive you|that was brave of you|it was very old; mine = it is mine|you can't have it|I had it first|I
-  want it myself|you will break it|I need it|go away|leave it alone; yours = it is your turn|I am sorry|let
-  us play together|it is good to share|it is more fun with you|don't be sad|please forgive me|I was not nice
+end = <had> <meal> with <friends>|told <friends> <news> over <meal>|<saw> <animals> with <friends>
+fond:
+- (loved|liked|enjoyed) <meal>
+- <knew> a (song|story|poem|riddle) about <animals>
+- (kept|had|collected) <things>
+meal = (|<food>, )<food>, <food>, <food> and <food>
+friends = (|<friend>, |<friend>, <friend>, )<friend>, <friend>, <friend> and <friend>
+animals = (|a <big> <animal>, )a <big> <animal>, a <big> <animal> and a <big> <animal>
+things = (|a <new> <thing>, )a <new> <thing>, a <new> <thing> and a <new> <thing>
+kid = girl (named|called) {name=girl}|boy (named|called) {name=boy}
+six = three|four|five|six|seven|eight|nine|ten
+kind = kind|clever|brave|shy|cheerful|curious|gentle|quiet|funny|little|friendly|playful|polite|lively|young|
+  calm
+met = (often|always|sometimes) (played with|met|visited|saw)
+pal = friend|cousin|neighbor|classmate
+went = (ran|walked|hurried|skipped|rushed|raced|marched|hopped) to the {place}
+near = near|beside|behind|by
+had = had|ate|shared|enjoyed
+knew = knew|made up|liked|loved
+news = about it|everything|the story|the news
+saw = saw|watched|fed|drew|painted|sang about|talked about|read about
+found = saw|found|spotted|noticed
+fed = (gave|brought|fetched|got) it some {treat:pet}
+very = (was|felt) (very|so|really|quite)
+sad = sad|upset|unhappy|gloomy|miserable|down|glum|troubled
+glad = happy|cheerful|glad|brave|calm|safe|merry|strong
+afraid = afraid|scared|frightened|worried|nervous|anxious|uneasy|startled
+cheered = laughed|smiled|cheered|clapped|giggled|danced|sang|beamed
+slept = slept|played|hopped|jumped|rolled over|fell asleep|sat still|looked happy
+oh = Oh|Well|Look|Hey|Listen|You know|Hmm|Ah
+said = said|whispered|answered|replied|said softly|said gently|said kindly|murmured
+when = One <sunny> (morning|day|afternoon)|On a <sunny> <weekday>|On <weekday>
+sunny = sunny|warm|windy|cool|bright|cloudy|misty|breezy|lovely|mild|clear|beautiful
+soon = Soon|Then|After a while,|A little later,|After that,|A moment later,|Before long,|A few minutes later,
+later = That evening,|The next day,|On <weekday>,|<soon>
+dawn = In the morning,|The next day,|When the sun came up,
+comfort = I can help you|don't cry|don't worry|all will be well|let me help|take my hand|be brave|
+  it will be fine|I am here|you are not alone|stay calm|come here|trust me|give me a hug|you are so brave|
+  wait for me
+forgive = thank you for telling me|I am not angry|we can fix it|telling the truth is brave|never mind|
+  I forgive you|that was brave of you|it was very old
+mine = it is mine|you can't have it|I had it first|I want it myself|you will break it|I need it|go away|
+  leave it alone
+yours = it is your turn|I am sorry|let us play together|it is good to share|it is more fun with you|
+  don't be sad|please forgive me|I was not nice
 """
 
 # -----------------------------------------------------------------------------
-# from grammar to stories and back
+# From the grammar to stories and back
 
 PRONOUNS = {"he": "she", "him": "her", "his": "her"}
 
 
-class Variable(NamedTuple):  # <list>, {name}, {name=source}, {name:source}
+class Variable(NamedTuple):  # <list>, {name}, {name=source} or {name:source}
     name: str  # "" for a word that does not come again
-    source: str  # the list to choose from; "{pet}" stands for the word of that variable
+    source: str  # The list to choose from; "{pet}" stands for the word of that variable.
 
 
 def read_grammar(grammar=GRAMMAR, words=WORDS):
@@ -176,19 +209,19 @@ def read_grammar(grammar=GRAMMAR, words=WORDS):
 
     Text is a str; a choice is a tuple of options, each a tuple of texts, choices and Variables.
     """
-    entries = (entry.split(": ") for entry in " ".join(words.split()).split("; "))
-    lists = {name: text.split(", ") for name, text in entries}
-    lists["name"] = lists["girl"] + lists["boy"]
-    lists |= {f"{he} {child}": [she if child in lists["girl"] else he]
-              for child in lists["name"] for he, she in PRONOUNS.items()}
-    entries = re.split(r"; |\n(?!- )", grammar.strip().replace("\n  ", " "))
-    rules = dict(re.split(" = |:\n- ", entry, maxsplit=1) for entry in entries)
+    lists = read_lists(words)
+    rules = {}  # name -> text, with | between the options
+    for entry in re.split(r"\n(?!- )", unfolded(grammar)):
+        name, text = re.split(" = |:\n- ", entry, maxsplit=1)
+        rules[name] = text.replace("\n- ", "|")
 
     @functools.cache
     def rule(name):
-        return choice(iter(re.findall(r"[(|)]|<\w+>|{[\w=:]+}|[^(|)<{]+", rules[name].replace("\n- ", "|"))))
+        tokens = re.findall(r"[(|)]|<\w+>|{[\w=:]+}|[^(|)<{]+", rules[name])
+        return choice(iter(tokens))
 
-    def choice(tokens):  # up to the closing parenthesis
+    def choice(tokens):
+        """Takes tokens up to the closing parenthesis of a choice, or to the end."""
         options = [()]
         for token in tokens:
             if token == ")":
@@ -196,20 +229,41 @@ def read_grammar(grammar=GRAMMAR, words=WORDS):
             if token == "|":
                 options.append(())
             else:
-                options[-1] += (choice(tokens) if token == "(" else node(token),)
+                options[-1] += (choice(tokens) if token == "(" else text_or_variable(token),)
         return tuple(options)
 
-    def node(token):
+    def text_or_variable(token):
         if token[0] == "<":
-            return rule(token[1:-1]) if token[1:-1] in rules else Variable("", token[1:-1])
+            name = token[1:-1]
+            return rule(name) if name in rules else Variable("", name)
         if token[0] != "{":
             return token
         base, number, mark, source = re.fullmatch(r"{([a-z]+)(\d*)([=:]?)(\w*)}", token).groups()
         if base in PRONOUNS:
-            return Variable("", f"{base} {{name{number}}}")
-        return Variable(base + number, f"{{{source}}}" if mark == ":" else source or base)
+            return Variable("", f"{base} {{name{number}}}")  # For Ben, {him} comes from the list "him Ben".
+        if mark == ":":
+            source = f"{{{source}}}"
+        return Variable(base + number, source or base)
 
     return rule("story"), lists
+
+
+def read_lists(words):
+    """Name -> words of each list, with the children's names, and with each child's pronouns, of one word."""
+    lists = {}
+    for line in unfolded(words).split("\n"):
+        name, text = line.split(": ")
+        lists[name] = text.split(", ")
+    lists["name"] = lists["girl"] + lists["boy"]
+    for child in lists["name"]:
+        for he, she in PRONOUNS.items():
+            lists[f"{he} {child}"] = [she if child in lists["girl"] else he]
+    return lists
+
+
+def unfolded(text):
+    """The text with each line that begins with spaces joined to the one before, by a space but after |."""
+    return re.sub(r"\n +", " ", re.sub(r"\|\n +", "|", text.strip()))
 
 
 def open_options(node, bound, lists):
@@ -218,52 +272,68 @@ def open_options(node, bound, lists):
         return node
     if node.name in bound:
         return ((bound[node.name],),)
-    used, words = set(bound.values()), lists[node.source.format_map(bound)]
+    words = lists[node.source.format_map(bound)]
+    used = set(bound.values())
+    # A list of one word is a pronoun, which may come again.
     return tuple([(word,) for word in words if word not in used or len(words) == 1])
 
 
 def tell(grammar, take):
     """The story in which take(n) says which of n open options is taken, and its chain of (taken, n)."""
-    (*todo, lists), text, chain, bound = grammar, "", [], {}
+    start, lists = grammar
+    todo = [start]  # what is to come, in reverse
+    text = ""
+    chain = []
+    bound = {}  # variable -> word; one without a name gets a number
     while todo:
         node = todo.pop()
         if type(node) is str:
             text += node
             continue
-        options, taken = open_options(node, bound, lists), 0
-        if len(options) > 1:
+        options = open_options(node, bound, lists)
+        taken = 0
+        if len(options) > 1:  # A single option is no choice and holds no bits.
             taken = take(len(options))
             chain.append((taken, len(options)))
         if type(node) is Variable:
             bound = {node.name or len(bound): options[taken][0], **bound}
         todo.extend(reversed(options[taken]))
     text = re.sub(r"\ba (?=[aeiou])", "an ", text).replace(" // ", "\n\n")
+    # Capitals begin the text, sentences, paragraphs, and speech: after a quotation mark behind white space.
     return re.sub(r'(^|\. |[!?] |\n\n|(?<!\S)")[a-z]', lambda match: match[0].upper(), text), chain
 
 
 def parse(story, grammar):
     """The chain behind a text, from a search of all chains; ValueError if there is none or a second one."""
-    def retell(chain):  # as the search is blind to capitals and articles
+    def retell(chain):
         steps = iter(chain)
         return tell(grammar, lambda n: next(steps)[0])[0]
 
-    text = re.sub(r"\ban (?=[aeiou])", "a ", story.lower()).replace("\n\n", " // ")
     start, lists = grammar
-    chains, stack = [], [(0, (start,), {}, ())]  # position, what is to come, variables, chain
+    text = re.sub(r"\ban (?=[aeiou])", "a ", story.lower()).replace("\n\n", " // ")
+    chains = []
+    stack = [(0, (start,), {}, ())]  # place in the text, what is to come, variable -> word, chain so far
     while stack:
         at, todo, bound, chain = stack.pop()
         if not todo:
-            chains += [list(chain)] * (at == len(text))
-        elif type(todo[0]) is str:
-            if text.startswith(todo[0].lower(), at):
-                stack.append((at + len(todo[0]), todo[1:], bound, chain))
-        else:
-            node, options = todo[0], open_options(todo[0], bound, lists)
-            for i, option in enumerate(options):
-                if not option or type(option[0]) is not str or text.startswith(option[0].lower(), at):
-                    met = {node.name or len(bound): option[0], **bound} if type(node) is Variable else bound
-                    link = ((i, len(options)),) if len(options) > 1 else ()
-                    stack.append((at, option + todo[1:], met, chain + link))
+            if at == len(text):
+                chains.append(list(chain))
+            continue
+        node = todo[0]
+        later = todo[1:]
+        if type(node) is str:
+            if text.startswith(node.lower(), at):
+                stack.append((at + len(node), later, bound, chain))
+            continue
+        options = open_options(node, bound, lists)
+        for i, option in enumerate(options):
+            # This saves most of the search: an option whose first text is not there need not be followed.
+            if option and type(option[0]) is str and not text.startswith(option[0].lower(), at):
+                continue
+            met = {node.name or len(bound): option[0], **bound} if type(node) is Variable else bound
+            link = ((i, len(options)),) if len(options) > 1 else ()
+            stack.append((at, option + later, met, chain + link))
+    # The search is blind to capitals and articles, so each chain's story is compared with the text itself.
     chains = [chain for chain in chains if retell(chain) == story]
     if len(chains) != 1:
         raise ValueError(f"{story[:60]!r}… has {len(chains)} derivations, expected one")
@@ -274,21 +344,20 @@ def bits(chains):
     """The bits of all choices: log2(n) for one of n."""
     return math.fsum(math.log2(n) for chain in chains for _, n in chain)
 
-
 # -----------------------------------------------------------------------------
-# files
+# Files
 
 
 def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
     """Writes num_stories distinct stories in 20 shards, the first of them validation, and their entropy.
 
-    data_dir/TinyStories_all_data appears when all shards are complete, after data_dir/entropy.json: of "val"
-    and "train" the number of stories, their bytes in UTF-8, the bits of their choices, and bits_per_byte.
+    data_dir/TinyStories_all_data appears when all shards are complete, after data_dir/entropy.json.
     ValueError: num_stories is too small, or the folder holds shards that aren't an earlier corpus of ours.
     """
     if num_stories < NUM_SHARDS:
         raise ValueError(f"num_stories is {num_stories}, expected at least {NUM_SHARDS}, one for each shard")
-    folder, facts = Path(data_dir, SHARDS), Path(data_dir, "entropy.json")
+    folder = Path(data_dir, SHARDS)
+    facts = Path(data_dir, "entropy.json")
     if folder.exists() and not facts.exists():
         raise ValueError(f"{folder} without {facts.name} is not ours to replace; choose another --data_dir")
     stories = distinct_stories(num_stories)
@@ -308,14 +377,20 @@ def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
 
 def distinct_stories(count, grammar=None, seed=1337):
     """A list of count different (text, chain): one that was drawn before is drawn again."""
-    grammar, rng, stories = grammar or read_grammar(), random.Random(seed), {}
-    while len(stories) < count:  # randrange differs between versions of Python
-        stories.setdefault(*tell(grammar, lambda n: int(rng.random() * n)))
+    grammar = grammar or read_grammar()
+    rng = random.Random(seed)
+    stories = {}  # text -> chain
+    while len(stories) < count:
+        # randrange draws other numbers in other versions of Python, random() the same.
+        text, chain = tell(grammar, lambda n: int(rng.random() * n))
+        stories.setdefault(text, chain)
     return list(stories.items())
 
 
 def measure(stories):
-    size, total = sum(len(text.encode()) for text, _ in stories), bits(chain for _, chain in stories)
+    """What entropy.json says of some (text, chain): their number, UTF-8 bytes, and bits of the choices."""
+    size = sum(len(text.encode()) for text, _ in stories)
+    total = bits(chain for _, chain in stories)
     return {"stories": len(stories), "bytes": size, "bits": total, "bits_per_byte": total / size}
 
 

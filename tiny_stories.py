@@ -17,93 +17,56 @@ The stories are those of "TinyStories: How Small Can Language Models Be and Stil
 
 writes mine/val.bin and mine/train.bin, with a vocabulary trained on these texts.
 
-A .bin file is 256 little-endian int32 of header (magic, version, number of tokens, zeros), then the tokens
-as little-endian uint32. In version 8, of chats, bit 31 marks a token that is read but is no target.
-manifest.json tells what the files were made from. Every file appears under its final name only when it is
-complete, and after any interruption the same command goes on with what is unfinished.
+plumbing/files.py describes .bin files, manifest.json says what they were made from. A file appears under its
+final name only when it is complete; after an interruption the same command goes on with what is unfinished.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
-import glob
-import gzip
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import random
 import re
 import shutil
 import signal
 import sys
-import tarfile
 import threading
-import time
-import zlib
-from multiprocessing import resource_tracker
 
 import numpy as np
-import requests
 from tqdm import tqdm
 
-from plumbing import cli
-from plumbing.files import (
-    MANIFEST,
-    MASKED,
-    MASKING_VERSION,
-    MAX_TOKENS,
-    VERSION,
-    check_disk,
-    complete,
-    read_header,
-    read_manifest,
-    read_tokens,
-    sha256_of,
-    write_manifest,
-    write_tokens,
-)
-from tokenizer import MAX_CHARS, ROLES, Tokenizer, train_tokenizer
+from plumbing import cli, files
+from plumbing.documents import SHARDS, find_shards, read_documents, read_shard, texts_of
+from plumbing.download import check_archive, fetch, unpack
+from tokenizer import MAX_CHARS, Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 ARCHIVE = "TinyStories_all_data.tar.gz"
-SHARDS = "TinyStories_all_data"  # the folder of unpacked shards, inside the data folder
 DATA_DIR = "tinystories"
 TOKENIZER_PATH = "Meta-Llama-3.1-8B/tokenizer.model"
-TIMEOUT = 30  # seconds without an answer, or without a further byte
-ATTEMPTS = 5  # in a row that bring nothing new
-BACKOFF = 1  # second before the second of them; doubles each time
-CHUNK = 2**13  # bytes of an answer that are written at once; a broken connection loses a part of them
-
-BLOCK = 2**20  # characters or bytes that are read at once
-SHARD_CHARS = SAMPLE_CHARS = 2**25  # of your own text: a worker's job, and what a vocabulary is trained on
-
 LLAMA3 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"  # SHA-256 of its tokenizer.model
-KNOWN_TOKENS = {"val": 18_660_516, "train": 907_021_844}  # with it, of all 50 shards
+KNOWN_TOKENS = {"val": 18_660_516, "train": 907_021_844}  # All 50 shards, tokenized with it.
+SHARD_CHARS = 2**25  # Your own text is cut into shards of this size, each a job for one worker.
+SAMPLE_CHARS = 2**25  # A vocabulary is trained on that much of it.
 
 # -----------------------------------------------------------------------------
-# files
-
-
-def size_of(path):
-    return os.path.getsize(path) if os.path.exists(path) else 0
-
-
-# -----------------------------------------------------------------------------
-# download
+# Download
 
 
 def download(data_dir: str = DATA_DIR, url: str = URL, sha256: str | None = None):
     """Downloads the archive into data_dir and unpacks it to data_dir/TinyStories_all_data/data*.json.
 
-    What is complete already is kept; an interrupted download or unpacking continues. sha256: the archive's
-    digest, if you know it; else that of the first download has to come again, from the manifest.
-    ConnectionError: the server can't be reached, refuses, or breaks off. ValueError: the archive is broken,
-    unsafe, or another one.
+    What is complete is kept, what was interrupted goes on. sha256: the archive's digest; without it, the
+    archive has to be that of an earlier download. ConnectionError: no good answer. ValueError: unsound.
     """
-    folder, archive = os.path.join(data_dir, SHARDS), os.path.join(data_dir, ARCHIVE)
+    folder = os.path.join(data_dir, SHARDS)
+    archive = os.path.join(data_dir, ARCHIVE)
     unpacked = bool(find_shards(folder))
     os.makedirs(data_dir, exist_ok=True)
     if os.path.exists(archive):
@@ -120,208 +83,12 @@ def download(data_dir: str = DATA_DIR, url: str = URL, sha256: str | None = None
     print(f"Number of shards: {len(find_shards(folder))}")
 
 
-def check_archive(path, archive, sha256):
-    """Records and returns the digest of the archive, so far at path. ValueError: another is expected."""
-    data_dir, found = os.path.dirname(archive), sha256_of(path)
-    expected = sha256 or read_manifest(data_dir)["archive"].get("sha256", found)
-    if found != expected.lower():
-        os.replace(path, f"{archive}.broken")
-        raise ValueError(f"{archive}: found SHA-256 {found}, expected {expected}; now "
-                         f"named {archive}.broken; run again to download anew, or without {MANIFEST}")
-    write_manifest(data_dir, archive={"bytes": os.path.getsize(path), "sha256": found})
-    return found
-
-
-def fetch(url, path, sha256=None):
-    """Downloads url to path, by way of path.part, which a later call continues; returns the SHA-256.
-
-    path.part.json tells of which file. ConnectionError: ATTEMPTS in a row brought nothing new.
-    """
-    part, state, failures = f"{path}.part", f"{path}.part.json", 0
-    while True:
-        had = size_of(part)
-        try:
-            receive(url, part, state)
-            break
-        except requests.RequestException as error:
-            failures = 0 if size_of(part) > had else failures + 1
-            if failures == ATTEMPTS:
-                raise ConnectionError(f"downloading {url} failed: {error}; run again to continue") from error
-            delay = BACKOFF * 2 ** max(failures - 1, 0)
-            print(f"{error}; trying again in {delay} s", file=sys.stderr)
-            time.sleep(delay)
-    digest = check_archive(part, path, sha256)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(state)
-    os.replace(part, path)
-    return digest
-
-
-def receive(url, part, state):
-    """Tries once to complete part. Worth another try: RequestException; not: ConnectionError, ValueError."""
-    have, known = size_of(part), {}
-    with contextlib.suppress(FileNotFoundError, ValueError), open(state, encoding="utf-8") as file:
-        known = json.load(file)
-    if have and have == known.get("total") and url == known["url"]:
-        return
-    headers = {"Accept-Encoding": "identity"}  # so that ranges and lengths count the bytes that are written
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if unchanged := known.get("etag") or known.get("modified"):
-            headers["If-Range"] = unchanged  # else all of it is to come
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status, fields = response.status_code, response.headers
-        if status not in (200, 206, 416):
-            error = f"{url} answered {status} {response.reason}"
-            if status in (408, 429) or status >= 500:
-                raise requests.HTTPError(error)
-            raise ConnectionError(f"{error}, expected 200 OK; check the address or get the file otherwise")
-        if span := re.match(r"bytes (\d+)-\d+/(\d+)", fields.get("Content-Range", "")):
-            start, total = map(int, span.groups())
-        else:
-            start, length = have if status == 206 else 0, fields.get("Content-Length")
-            total = start + int(length) if length else None
-        etag = fields.get("ETag", "")  # a weak one, W/, doesn't vouch for bytes
-        about = {"url": url, "total": total, "modified": fields.get("Last-Modified"),
-                 "etag": None if etag.startswith("W/") else etag}
-        changed = any(known.get(key) and about[key] and known[key] != about[key] for key in about)
-        if status == 416 or status == 206 and (changed or start != have):
-            os.remove(part)
-            raise requests.ConnectionError(f"{url} has changed since its download began")
-        response.raw.headers.pop("Content-Encoding", None)  # of the .gz itself: to stay packed
-        chunks = response.iter_content(chunk_size=CHUNK)
-        if status == 200:  # all of it: as asked, as the server ignores ranges, or as it has changed
-            start, first = 0, next(chunks, b"")
-            if not first.startswith(b"\x1f\x8b"):
-                raise ValueError(f"{url} answered 200 with {first[:40]!r}, expected a .tar.gz; check the "
-                                 "address and whether the network wants a login, then run again")
-            chunks = itertools.chain([first], chunks)
-            open(part, "wb").close()  # empty, before state tells of another file
-            with complete(state) as file:
-                file.write(json.dumps(about).encode())
-        check_disk("the download", (total or start) - start, os.path.dirname(part))
-        with open(part, "ab") as file, tqdm(desc=part, initial=start, total=total, unit="iB",
-                                            unit_scale=True, unit_divisor=1024) as bar:
-            for chunk in chunks:
-                bar.update(file.write(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    if total is not None and size_of(part) != total:
-        raise requests.ConnectionError(f"{url}: received {size_of(part):,} bytes, expected {total:,}")
-
-
-def unpack(archive, folder, digest):
-    """Unpacks a .tar.gz to a folder that appears when complete; members that are there already stay.
-
-    ValueError if it is broken, unsafe or without shards: it is put aside, so that a new run starts anew.
-    """
-    part = f"{folder}.{digest[:16]}.part"
-    for other in set(glob.glob(f"{glob.escape(folder)}.{'?' * 16}.part")) - {part}:
-        shutil.rmtree(other)
-    os.makedirs(part, exist_ok=True)
-    try:
-        with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    member = tarfile.data_filter(member, part)  # refuses what would leave the folder
-                    path = os.path.join(part, member.name)
-                    if member.isfile() and not (os.path.isfile(path) and size_of(path) == member.size):
-                        os.makedirs(os.path.dirname(path), exist_ok=True)
-                        with complete(path) as file:
-                            shutil.copyfileobj(tar.extractfile(member), file, BLOCK)
-            while stream.read(BLOCK):  # on to the end, where gzip keeps its checksum
-                pass
-        if not find_shards(part):
-            raise tarfile.TarError("it holds no data*.json")
-    except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        write_manifest(os.path.dirname(archive), archive={})  # so that another digest is welcome
-        os.replace(archive, f"{archive}.broken")
-        raise ValueError(f"{archive}: found no sound .tar.gz of TinyStories' shards ({error}); now named "
-                         f"{archive}.broken; check the address, then run again to download anew") from error
-    os.replace(part, folder)
-
-
-# -----------------------------------------------------------------------------
-# shards
-
-SPACE, COMMA, CLOSING = map(re.compile, (r"[ \t\n\r]*", r"[ \t\n\r]*,[ \t\n\r]*", r"[ \t\n\r]*\]"))
-EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
-
-
-def find_shards(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "data*.json")))
-
-
 def read_stories(path):
     """The texts of a shard, a JSON list of {"story": text}, in file order; ValueError names the file."""
     return [record["story"] for record in read_shard(path)]
 
-
-def read_shard(path):
-    """Yields the records of a shard, as they are read; ValueError names the file and the story."""
-    record = None
-    with open(path, encoding="utf-8") as file:
-        for record in read_records(f"{path}, story", read_array(file), "story", EXPECTED):
-            yield record
-    if record is None:
-        raise ValueError(f"{path}: found [], {EXPECTED}")
-
-
-def read_records(name, rows, field, expected):
-    """Yields what training needs of rows: {"story": text} or {"messages": dialog}; ValueError names one."""
-    number = 0
-    try:
-        for row in rows:
-            if isinstance(row, dict) and is_dialog(row.get("messages")):
-                yield {"messages": row["messages"]}
-            elif isinstance(row, dict) and isinstance(row.get(field), str):
-                yield {"story": row[field]}
-            else:
-                raise ValueError(f"found {json.dumps(row, default=str):.60}")
-            number += 1
-    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        found = error if str(error).startswith("found") else f"found no JSON in UTF-8 ({error})"
-        raise ValueError(f"{name} {number}: {found}, {expected}") from error
-
-
-def is_dialog(messages):
-    return isinstance(messages, list) and messages != [] and all(
-        isinstance(message, dict) and message.keys() == {"role", "content"}
-        and isinstance(message["content"], str) and message["role"] in list(ROLES) for message in messages)
-
-
-def read_array(file):
-    """Yields the values of a JSON array while it is read. ValueError, RecursionError: it isn't one."""
-    decode, text = json.JSONDecoder().raw_decode, file.read(BLOCK)
-    if not (opening := re.match(r"[ \t\n\r]*\[", text)):
-        raise ValueError(f"found {' '.join(text[:60].split()) or 'nothing'}")
-    at, before = opening.end(), SPACE
-    while not (closing := CLOSING.match(text, at)):
-        try:
-            if not (begin := before.match(text, at)):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            (value, end), wrong = decode(text, begin.end()), None
-        except (ValueError, RecursionError) as error:
-            end, wrong = len(text), error
-        # cut here, perhaps, as numbers may be in 1|.5|e+|3; as much again is read, so that time stays linear
-        if end > len(text) - 3 and (more := file.read(max(BLOCK, end - at))):
-            text, at = text[at:] + more, 0
-        elif wrong:
-            raise wrong
-        else:
-            yield value
-            at, before = end, COMMA
-    if (text[closing.end():] + file.read()).strip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", text, closing.end())
-
-
-def texts_of(record):
-    return [m["content"] for m in record["messages"]] if "messages" in record else [record["story"].strip()]
-
-
 # -----------------------------------------------------------------------------
-# tokenize
+# Tokenize
 
 
 def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num_workers: int | None = None):
@@ -329,8 +96,7 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 
     num_workers: processes, None for one per core; the files are the same for any number. A train split of
     more than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an earlier run stay
-    until both splits are complete. FileNotFoundError without shards or tokenizer, ValueError if broken,
-    OSError without room on the disk.
+    until both splits are complete. FileNotFoundError: no shards; ValueError: a broken one; OSError: no room.
     """
     folder = os.path.join(data_dir, SHARDS)
     shards = find_shards(folder)
@@ -339,42 +105,65 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
                                 f"validation, the rest for training; run tiny_stories.py download first")
     splits = {"val": shards[:1], "train": shards[1:]}
     counts = write_splits(data_dir, "TinyStories_", splits, tokenizer_path, num_workers)
-    if len(shards) == 50 and sha256_of(tokenizer_path) == LLAMA3:
+    if len(shards) == 50 and files.sha256_of(tokenizer_path) == LLAMA3:
         matching = "match" if counts == KNOWN_TOKENS else f"do not match {KNOWN_TOKENS}, the known ones"
         print(f"The counts of the full dataset {matching}.")
 
 
-def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers):
+def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_tokens=files.MAX_TOKENS):
     """Tokenizes splits, name -> shards, to data_dir/PREFIXname.bin; returns name -> number of tokens."""
-    Tokenizer(tokenizer_path)  # its errors come once, before the work
+    Tokenizer(tokenizer_path)  # Its errors come once, before the work.
     num_workers = os.cpu_count() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
-    finished = os.path.join(data_dir, "tokens.part")  # a folder of finished shards
+    finished = os.path.join(data_dir, "tokens.part")  # The folder of the shards that are tokenized.
     os.makedirs(finished, exist_ok=True)
-    shards = [shard for split in splits.values() for shard in split]
-    done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
-    check_disk("tokenizing", sum(map(os.path.getsize, shards)) - done_bytes, data_dir)  # twice the tokens
-    digest = sha256_of(tokenizer_path)
+    digest = files.sha256_of(tokenizer_path)
     jobs = [(i, shard, finished, tokenizer_path, digest)
             for split in splits.values() for i, shard in enumerate(split)]
-    files, counts = {}, {}
+    # The tokens lie on the disk twice, finished and joined, which takes about as much as the JSON.
+    done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
+    files.check_disk("tokenizing", sum(os.path.getsize(job[1]) for job in jobs) - done_bytes, data_dir)
+    made = {}
+    counts = {}
     with contextlib.closing(process_shards(jobs, min(num_workers, len(jobs)))) as results:
         for name, split in splits.items():
             print(f"Tokenizing {name} split...")
             done = list(tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard"))
-            files |= write_split(os.path.join(data_dir, prefix + name), done, digest)
+            made |= write_split(os.path.join(data_dir, prefix + name), done, digest, max_tokens)
             counts[name] = sum(about["tokens"] for *_, about in done)
-    write_manifest(data_dir, files={})  # so that it never tells of other files than are there
-    for path in files:
+    files.write_manifest(data_dir, files={})  # While files are replaced, it must not describe other ones.
+    for path in made:
         os.replace(f"{path}.new", path)
-    for suffix in "", "_[0-9][0-9][0-9]":  # an earlier train split may be in another number of files
-        for path in glob.glob(os.path.join(glob.escape(data_dir), f"{prefix}train{suffix}.bin")):
-            if path not in files:
-                os.remove(path)
-    write_manifest(data_dir, files={os.path.basename(path): about for path, about in files.items()})
+    for name in os.listdir(data_dir):  # An earlier train split may be in another number of files.
+        path = os.path.join(data_dir, name)
+        if re.fullmatch(prefix + r"train(_\d\d\d)?\.bin", name) and path not in made:
+            os.remove(path)
+    files.write_manifest(data_dir, files={os.path.basename(path): about for path, about in made.items()})
     shutil.rmtree(finished)
     return counts
+
+
+def write_split(stem, finished, tokenizer_digest, max_tokens):
+    """Joins finished shards, each kept whole, to as few files PATH.new as hold them: path -> about it."""
+    groups = [[]]
+    filled = 0
+    for shard in finished:
+        num_tokens = shard[2]["tokens"]
+        if filled and filled + num_tokens > max_tokens:
+            groups.append([])
+            filled = 0
+        groups[-1].append(shard)
+        filled += num_tokens
+    made = {}
+    for number, group in enumerate(groups):
+        path = f"{stem}_{number:03d}.bin" if len(groups) > 1 else f"{stem}.bin"
+        parts, versions, shards = zip(*group, strict=True)
+        about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
+        print(f"writing {about['tokens']:,} tokens to {path}")
+        files.write_tokens(f"{path}.new", map(files.read_tokens, parts), max(versions))
+        made[path] = about | {"version": max(versions), "tokenizer": tokenizer_digest, "shards": shards}
+    return made
 
 
 def process_shards(jobs, num_workers):
@@ -382,18 +171,19 @@ def process_shards(jobs, num_workers):
     if num_workers == 1:
         yield from itertools.starmap(finish_shard, jobs)
         return
-    spawn = multiprocessing.get_context("spawn")  # a caller may have threads (torch), which fork would break
+    spawn = multiprocessing.get_context("spawn")  # The caller may have threads (torch's), which fork breaks.
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, initializer=end_with_parent)
-    resource_tracker.ensure_running()  # its start would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for
-    try:                                                                # this process, which then kills them
+    multiprocessing.resource_tracker.ensure_running()  # Started later, it would lift the mask.
+    # Workers inherit this mask, so that Ctrl-C interrupts this process alone, which then kills them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         results = []
         for job in jobs:
             shard = job[1]
             try:
                 results.append(pool.submit(finish_shard, *job))
-            except OSError:  # the pool is closing its pipes, as a worker has died
+            except OSError:  # A worker has died, and the pool is closing its pipes.
                 raise concurrent.futures.BrokenExecutor from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for job, result in zip(jobs, results, strict=True):
@@ -410,17 +200,16 @@ def process_shards(jobs, num_workers):
 
 
 def end_with_parent():
-    """Lets a worker end with its parent, if that is killed: an executor's would wait for ever."""
+    """Ends a worker when its parent is killed; it would otherwise wait for jobs for ever."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def finish_shard(index, shard, folder, tokenizer_path, tokenizer_digest):
-    """Writes a shard's tokens to a .bin file in folder, or finds it there; returns (path, version, counts).
-
-    The file's name follows from all that its content depends on.
-    """
-    name, digest = os.path.basename(shard), sha256_of(shard)
+    """Writes a shard's tokens to a .bin in folder, or finds it there; returns path, version and counts."""
+    name = os.path.basename(shard)
+    digest = files.sha256_of(shard)
+    # The file is named after all that its content depends on, so it is never taken for another one.
     key = hashlib.sha256(f"{name} {digest} {index} {tokenizer_digest}".encode()).hexdigest()
     path = os.path.join(folder, f"{key[:32]}.bin")
     if not os.path.exists(path):
@@ -430,117 +219,96 @@ def finish_shard(index, shard, folder, tokenizer_path, tokenizer_digest):
             raise
         except Exception as error:
             raise ValueError(f"{shard}: tokenizing failed with {error!r}") from error
-        write_tokens(path, (np.frombuffer(chunk, "<u4") for chunk in chunks), *about)
-    header = read_header(path)
+        files.write_tokens(path, (np.frombuffer(chunk, "<u4") for chunk in chunks), *about)
+    header = files.read_header(path)
     return path, header.version, {"name": name, "sha256": digest, "stories": header.num_documents,
                                   "tokens": header.num_tokens, "bytes": header.num_bytes}
 
 
 def process_shard(shard_index, shard_filename, tokenizer_path):
-    """The tokens of one shard, uint32: its stories, shuffled and stripped, each as <BOS> tokens <EOS>.
-
-    The shuffle's seed is 1337 + shard_index, the shard's place within its split. ValueError names the shard.
-    """
+    """The tokens of a shard, uint32: its stories, shuffled, each <BOS> tokens <EOS>; ValueError names it."""
     chunks, *_ = encode_shard(shard_index, shard_filename, Words(Tokenizer(tokenizer_path)))
     return np.frombuffer(bytearray().join(chunks), dtype="<u4")
 
 
 def encode_shard(shard_index, shard, words):
     """(shuffled records as the bytes of their tokens, version of the format, records, bytes of text)."""
-    chunks, version, num_bytes = [], VERSION, 0
+    chunks = []
+    version = files.VERSION
+    num_bytes = 0
     for record in read_shard(shard):
         chunks.append(words.encode(record))
-        version = MASKING_VERSION if "messages" in record else version
+        if "messages" in record:
+            version = files.MASKING_VERSION
         num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts_of(record))
-    random.Random(1337 + shard_index).shuffle(chunks)
+    random.Random(1337 + shard_index).shuffle(chunks)  # The index counts the shards of a split.
     return chunks, version, len(chunks), num_bytes
 
 
-BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")
+BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # A space that touches no other white space.
 
 
-class Words(dict):
-    """Encodes records to bytes of uint32, fast as it remembers words: "word" -> tokens of " word".
+class Words:
+    """Encodes records to bytes of uint32, fast as it remembers the tokens of words.
 
-    A text can be encoded in pieces, cut at spaces that no other white space touches: Llama 3's pattern joins
-    those to what follows, never to what precedes.
+    A text may be encoded in pieces, each beginning with a space that touches no other white space: Llama 3's
+    pattern joins it to what follows, never to what precedes. Only a text's first word has no such space.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-
-    def __missing__(self, key):
-        word = "".join(key)  # the key of a text's first word, before which no space is, is a tuple
-        if not word or word[0].isspace() or word[-1].isspace():  # it was not to be cut there
-            raise KeyError(word)
-        tokens = as_bytes(self.tokenizer.encode(word if isinstance(key, tuple) else f" {word}"))
-        if len(self) < 2**17 and len(word) < 32:  # 30 MB at most
-            self[key] = tokens
-        return tokens
+        self.first = {}  # word -> bytes of its tokens
+        self.later = {}  # word -> bytes of the tokens of a space and the word
 
     def encode(self, record):
         """<BOS> story <EOS>, or a dialog, masked but for the assistant's words and <|eot_id|>."""
-        tokenizer = self.tokenizer
         if "messages" in record:
-            tokens = [tokenizer.bos_id | MASKED]
-            for message in record["messages"]:
-                ids, by_assistant = tokenizer.encode_message(message), message["role"] == "assistant"
-                said = len(tokenizer.encode_header("assistant")) if by_assistant else len(ids)
-                tokens += [i | MASKED for i in ids[:said]] + ids[said:]
-            return as_bytes(tokens)
+            return self.encode_chat(record["messages"])
         [text] = texts_of(record)
-        if not text or len(text) > MAX_CHARS:  # which Meta cuts, be it in a word
-            tokens = [as_bytes(tokenizer.encode(text))]
-        else:
-            try:
-                tokens = self.look_up(text.split(" "))
-            except KeyError:  # slower, for texts with line breaks or double spaces
-                tokens = self.look_up(BETWEEN_WORDS.split(text))
-        return b"".join([as_bytes([tokenizer.bos_id]), *tokens, as_bytes([tokenizer.eos_id])])
+        if not text or len(text) > MAX_CHARS:  # The tokenizer cuts a longer text, even within a word.
+            tokens = [as_bytes(self.tokenizer.encode(text))]
+        else:  # The second way to cut is slower, and rarely needed: for double spaces and the like.
+            tokens = self.look_up(text.split(" ")) or self.look_up(BETWEEN_WORDS.split(text))
+        return b"".join([as_bytes([self.tokenizer.bos_id]), *tokens, as_bytes([self.tokenizer.eos_id])])
 
     def look_up(self, words):
-        return [self[words[0],], *map(self.__getitem__, words[1:])]
+        """The bytes of each word's tokens; None if the text must not be cut there."""
+        tokens = [self.first.get(words[0]), *map(self.later.get, words[1:])]
+        if all(tokens):
+            return tokens
+        for i, word in enumerate(words):
+            if tokens[i]:
+                continue
+            if not word or word[0].isspace() or word[-1].isspace():
+                return None
+            memory = self.later if i else self.first
+            tokens[i] = memory.get(word)  # It may be known by now, as the text has it twice.
+            if not tokens[i]:
+                tokens[i] = as_bytes(self.tokenizer.encode(f" {word}" if i else word))
+                if len(word) < 32 and len(self.first) + len(self.later) < 2**17:  # At most 30 MB.
+                    memory[word] = tokens[i]
+        return tokens
+
+    def encode_chat(self, messages):
+        tokens = [self.tokenizer.bos_id | files.MASKED]
+        header = self.tokenizer.encode_header("assistant")
+        for message in messages:
+            ids = self.tokenizer.encode_message(message)
+            num_masked = len(header) if message["role"] == "assistant" else len(ids)
+            tokens += [i | files.MASKED for i in ids[:num_masked]] + ids[num_masked:]
+        return as_bytes(tokens)
 
 
 @functools.lru_cache(maxsize=1)
-def words_of(tokenizer_path, digest):  # of the file, which may change
+def words_of(tokenizer_path, digest):  # The digest is there as the file may change.
     return Words(Tokenizer(tokenizer_path))
 
 
 def as_bytes(tokens):
     return np.array(tokens, dtype="<u4").tobytes()
 
-
 # -----------------------------------------------------------------------------
-# token files
-
-
-def write_split(stem, finished, tokenizer_digest):
-    """Joins finished shards, each kept whole, to as few .bin files as hold them; returns path -> about it.
-
-    One file will be STEM.bin, several STEM_000.bin, STEM_001.bin, …: for now with .new appended.
-    """
-    groups, filled = [[]], 0
-    for shard in finished:
-        if filled and filled + shard[2]["tokens"] > MAX_TOKENS:
-            groups.append([])
-            filled = 0
-        groups[-1].append(shard)
-        filled += shard[2]["tokens"]
-    files = {}
-    for number, group in enumerate(groups):
-        path = f"{stem}_{number:03d}.bin" if len(groups) > 1 else f"{stem}.bin"
-        parts, versions, shards = zip(*group, strict=True)
-        about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
-        print(f"writing {about['tokens']:,} tokens to {path}")
-        arrays = (read_tokens(part) for part in parts)
-        write_tokens(f"{path}.new", arrays, max(versions))
-        files[path] = about | {"version": max(versions), "tokenizer": tokenizer_digest, "shards": shards}
-    return files
-
-
-# -----------------------------------------------------------------------------
-# your own text
+# Your own text
 
 
 def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = None,
@@ -564,11 +332,11 @@ def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = Non
         raise FileNotFoundError(f"{missing[0]}: found no such file, expected --input PATH...")
     if vocab_size is None:
         tokenizer_path = tokenizer_path or TOKENIZER_PATH
-        Tokenizer(tokenizer_path)  # its errors come before the work
-    folder = os.path.join(data_dir, "documents.part")  # made anew by each run, which is quick
+        Tokenizer(tokenizer_path)  # Its errors come before the work.
+    folder = os.path.join(data_dir, "documents.part")  # Every run writes it again, which is quick.
     print(f"Reading {len(paths):,} files...")
     least = split_documents(paths, field, separator, val_fraction, folder)
-    if least >= val_fraction:  # none for validation
+    if least >= val_fraction:  # None came to validation; now the document of the least hash does.
         split_documents(paths, field, separator, math.nextafter(least, 2), folder)
     splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
     if not splits["train"]:
@@ -583,73 +351,38 @@ def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = Non
 
 
 def split_documents(paths, field, separator, val_fraction, folder):
-    """Writes documents as shards to folder/val, if their hash, 0 … 1, is below val_fraction, or /train.
-
-    Returns the least hash, 1 without documents.
-    """
+    """Puts a document into folder/val if its hash, 0 … 1, is below val_fraction; returns the least hash."""
     shutil.rmtree(folder, ignore_errors=True)
-    lines, sizes, numbers, least = {}, {}, {}, 1.0
-    for split in "val", "train":
-        os.makedirs(os.path.join(folder, split))
-        lines[split], sizes[split], numbers[split] = [], 0, 0
+    lines = {"val": [], "train": []}  # of the shard that each split is at
+    sizes = collections.Counter()  # split -> characters in these lines
+    numbers = collections.Counter()  # split -> shards that are written
+    least = 1.0
 
     def flush(split):
-        with complete(os.path.join(folder, split, f"data{numbers[split]:05d}.json")) as file:
+        path = os.path.join(folder, split, f"data{numbers[split]:05d}.json")
+        with files.complete(path) as file:
             file.write(f"[{', '.join(lines[split])}]".encode())
-        lines[split], sizes[split], numbers[split] = [], 0, numbers[split] + 1
+        lines[split].clear()
+        sizes[split] = 0
+        numbers[split] += 1
 
+    for split in lines:
+        os.makedirs(os.path.join(folder, split))
     for record in itertools.chain.from_iterable(read_documents(path, field, separator) for path in paths):
         if not any(map(str.strip, texts_of(record))):
-            continue  # nothing in it
+            continue  # An empty document teaches nothing.
         line = json.dumps(record)
         place = int.from_bytes(hashlib.sha256(line.encode()).digest()[:6]) / 2**48
-        split, least = "val" if place < val_fraction else "train", min(least, place)
+        least = min(least, place)
+        split = "val" if place < val_fraction else "train"
         lines[split].append(line)
         sizes[split] += len(line)
         if sizes[split] > SHARD_CHARS:
             flush(split)
-    for split in filter(lines.get, lines):
-        flush(split)
+    for split in lines:
+        if lines[split]:
+            flush(split)
     return least
-
-
-def read_documents(path, field, separator):
-    """Yields the records of one input file; ValueError names it and the document."""
-    kind = os.path.splitext(path.removesuffix(".gz"))[1]
-    if kind not in (".txt", ".jsonl", ".json", ".parquet"):
-        raise ValueError(f"{path}: found {kind or 'no'} suffix, expected .txt, .jsonl, .json or .parquet")
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-        if kind == ".txt":
-            rows = ({field: piece} for piece in split_at(file, separator))
-        elif kind == ".jsonl":
-            rows = (json.loads(line) for line in file if not line.isspace())
-        else:
-            rows = read_array(file) if kind == ".json" else read_parquet(path, field)
-        expected = f'expected {{"{field}": text}}, see --field, or {{"messages": [{{"role", "content"}}]}}'
-        yield from read_records(f"{path}, document", rows, field, expected)
-
-
-def split_at(file, separator):
-    """Yields the pieces of a text file between separators, or all of it."""
-    if separator is None:
-        yield file.read()
-        return
-    separator, rest = separator.replace("\\n", "\n"), ""
-    while block := file.read(max(BLOCK, len(rest))):
-        *pieces, rest = (rest + block).split(separator)
-        yield from pieces
-    yield rest
-
-
-def read_parquet(path, field):
-    try:
-        import pyarrow.parquet as parquet  # here, as few need it
-    except ImportError as error:
-        raise ValueError(f"{path}: found no pyarrow to read it with; pip install pyarrow") from error
-    file = parquet.ParquetFile(path)
-    columns = [name for name in ("messages", field) if name in file.schema_arrow.names]
-    for batch in file.iter_batches(batch_size=1000, columns=columns):
-        yield from batch.to_pylist()
 
 
 def sample_texts(shards):
@@ -658,30 +391,29 @@ def sample_texts(shards):
         left = SAMPLE_CHARS / len(shards)
         for text in itertools.chain.from_iterable(map(texts_of, read_shard(shard))):
             yield text
-            if (left := left - len(text)) < 0:
+            left -= len(text)
+            if left < 0:
                 break
 
-
 # -----------------------------------------------------------------------------
-# command line
+# Command line
 
 
 def prepare(data_dir: str = DATA_DIR, url: str = URL, tokenizer_path: str = TOKENIZER_PATH,
             num_workers: int | None = None, sha256: str | None = None):
     """Downloads, unpacks and tokenizes TinyStories."""
-    Tokenizer(tokenizer_path)  # its errors come before 1.5 GB of download
+    Tokenizer(tokenizer_path)  # Its errors come before 1.5 GB of download.
     download(data_dir, url, sha256)
     tokenize(data_dir, tokenizer_path, num_workers)
 
 
 def main():
     words = sys.argv[1:]
-    if "--input" in words:  # the one flag that takes several words
+    if "--input" in words:  # It is the one flag that takes several words.
         begin = words.index("--input") + 1
         end = next((i for i in range(begin, len(words)) if words[i].startswith("--")), len(words))
         words[begin - 1:end] = ["--input=" + "\n".join(words[begin:end])]
-    commands = {"download": download, "tokenize": tokenize, "text": text, "prepare": prepare}
-    cli.run(commands, default="prepare", argv=words)
+    cli.run({"download": download, "tokenize": tokenize, "text": text, "prepare": prepare}, "prepare", words)
 
 
 if __name__ == "__main__":

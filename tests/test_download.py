@@ -1,6 +1,7 @@
 """Download and unpacking, against a local server with every fault a network has; kills at random moments."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.server
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import sentences
 
+import plumbing.download
 import tiny_stories
 from tokenizer import train_tokenizer
 
@@ -101,8 +103,8 @@ def server(body=ARCHIVE, faults=(), ranges=True, tag=None, modified=None, length
 def waited(monkeypatch):
     """The seconds that were waited between attempts; in truth there are none."""
     seconds = []
-    monkeypatch.setattr(tiny_stories, "time", SimpleNamespace(sleep=seconds.append))
-    monkeypatch.setattr(tiny_stories, "CHUNK", 1000)
+    patient = functools.partial(plumbing.download.fetch, sleep=seconds.append, chunk_bytes=1000)
+    monkeypatch.setattr(tiny_stories, "fetch", patient)
     return seconds
 
 
@@ -164,7 +166,7 @@ def test_an_archive_that_is_said_to_be_encoded_stays_as_it_is(tmp_path):
     [(20_000, "cut"), 503, 503, 503, 503]])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_attempt_that_fails_is_repeated_until_all_is_there(tmp_path, monkeypatch, faults, ranges):
-    monkeypatch.setattr(tiny_stories, "TIMEOUT", 0.3)
+    monkeypatch.setattr(tiny_stories, "fetch", functools.partial(tiny_stories.fetch, timeout=0.3))
     with server(faults=faults, ranges=ranges) as web:
         download(tmp_path, web.url)
     assert_complete(tmp_path)
@@ -179,6 +181,14 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path):
     assert_complete(tmp_path)
 
 
+def test_a_weak_etag_does_not_vouch_for_what_is_there(tmp_path):
+    date = "Mon, 01 Jan 2024 00:00:00 GMT"
+    with server(faults=[(10_000, "cut")], tag='W/"a"', modified=date) as web:
+        download(tmp_path, web.url)
+    assert [request.get("If-Range") for request in web.requests] == [None, date]
+    assert_complete(tmp_path)
+
+
 def test_waiting_doubles_and_begins_anew_after_progress(tmp_path, waited):
     with server(faults=[500, 500, 500, (10_000, "cut"), 500, 500]) as web:
         download(tmp_path, web.url)
@@ -186,7 +196,7 @@ def test_waiting_doubles_and_begins_anew_after_progress(tmp_path, waited):
     with server(faults=[500] * 9) as web, pytest.raises(
             ConnectionError, match="downloading http.*failed.*500 Internal Server Error; run again"):
         download(tmp_path / "b", web.url)
-    assert waited[6:] == [1, 2, 4, 8] and len(web.requests) == tiny_stories.ATTEMPTS
+    assert waited[6:] == [1, 2, 4, 8] and len(web.requests) == 5
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
@@ -333,7 +343,7 @@ def test_a_broken_or_unsafe_archive_is_put_aside_and_a_new_run_starts_anew(tmp_p
 
 def test_an_interrupted_unpacking_goes_on_and_is_not_taken_for_done(tmp_path, monkeypatch):
     members = {f"data0{i}.json": shard_of(i) for i in range(4)}
-    written, complete, stop_at = [], tiny_stories.complete, [None]
+    written, complete, stop_at = [], plumbing.download.complete, [None]
 
     @contextlib.contextmanager
     def complete_until(path):
@@ -343,7 +353,7 @@ def test_an_interrupted_unpacking_goes_on_and_is_not_taken_for_done(tmp_path, mo
         written.append(Path(path).name)
         with complete(path) as file:
             yield file
-    monkeypatch.setattr(tiny_stories, "complete", complete_until)
+    monkeypatch.setattr(plumbing.download, "complete", complete_until)
     with server(archive_of(members)) as web:
         for stop_at[0] in "data01.json", "data03.json":  # noqa: B007
             with pytest.raises(KeyboardInterrupt):

@@ -15,14 +15,25 @@ from stories import bits, distinct_stories, parse, read_grammar, tell
 STORY, LISTS = GRAMMAR = read_grammar()
 BOYS, GIRLS = (set(LISTS[name]) for name in ("boy", "girl"))
 SAMPLE = distinct_stories(2000)
-TINY_WORDS = """girl: Ann, Uma; boy: Bob, Ed; woman: aunt; man: dad; pet: cat, owl; cat: fish, milk, cream;
-owl: mice, worms; toy: ball, top"""
+TINY_WORDS = """
+girl: Ann, Uma
+boy: Bob, Ed
+woman: aunt
+man: dad
+pet: cat, owl
+cat: fish, milk,
+  cream
+owl: mice, worms
+toy: ball, top
+"""
 TINY = """
 story:
 - {name} and {name2} had a {pet}.(| // {he} gave it {treat:pet} and told {him2}.) <end>
 - Every {toy}, a {toy2} and the {toy}. <kid>!
 kid = {name=girl}|Nobody
-end = The {pet}!|(Good|Bad|Odd) {pet}.
+end = The {pet}!|
+  (Good|Bad|Odd)
+  {pet}.
 """
 
 
@@ -188,8 +199,7 @@ def test_no_option_or_word_occurs_twice_in_its_list():
                 if type(part) is tuple:
                     check(part)
     check(STORY)
-    for entry in " ".join(stories.WORDS.split()).split("; "):
-        words = entry.split(": ")[1].split(", ")
+    for words in LISTS.values():
         assert len(set(words)) == len(words)
 
 

@@ -1,7 +1,9 @@
 """Your own text and chats as token files: every format, the validation split, the masks, broken input."""
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ from tiny import assert_close, output, random_model, read_log, sentences, shard_
 import llama31
 import tiny_stories
 from llama31 import DistributedShardedDataLoader
+from plumbing import documents
 from tokenizer import Tokenizer, train_tokenizer
 
 
@@ -57,9 +60,11 @@ def write(path, texts, field="text"):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
-def test_every_format_gives_every_document_once(tmp_path, tokenizer_path, monkeypatch, name):
-    monkeypatch.setattr(tiny_stories, "BLOCK", 100)
-    data = prepare(tmp_path, [write(tmp_path / name, TEXTS)], tokenizer_path, separator=r"\n====\n")
+def test_every_format_gives_every_document_once(tmp_path, tokenizer_path, name):
+    path = write(tmp_path / name, TEXTS)
+    records = documents.read_documents(str(path), "text", r"\n====\n", block=100)
+    assert list(records) == [{"story": text} for text in TEXTS]
+    data = prepare(tmp_path, [path], tokenizer_path, separator=r"\n====\n")
     val, train = (documents_of(data / f"{split}.bin", tokenizer_path) for split in ("val", "train"))
     assert sorted(val + train) == sorted(TEXTS) and 0 < len(val) < 20
     assert sorted(path.name for path in data.iterdir()) == ["manifest.json", "train.bin", "val.bin"]
@@ -80,7 +85,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, tokenizer_path, 
         prepare(tmp_path, [tmp_path / "a.parquet"], tokenizer_path)
 
 
-def test_without_a_separator_a_file_is_a_document_and_empty_ones_are_none(tmp_path, tokenizer_path):
+def test_without_a_separator_a_file_is_a_document_and_an_empty_one_none(tmp_path, tokenizer_path):
     for i, text in enumerate(["", " \n ", *TEXTS[:40]]):
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" * (i % 2) + text.encode())
     data = prepare(tmp_path, tmp_path.glob("*.txt"), tokenizer_path)
@@ -265,29 +270,36 @@ def test_files_with_a_chat_are_version_8_and_others_7(tmp_path, tokenizer_path):
     assert {name: about["version"] for name, about in manifest.items()} == versions
 
 
-def test_a_mebibyte_without_a_separator_is_read_in_linear_time(tmp_path, monkeypatch):
-    reads = []
+class Counted(io.StringIO):
+    """A text file that counts how often it is read."""
 
-    class File:
-        def __init__(self, text):
-            self.text = text
+    reads = 0
 
-        def read(self, n):
-            reads.append(n)
-            block, self.text = self.text[:n], self.text[n:]
-            return block
-    monkeypatch.setattr(tiny_stories, "BLOCK", 2**12)
-    assert list(tiny_stories.split_at(File("x" * 2**20 + "|y|"), "|")) == ["x" * 2**20, "y", ""]
-    assert len(reads) < 15
+    def read(self, n=-1):
+        self.reads += 1
+        return super().read(n)
 
 
-def test_a_separator_across_two_blocks_is_found(monkeypatch, tmp_path):
+@pytest.mark.parametrize("content", [
+    '[{"story": "' + "x" * 2_000_000 + '"}]', '[{"story": "' + "x" * 2_000_000,
+    "[" + " " * 2_000_000 + '{"story": "a"}' + " " * 2_000_000 + "]"])
+def test_the_time_to_read_one_long_value_grows_linearly(content):
+    file = Counted(content)
+    with contextlib.suppress(ValueError):
+        list(documents.read_array(file, 2**12))
+    assert file.reads < 40
+
+
+def test_one_long_document_without_a_separator_is_read_in_linear_time():
+    file = Counted("x" * 2**20 + "|y|")
+    assert list(documents.split_at(file, "|", 2**12)) == ["x" * 2**20, "y", ""]
+    assert file.reads < 15
+
+
+def test_a_separator_across_two_blocks_is_found():
     for block in 1, 2, 3, 5:
-        monkeypatch.setattr(tiny_stories, "BLOCK", block)
-        path = tmp_path / "a.txt"
-        path.write_text("a==b=c====d")
-        with open(path) as file:
-            assert list(tiny_stories.split_at(file, "==")) == ["a", "b=c", "", "d"]
+        file = io.StringIO("a==b=c====d")
+        assert list(documents.split_at(file, "==", block)) == ["a", "b=c", "", "d"]
 
 
 def test_the_path_of_an_input_may_be_a_path_object(tmp_path, tokenizer_path):

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from tiny import WORDS, run, sentences, shard_bytes, shard_tokens
 
 import tiny_stories
+from plumbing import documents
+from plumbing.files import sha256_of
 from tokenizer import Tokenizer, train_tokenizer
 
 
@@ -104,12 +106,13 @@ def test_the_tokens_of_a_shard_take_four_bytes_each(tmp_path, tokenizer_path):
     assert peak < 3 * text_bytes + 8 * len(tokens)  # the file, its texts, the growing array; a list: 36 each
 
 
-def test_a_train_split_too_large_for_one_header_is_cut_between_shards(data_dir, tokenizer_path, monkeypatch):
+def test_a_train_split_too_large_for_one_header_is_cut_between_shards(data_dir, tokenizer_path):
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
     whole = bin_files(data_dir)["TinyStories_train.bin"]
     (data_dir / "TinyStories_train_mine.bin").write_bytes(b"a user's file")
-    monkeypatch.setattr(tiny_stories, "MAX_TOKENS", 4000)
-    tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
+    shards = sorted(str(path) for path in (data_dir / tiny_stories.SHARDS).glob("*.json"))
+    splits = {"val": shards[:1], "train": shards[1:]}
+    tiny_stories.write_splits(str(data_dir), "TinyStories_", splits, tokenizer_path, 1, max_tokens=4000)
     parts = [path.read_bytes() for path in sorted(data_dir.glob("TinyStories_train_0*.bin"))]
     assert len(parts) > 1 and b"".join(part[1024:] for part in parts) == whole[1024:]
     assert [np.frombuffer(part[:12], "<i4")[2] * 4 for part in parts] == [len(part) - 1024 for part in parts]
@@ -243,10 +246,10 @@ def test_the_manifest_tells_what_every_shard_gave(data_dir, tokenizer_path, num_
     tokenizer = Tokenizer(tokenizer_path)
     for name, of_split in ("TinyStories_val.bin", shards[:1]), ("TinyStories_train.bin", shards[1:]):
         about = files[name]
-        assert about["tokenizer"] == tiny_stories.sha256_of(tokenizer_path) and about["version"] == 7
+        assert about["tokenizer"] == sha256_of(tokenizer_path) and about["version"] == 7
         for shard, told in zip(of_split, about["shards"], strict=True):
             texts = [text.strip() for text in tiny_stories.read_stories(shard)]
-            assert told == {"name": shard.name, "sha256": tiny_stories.sha256_of(shard),
+            assert told == {"name": shard.name, "sha256": sha256_of(shard),
                             "stories": len(texts), "bytes": sum(len(text.encode()) for text in texts),
                             "tokens": sum(len(tokenizer.encode(text)) + 2 for text in texts)}
         for key in "stories", "tokens", "bytes":
@@ -265,7 +268,7 @@ def test_the_known_counts_of_the_full_dataset_are_reported(data_dir, tokenizer_p
     folder = data_dir / tiny_stories.SHARDS
     for i in range(5, 50):
         shutil.copy(folder / "data02.json", folder / f"data{i:02d}.json")
-    monkeypatch.setattr(tiny_stories, "LLAMA3", tiny_stories.sha256_of(tokenizer_path))
+    monkeypatch.setattr(tiny_stories, "LLAMA3", sha256_of(tokenizer_path))
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
     assert "do not match {'val': 18660516, 'train': 907021844}" in capsys.readouterr().out
     counts = {name: (len(data) - 1024) // 4 for name, data in bin_files(data_dir).items()}
@@ -381,51 +384,36 @@ def shard_content(draw):
     return bytes(content)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
 @settings(max_examples=600, deadline=None, derandomize=True)
-@given(shard_content(), st.sampled_from([8, 9, 13, 64, 2**20]))
-@example(b"[" * 100_000, 64)
-@example(b'[{"story": "a"}] \n\t x', 8)
-@example(b'[{"story": "a"},]', 8)
-@example(b'[{"story": "a", "n": 1' + b"0" * 5000 + b"}]", 64)
-def test_a_shard_read_in_blocks_is_what_json_reads_or_a_named_error(content, block):
-    path = io.BytesIO(content)
+@given(content=shard_content(), block=st.sampled_from([8, 9, 13, 64, 2**20]))
+@example(content=b"[" * 100_000, block=64)
+@example(content=b'[{"story": "a"}] \n\t x', block=8)
+@example(content=b'[{"story": "a"},]', block=8)
+@example(content=b'[{"story": "a", "n": 1' + b"0" * 5000 + b"}]", block=64)
+def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_names_it(scratch, content, block):
+    path = scratch / "data07.json"
+    path.write_bytes(content)
     expected = stories_as_json_reads_them(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_stories, "BLOCK", block)
-        patch.setattr(tiny_stories, "open", lambda *_, **__: io.TextIOWrapper(path, "utf-8"), raising=False)
-        if expected is not None:
-            assert tiny_stories.read_stories("data07.json") == expected
-        else:
-            with pytest.raises(ValueError, match="data07.json.*found.*expected a list"):
-                tiny_stories.read_stories("data07.json")
-
-
-@pytest.mark.parametrize("content", [
-    '[{"story": "' + "x" * 2_000_000 + '"}]', '[{"story": "' + "x" * 2_000_000,
-    "[" + " " * 2_000_000 + '{"story": "a"}' + " " * 2_000_000 + "]"])
-def test_the_time_to_read_one_long_value_grows_linearly(tmp_path, monkeypatch, content):
-    reads = []
-
-    class File(io.StringIO):
-        def read(self, n=-1):
-            reads.append(n)
-            return super().read(n)
-    monkeypatch.setattr(tiny_stories, "BLOCK", 2**12)
-    try:
-        list(tiny_stories.read_array(File(content)))
-    except ValueError:
-        pass
-    assert len(reads) < 40
+    if expected is not None:
+        assert [record["story"] for record in documents.read_shard(path, block)] == expected
+        assert tiny_stories.read_stories(path) == expected
+    else:
+        with pytest.raises(ValueError, match="data07.json.*found.*expected a list"):
+            list(documents.read_shard(path, block))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(JSON, max_size=5), st.sampled_from([2, 3, 64]))
 @example([1234567, -1.5e300], 3)
+@example([1e300], 4)  # of [1e+300] the first block has [1e+
 def test_an_array_read_in_blocks_is_what_json_reads(values, block):
     content = json.dumps(values)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_stories, "BLOCK", block)
-        assert json.dumps(list(tiny_stories.read_array(io.StringIO(content)))) == content
+    assert json.dumps(list(documents.read_array(io.StringIO(content), block))) == content
 
 
 # ---------------------------------------------------------------- command line
