@@ -265,7 +265,7 @@ print(peak() - bare)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_loading_a_single_file_takes_little_more_memory_than_its_weights(tmp_path, tied):
     with torch.device("meta"):
         model = Transformer(ModelArgs(dim=1024, n_layers=12, n_heads=8, vocab_size=20000,

@@ -22,8 +22,8 @@ def train(args, batch_size, seq_len, activation_checkpointing):
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(1e-3)
     tokens = torch.randint(args.vocab_size, (batch_size, seq_len))
-    for step in range(2):
-        for _ in range(2):  # the second micro-batch finds the gradients of the first
+    for micro_batches in (1, 2):  # the last finds AdamW's averages and the gradients of the one before it
+        for _ in range(micro_batches):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(tokens, tokens)
             loss.backward()
@@ -43,7 +43,8 @@ print(int(line.split()[1]) * 1024 - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("args, batch_size, seq_len, recomputed", [
     (ModelArgs(dim=512, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=4000), 2, 192, False),
-    (ModelArgs(dim=384, n_layers=3, n_heads=6, vocab_size=20000, tie_word_embeddings=True), 1, 512, True)])
+    pytest.param(ModelArgs(dim=384, n_layers=3, n_heads=6, vocab_size=20000, tie_word_embeddings=True),
+                 1, 512, True, marks=pytest.mark.slow)])
 def test_training_takes_the_memory_that_is_computed(args, batch_size, seq_len, recomputed):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # for the same
     printed = output("-c", MEASURE, repr(args), batch_size, seq_len, int(recomputed), env=environment)
@@ -57,9 +58,9 @@ def test_fsdp_shares_out_the_states_and_checkpointing_keeps_less():
 
     def size(**settings):
         return bench.training_memory(args, 1, 512, **settings)
-    assert size(activation_checkpointing=True) < size() - 500e6
-    parameters = 1_235_814_400
-    assert 16 * parameters < size(activation_checkpointing=True) < 20 * parameters
+    parameters, recomputed = 1_235_814_400, size(activation_checkpointing=True)
+    assert 16 * parameters < recomputed < 20 * parameters
+    assert recomputed < size() - 500e6
     two, eight = (size(processes=n, fsdp=True) for n in (2, 8))
     assert two - eight == 16 * parameters * 3 / 8
 
