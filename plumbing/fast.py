@@ -10,6 +10,7 @@ import functools
 import math
 import mmap
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -182,12 +183,13 @@ def load_int8(model, tensors, device, dtype):
 # On the CPU in C++, as PyTorch reads weights at a third of the memory's speed where there are few tokens:
 # fast.cpp says why, and how it does better.
 
-NO_COMPILER = "no C++ compiler found (g++, or CXX)"
-
 
 def find_compiler():
-    """The C++ compiler's path, None if there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """The words that begin a C++ compiler's command, CXX or g++; OSError if there is none."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(words[0]) is None:
+        raise OSError(f"no C++ compiler found ({words[0]}, or CXX)")
+    return words
 
 
 def say_uncompiled(reason):
@@ -199,8 +201,11 @@ def compile_blocks(model, dynamic=None):
 
     One block is compiled, once, and serves all layers. dynamic: for any number of tokens at once.
     """
-    if model.norm.weight.device.type == "cpu" and find_compiler() is None:
-        say_uncompiled(NO_COMPILER)
+    try:
+        if model.norm.weight.device.type == "cpu":
+            find_compiler()
+    except OSError as error:
+        say_uncompiled(error)
         return
     for layer in model.layers:
         layer.compile(dynamic=dynamic)
@@ -216,6 +221,7 @@ def compile_inference(model):
         compile_blocks(model, dynamic=True)
         return model
     try:
+        find_compiler()
         return CompiledReader(model)
     except OSError as error:
         say_uncompiled(error)
@@ -232,26 +238,28 @@ class Address(ctypes.c_void_p):
 
 @functools.cache
 def compile_kernels(**constants):
-    """fast.cpp as a ctypes library for the processor it runs on; OSError if there is no working compiler."""
+    """fast.cpp as a ctypes library for the processor it runs on; OSError if there is no working compiler.
+
+    CXXFLAGS, as everywhere, are the user's further flags, such as -march=x86-64-v3 for an older processor.
+    """
     compiler = find_compiler()
-    if compiler is None:
-        raise OSError(NO_COMPILER)
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     source += '#line 1 "fast.cpp"\n' + Path(__file__).with_name("fast.cpp").read_text(encoding="utf-8")
     # -fassociative-math and what it needs lets sums be taken in any order, as vectors take them.
     flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
-             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+             *shlex.split(os.environ.get("CXXFLAGS", "")))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         compiled = os.path.join(folder, "fast.o")
         path = os.path.join(folder, "fast.so")
         # Linked without -fopenmp, the library finds the OpenMP that PyTorch has loaded.
-        for command in ([compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
-                        [compiler, "-shared", "-o", path, compiled]):
+        for command in ([*compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
+                        [*compiler, "-shared", "-o", path, compiled]):
             done = subprocess.run(command, input=source, text=True, capture_output=True)
             if done.returncode:
                 lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
                 reason = next((line for line in lines if "error" in line), lines[0])
-                raise OSError(f"{compiler} can't compile fast.cpp: {reason.strip()}")
+                raise OSError(f"{shlex.join(compiler)} can't compile fast.cpp: {reason.strip()}")
         library = ctypes.CDLL(path)
     number = ctypes.c_int64
     library.read_token.argtypes = [number, *[Address] * 6, number]
