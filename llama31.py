@@ -42,7 +42,7 @@ from plumbing import checkpoint, cli, fast, files
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.parallel import shard_parameters
-from plumbing.run import Run, Stopwatch, entropy_floor, measured_peak, used_memory
+from plumbing.run import Run, Stopwatch, entropy_floor
 from tokenizer import TextStream, Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -210,18 +210,19 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def seek(self, positions, S):
-        """Chooses the positions (B, T) that update writes, and how many columns it returns, S."""
+    def seek(self, positions, columns):
+        """Chooses the positions (B, T) that update writes, and the columns (S,), 0 … S-1, that it returns."""
         self.positions = positions
-        self.S = S
+        self.columns = columns  # A tensor, as a compiled block would be compiled again for every number S.
 
     def update(self, k, v):
-        """Writes k and v (B, T, K, D) where seek said; returns the first S columns of both, (B, S, K, D)."""
+        """Writes k and v (B, T, K, D) where seek said; returns the first S columns, (B, S, K, D) each."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         # While FSDP trains it computes in bfloat16, and the cache has the weights' float32: hence the casts.
         self.k[rows, self.positions] = k.to(self.k.dtype)
         self.v[rows, self.positions] = v.to(self.v.dtype)
-        return self.k[:, :self.S].to(k.dtype), self.v[:, :self.S].to(v.dtype)
+        S = self.columns.size(0)
+        return self.k[:, :S].to(k.dtype), self.v[:, :S].to(v.dtype)
 
 # -----------------------------------------------------------------------------
 # Attention, feed-forward, block
@@ -434,7 +435,7 @@ class Transformer(nn.Module):
         if S > T and (T > 1 or min(start_pos) < max(start_pos)):
             mask = (columns <= positions[..., None])[:, None]  # (B, 1, T, S)
         for cache in caches:
-            cache.seek(positions, S)
+            cache.seek(positions, columns)
         return self.trunk(tokens, positions, mask, caches)
 
     def head(self, x):
@@ -1091,7 +1092,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     bos_id = tokenizer.bos_id if doc_mask else None
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     min_lr = lr / 10 if min_lr is None else min_lr
-    peak_flops = measured_peak(device, dtype) * world_size
+    peak_flops = fast.measured_peak(device, dtype) * world_size
     tokenizer_path = run.prepare(progress["step"], tokenizer.model_path)
     if is_master:
         print(f"{num_parameters:,} parameters on {world_size} x {device} in {dtype}, {steps:,} steps of "
@@ -1107,7 +1108,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
         record = dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
                       mfu=model.flops_per_token(seq_len) * tokens_per_s / peak_flops,
-                      memory=used_memory(device))
+                      memory=fast.used_memory(device))
         if step == steps or step % eval_interval == 0:
             record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
                                                              byte_lengths, autocast)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -394,6 +395,13 @@ def free_memory(device):
     return psutil.virtual_memory().available
 
 
+def used_memory(device):
+    """Bytes: the most that this process has taken of a GPU so far, or what it now has of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
 def check_memory(what, num_bytes, device):
     """Raises ValueError if a device has less than num_bytes free."""
     free = free_memory(device)
@@ -428,3 +436,15 @@ def choose_dtype(dtype):
     name = str(dtype).removeprefix("torch.")
     expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
     return getattr(torch, name)
+
+
+def measured_peak(device, dtype):
+    """FLOP/s of large matrix products on a device: what model FLOPs utilization (MFU) is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # This waits for the result.
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)  # n x n results of n multiplications and n additions each

@@ -9,8 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -18,19 +16,7 @@ from plumbing.checkpoint import checkpoints_of_run, load_file
 from plumbing.files import complete
 
 # -----------------------------------------------------------------------------
-# What a step is measured by
-
-
-def measured_peak(device, dtype):
-    """FLOP/s of large matrix products on a device: what model FLOPs utilization (MFU) is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # This waits for the result.
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)  # n x n results of n multiplications and n additions each
+# What is measured
 
 
 class Stopwatch:
@@ -61,13 +47,6 @@ class Stopwatch:
         decode_rate = self.decoded_tokens / max(self.decode_seconds, 1e-9)
         return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode "
                 f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
-
-
-def used_memory(device):
-    """Bytes: the most that this process has taken of a GPU so far, or what it now has of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
 
 
 def entropy_floor(folder):

@@ -1,0 +1,90 @@
+"""The house: how long files may be, which way imports point, how much is explained."""
+
+import ast
+import io
+import tokenize
+
+import pytest
+from tiny import ROOT
+
+# The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
+BUDGETS = {
+    "llama31.py": 1200,
+    "tokenizer.py": 360,
+    "tiny_stories.py": 420,
+    "stories.py": 400,
+    "reference.py": 270,
+    "convert.py": 330,  # 300 once config.json and names lie in plumbing/huggingface.py
+    "chat.py": 140,
+    "bench.py": 500,
+    "peers.py": 140,
+    "plumbing/fast.py": 450,
+    "plumbing/fast.cpp": 620,
+    "plumbing/checkpoint.py": 260,
+    "plumbing/parallel.py": 180,
+    "plumbing/run.py": 220,
+    "plumbing/files.py": 180,  # 130, and the checks and messages of shards and manifests
+    "plumbing/cli.py": 110,
+    "plumbing/download.py": 160,
+    "plumbing/documents.py": 300,
+}
+SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
+           "peers"}
+
+
+def imports(path):
+    """The modules that a file imports anywhere, a package's by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_every_file_has_a_budget_and_keeps_it():
+    files = [path for pattern in ("*.py", "plumbing/*.py", "plumbing/*.cpp") for path in ROOT.glob(pattern)]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+               for path in files if path.name != "__init__.py"}
+    assert lengths.keys() <= BUDGETS.keys()
+    over = {name: length for name, length in lengths.items() if length > BUDGETS[name]}
+    assert not over, f"over their budgets: {over}"
+
+
+def test_nothing_in_plumbing_imports_a_script():
+    for path in (ROOT / "plumbing").glob("*.py"):
+        assert not imports(path) & SCRIPTS, path
+
+
+def test_the_reference_shares_only_the_tokenizer_and_the_command_line():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"plumbing", "importlib"}
+    found = {name for name in imports(ROOT / "reference.py") if name.partition(".")[0] in ours}
+    assert found == {"plumbing", "plumbing.cli", "tokenizer", "tokenizer.Tokenizer"}
+    for shared in ("tokenizer.py", "plumbing/cli.py", "plumbing/files.py"):  # files: what tokenizer imports
+        assert not imports(ROOT / shared) & {"llama31", "importlib", "plumbing.fast", "plumbing.checkpoint"}
+
+
+def test_llama31_explains_itself():
+    """At least 14 comments for every 100 lines of code, docstrings not counted as either."""
+    source = (ROOT / "llama31.py").read_text(encoding="utf-8")
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+              tokenize.ENDMARKER, tokenize.ENCODING}
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    dashes = "-" * 20  # of a banner, which explains nothing
+    comments = sum(token.type == tokenize.COMMENT and dashes not in token.string for token in tokens)
+    code = {line for token in tokens if token.type not in silent
+            for line in range(token.start[0], token.end[0] + 1)} - docstrings
+    assert comments >= 0.14 * len(code), f"{comments} comments on {len(code)} lines of code"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
+def test_tests_have_short_names_and_import_no_other_test(path):
+    assert not any(name.startswith("test_") for name in imports(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            assert len(node.name) <= 70, node.name
