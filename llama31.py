@@ -211,7 +211,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def seek(self, positions, columns):
-        """Chooses the positions (B, T) that update writes, and the columns (S,), 0 … S-1, that it returns."""
+        """Chooses the positions (B, T) that update writes and the columns (S,), 0 … S-1, that it returns."""
         self.positions = positions
         self.columns = columns  # A tensor, as a compiled block would be compiled again for every number S.
 
