@@ -1029,17 +1029,38 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           fsdp: bool = False, device: str | None = None, dtype: str = "bfloat16", compile: bool = False):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
-    train_data, val_data: patterns of .bin shards. out_dir: takes log.jsonl, loss.png and the checkpoints.
-    tokenizer_path: sets the vocabulary from scratch; else the checkpoint's own tokenizer.model serves.
-    batch_size: windows of seq_len tokens that a process computes at once. total_batch_tokens: those of a
-    step, over all processes and accumulated micro-batches; None: one micro-batch. steps: the total; None: as
-    many as the epochs take. min_lr: where the cosine ends; None: a tenth of lr. grad_clip: the largest norm,
-    0 for any. eval_steps: batches of an evaluation, 0 for all. sample_interval, save_interval: in steps, 0
-    for never; the last step is always saved, and one that SIGTERM or Ctrl-C ends. keep: how many checkpoints
-    stay. resume: go on from out_dir's newest, if there is one. doc_mask: documents don't see each other.
-    activation_checkpointing: computes each block twice and keeps less. fsdp: the processes share out weights
-    and optimizer, else each has all. dtype: of the computation; weights, optimizer and sums are float32.
-    compile: the blocks, with torch.compile.
+    Args:
+        train_data: pattern of the .bin shards to train on
+        val_data: pattern of the .bin shards to validate on
+        out_dir: folder that takes log.jsonl, loss.png and the checkpoints
+        preset: shape of a model to train from scratch, such as demo or llama3.2-1b
+        ckpt_dir: checkpoint directory to finetune
+        tokenizer_path: sets the vocabulary from scratch; None: the checkpoint's own tokenizer.model
+        batch_size: windows that each process computes at once
+        seq_len: tokens of a window
+        total_batch_tokens: tokens of a step, over processes and micro-batches; None: one micro-batch each
+        steps: steps in all; None: as many as the epochs take
+        epochs: how often every window is seen
+        lr: learning rate after the warm-up; 1e-5 suits finetuning, 1e-3 small models from scratch
+        min_lr: learning rate at the end of the cosine; None: a tenth of lr
+        warmup_steps: steps in which the learning rate rises
+        weight_decay: of AdamW, on matrices
+        betas: of AdamW's averages of gradients and of their squares
+        grad_clip: largest norm of the gradient; 0: any
+        eval_interval: steps from one evaluation to the next; the last step is always evaluated
+        eval_steps: batches of an evaluation; 0: all
+        sample_interval: steps from one set of printed samples to the next; 0: none
+        save_interval: steps from one checkpoint to the next; 0: only the last step, or one ended by a signal
+        keep: how many checkpoints stay, the newest ones
+        seed: of the first weights and of the shuffle
+        resume: go on from out_dir's newest checkpoint, if there is one
+        shuffle: a new order of the windows in each epoch
+        doc_mask: documents of a window don't see each other
+        activation_checkpointing: compute each block twice, to keep less in memory
+        fsdp: processes share out weights and optimizer (FSDP2); else each has all of them (DDP)
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        dtype: of the computation, bfloat16 or float32; weights, optimizer and sums are float32
+        compile: compile the blocks with torch.compile
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
                     steps=steps, epochs=epochs, eval_interval=eval_interval, keep=keep)
@@ -1138,11 +1159,27 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
            top_k: int = Sampler.top_k, min_p: float = Sampler.min_p, stop: str | None = None,
            seed: int = Sampler.seed, device: str | None = None, dtype: str | None = None,
            compile: bool = False, quantize: str | None = None):
-    """Prints completions of a prompt, of every line of a prompt_file, or of four default prompts.
+    """Prints completions of a prompt, of every line of a file, or of four default prompts.
 
-    ckpt_dir None: the checkpoint last written under out/. Several prompts are one batch, of which the first
-    streams as its tokens come and the others follow at the end. stop: a text before which to end. compile:
-    faster after some seconds. quantize: int8 halves bfloat16's memory. The speed goes to standard error.
+    Several prompts are one batch, of which the first streams as its tokens come and the others follow at the
+    end. The speed goes to standard error.
+
+    Args:
+        ckpt_dir: checkpoint directory; None: the one last written under out/
+        tokenizer_path: tokenizer.model to use; None: the checkpoint's own
+        prompt: text to complete
+        prompt_file: file with a prompt per line
+        max_gen_len: most tokens to generate
+        temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
+        top_p: draw only from the fewest tokens that together have this probability
+        top_k: draw only from so many of the likeliest tokens; 0: all
+        min_p: draw only from tokens at least this fraction as likely as the likeliest
+        stop: text before which to end
+        seed: the same seed gives the same text, in every batch
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
+        compile: run faster after some seconds
+        quantize: int8, in half of bfloat16's memory
     """
     if prompt is not None and prompt_file is not None:
         raise ValueError("found --prompt and --prompt_file; expected one of them")
@@ -1174,9 +1211,11 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):
-    """Writes a corpus of little stories, trains a small Llama 3 on it and prints four stories, in 3 minutes.
+    """Writes a corpus of little stories, trains a small Llama 3 on it and prints four, in 3 minutes.
 
-    Where out_dir holds a finished demo, its model is only sampled from; retrain makes the demo anew.
+    Args:
+        out_dir: folder of the demo; where it holds a finished one, its model is only sampled from
+        retrain: make the demo again
     """
     import stories  # The demo alone needs these.
     import tiny_stories

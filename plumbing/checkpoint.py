@@ -222,6 +222,8 @@ def save_training(path, model, optimizer, tokenizer_path, progress, keep=None):
     optimizer_dir = path.parent / "optimizer.part"
     if is_master:
         shutil.rmtree(optimizer_dir, ignore_errors=True)
+    if hasattr(model, "reshard"):  # FSDP2 leaves the outermost weights gathered after an evaluation.
+        model.reshard()
     state = get_optimizer_state_dict(model, optimizer)["state"]
     try:
         with warnings.catch_warnings(action="ignore"):  # It warns of a process that is alone.

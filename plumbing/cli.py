@@ -1,13 +1,14 @@
-"""The command line that every script here shares: fire, made strict.
+"""The command line that every script shares: fire, made strict, with a line of help for every flag.
 
-Fire alone reads `--prompt "Hello, world"` as a tuple and `--prompt 2024` as an int, and it runs a
-command with its defaults before it stumbles over a flag that does not exist. Here the words are checked
-against the function's signature before anything runs, values become what the annotations say, and an error
-is one line.
+Fire alone reads `--prompt "Hello, world"` as a tuple and `--prompt 2024` as an int, and it runs a command
+with its defaults before it stumbles over a flag that doesn't exist. So the words are first laid out by the
+function's signature; then fire converts them, as the annotations say, and calls the function. A flag's line
+of help is its line under "Args:" in the function's docstring.
 """
 
 import functools
 import inspect
+import json
 import math
 import os
 import sys
@@ -20,8 +21,10 @@ import fire
 def run(commands, default, argv=None):
     """Runs the function that the command line names, with the flags given; what it returns is dropped.
 
-    commands: name -> function; every parameter annotated with str, int, float, bool, tuple[float, float]
-        or one of these | None. One without a default may be given by position, unless it is keyword-only.
+    commands: name -> function; every parameter annotated with str, int, float, tuple[float, float], bool (a
+        switch: --flag or --noflag), bool | int (a switch that may have a number), list[str] (one or several
+        words, or the flag several times), or one of these | None. One without a default may be given by
+        position, unless it is keyword-only.
     default: the command when none is named, None where one has to be. argv: words in place of the process's.
     ValueError and OSError are what a user can get wrong: one line on standard error, exit status 1.
     """
@@ -34,22 +37,19 @@ def run(commands, default, argv=None):
 
     @fire.decorators.SetParseFns(**{name: functools.partial(convert, p) for name, p in parameters.items()})
     @functools.wraps(function)
-    def returning_nothing(*args, **flags):  # fire would print a result, or even call it
+    def returning_nothing(*args, **flags):  # Fire would print a result, or even call it.
         function(*args, **flags)
 
     try:
         if "--help" in argv or argv == ["-h"]:
-            print(f"{command}: {inspect.getdoc(function) or ''}\n")
-            for name, p in parameters.items():
-                value = "required" if p.default is p.empty else f"default {p.default!r}"
-                print(f"  --{name} {inspect.formatannotation(base_type(p))}".ljust(35), value)
+            print_help(command, function)
             print(f"\nCommands: {' '.join(commands)}" + (f"; without one: {default}" if default else "")
                   + ". Help: COMMAND --help")
         else:
             texts = read_words(argv, command, parameters)
             fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left: nothing went wrong
+    except BrokenPipeError:  # The reader of our output has left: nothing went wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).splitlines()))
@@ -57,12 +57,35 @@ def run(commands, default, argv=None):
         sys.exit(130)
 
 
+def print_help(command, function):
+    """Prints what a command does, and a line for each of its flags: type, meaning, default."""
+    docstring = fire.docstrings.parse(inspect.getdoc(function) or "")
+    meanings = {arg.name: arg.description for arg in docstring.args or []}
+    print(f"{command}: {docstring.summary}\n")
+    if docstring.description:
+        print(f"{docstring.description}\n")
+    for name, p in inspect.signature(function).parameters.items():
+        kind = " | ".join(inspect.formatannotation(kind) for kind in kinds(p))
+        value = "required" if p.default is p.empty else f"default {p.default!r}"
+        print(f"  --{name} {kind}".ljust(34), f"{meanings.get(name, '')} ({value})".strip())
+
+
+def kinds(parameter):
+    """The types that a parameter is annotated with, but for None."""
+    annotation = parameter.annotation
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    return [kind for kind in members if kind is not types.NoneType]
+
+
 def read_words(words, command, parameters):
-    """Parameter name -> the text given for it; ValueError names a word that doesn't fit the parameters."""
+    """Parameter name -> the text given for it, a list's as JSON; ValueError names a word that is wrong."""
     required = [name for name, p in parameters.items() if p.default is p.empty]
     positional = [name for name in required if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY]
+    switches = {name for name, p in parameters.items() if bool in kinds(p)}
+    lists = {name for name, p in parameters.items() if list[str] in kinds(p)}
     flags = " ".join(f"--{name}" for name in parameters)
-    texts, words = {}, list(words)
+    texts = {}
+    words = list(words)
     while words:
         word = words.pop(0)
         name, equals, text = word.partition("=")
@@ -70,16 +93,27 @@ def read_words(words, command, parameters):
         if not word.startswith("-"):
             if not positional:
                 raise ValueError(f"unexpected word {word!r}: {command} takes {flags}")
-            name, text = positional.pop(0), word
+            name = positional.pop(0)
+            text = word
+        elif word.startswith("--no") and name.removeprefix("no") in switches and not equals:
+            name = name.removeprefix("no")
+            text = "False"
         elif not word.startswith("--") or name not in parameters:
             raise ValueError(f"unknown flag {word}: {command} takes {flags}")
-        elif not equals and base_type(parameters[name]) is bool:
-            text = words.pop(0) if words and words[0].lower() in ("true", "false") else "True"
+        elif not equals and name in switches:
+            is_value = bool(words) and (words[0].lower() in ("true", "false")
+                                        or int in kinds(parameters[name]) and words[0].isdecimal())
+            text = words.pop(0) if is_value else "True"
         elif not equals:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value; one that begins with -- goes as --{name}=VALUE")
             text = words.pop(0)
-        if name in texts:
+        if name in lists:
+            several = [*json.loads(texts.get(name, "[]")), text]
+            while not equals and words and not words[0].startswith("--"):
+                several.append(words.pop(0))
+            text = json.dumps(several)
+        elif name in texts:
             raise ValueError(f"--{name} is given twice")
         texts[name] = text
     if missing := [f"--{name}" for name in required if name not in texts]:
@@ -87,24 +121,22 @@ def read_words(words, command, parameters):
     return texts
 
 
-def base_type(parameter):
-    """The type that a parameter is annotated with, without its `| None`."""
-    if isinstance(parameter.annotation, types.UnionType):
-        return next(t for t in typing.get_args(parameter.annotation) if t is not types.NoneType)
-    return parameter.annotation
-
-
 def convert(parameter, text):
     """The value of a flag's text; ValueError says what was found and what was expected."""
-    kind = base_type(parameter)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if typing.get_origin(kind) is tuple:
-            return tuple(t(part) for t, part in zip(typing.get_args(kind), text.split(","), strict=True))
-        return kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"--{parameter.name} {text}: expected {inspect.formatannotation(kind)}") from None
+    for kind in kinds(parameter):
+        try:
+            if kind is bool:
+                return {"true": True, "false": False}[text.lower()]
+            if kind == list[str]:
+                return json.loads(text)
+            if typing.get_origin(kind) is tuple:
+                members = typing.get_args(kind)
+                return tuple(t(part) for t, part in zip(members, text.split(","), strict=True))
+            return kind(text)
+        except (KeyError, ValueError):
+            continue
+    expected = " or ".join(inspect.formatannotation(kind) for kind in kinds(parameter))
+    raise ValueError(f"--{parameter.name} {text}: expected {expected}")
 
 
 def expect(fits, name, value, expected):
