@@ -35,13 +35,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 
-from plumbing import checkpoint, cli, fast, files
+from plumbing import checkpoint, cli, fast, files, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
-from plumbing.parallel import shard_parameters
+from plumbing.parallel import sum_over_ranks
 from plumbing.run import Run, Stopwatch, entropy_floor
 from tokenizer import TextStream, Tokenizer, train_tokenizer
 
@@ -314,15 +314,10 @@ def document_mask(tokens, bos_id):
     if (document == document[:, :1]).all():
         return None
 
-    def attended(b, h, i, j):
-        return (document[b, i] == document[b, j]) & (i >= j)
-
-    B, T = tokens.shape
     if tokens.is_cuda:
-        return create_block_mask(attended, B, None, T, T, device=tokens.device)
-    rows = torch.arange(T)[:, None]
-    columns = torch.arange(T)
-    return attended(torch.arange(B)[:, None, None], None, rows, columns)[:, None]
+        return fast.document_block_mask(document)
+    same_document = document[:, :, None] == document[:, None, :]  # (B, T, T)
+    return same_document.tril()[:, None]  # (B, 1, T, T); tril: nothing sees what comes after it
 
 # -----------------------------------------------------------------------------
 # Transformer
@@ -680,12 +675,9 @@ class Llama:
         logprobs: (tokens, log-probabilities), those of the raw logits, whatever the sampler's limits; a
         prompt's first token, which nothing predicts, has 0. The rest as in steps.
         """
-        rows = [[] for _ in prompt_tokens]
-        row_logprobs = [[] for _ in prompt_tokens]
-        if echo:
-            rows = [list(prompt) for prompt in prompt_tokens]
-            if logprobs:
-                row_logprobs = [self.prompt_logprobs(prompt) for prompt in prompt_tokens]
+        rows = [list(prompt) if echo else [] for prompt in prompt_tokens]
+        with_prompt = echo and logprobs
+        row_logprobs = [self.prompt_logprobs(prompt) if with_prompt else [] for prompt in prompt_tokens]
         for logits, drawn in self.steps(prompt_tokens, max_gen_len, stop_tokens, **sampling):
             for i, token in enumerate(drawn):
                 if token is not None:
@@ -843,38 +835,6 @@ class DistributedShardedDataLoader:
         return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y))
 
 # -----------------------------------------------------------------------------
-# Distributed
-
-
-def join_process_group(device, needed=False):
-    """(rank, world_size, device) of this process, in torchrun's group; without torchrun it is alone.
-
-    A process that is alone joins a group only where needed. ValueError where there is no torchrun then.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = fast.choose_device(device)
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each rank
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if needed and "RANK" not in os.environ:
-        raise ValueError("--fsdp spreads a model over processes; start them with torchrun")
-    if (world_size > 1 or needed) and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size, device
-
-
-def sum_over_ranks(values, device):
-    """The sum over all ranks of each of a list of numbers, as floats."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-# -----------------------------------------------------------------------------
 # Training
 
 
@@ -988,12 +948,10 @@ def fill_model(model, pieces, seed, device, dtype, fsdp):
 
     float32, as an update is often smaller than a bfloat16 weight can show. With fsdp, in shards.
     """
-    num_bytes = 16 * sum(p.numel() for p in model.parameters()) / (dist.get_world_size() if fsdp else 1)
-    if device.type == "cpu":  # The processes of a machine share its memory.
-        num_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fast.check_memory("weights, gradients and AdamW's averages", num_bytes, device)
+    num_bytes = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two averages in float32
+    parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, shared=fsdp)
     if fsdp:
-        shard_parameters(model, device, dtype)
+        parallel.shard_parameters(model, device, dtype)
     if pieces:
         tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
     else:
@@ -1073,7 +1031,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect(not out_dir.is_file(), "out_dir", out_dir, "a folder, not a file")
     dtype = fast.choose_dtype(dtype)
     expect(dtype != torch.float16, "dtype", dtype, "float32 or bfloat16, as float16 underflows in training")
-    rank, world_size, device = join_process_group(device, needed=fsdp)
+    rank, world_size, device = parallel.join_process_group(device, needed=fsdp)
     is_master = rank == 0
 
     # What to train on, and where.
@@ -1144,10 +1102,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
-    if dist.is_initialized():
-        dist.barrier()
-        time.sleep(0.1)  # gloo's threads need Python's lock to let go of tensors, else destroying can hang
-        dist.destroy_process_group()
+    parallel.leave_process_group()
 
 # -----------------------------------------------------------------------------
 # Commands

@@ -22,7 +22,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from plumbing.cli import expect
 
@@ -102,6 +102,14 @@ def parts(num_entries, *tensors):
 def compiled_flex_attention():
     """Compiled once: uncompiled, flex attention would materialize all T x S scores."""
     return torch.compile(flex_attention)
+
+
+def document_block_mask(document):
+    """The BlockMask of causal attention within documents; document: (B, T), the number of each token's."""
+    def attended(b, h, i, j):
+        return (document[b, i] == document[b, j]) & (i >= j)
+    B, T = document.shape
+    return create_block_mask(attended, B, None, T, T, device=document.device)
 
 
 def flex_attend(q, k, v, mask, is_grouped):

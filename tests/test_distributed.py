@@ -136,8 +136,8 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_run_goes_on_exactly(corpus, t
         process.send_signal(number)
         stdout, _ = process.communicate(timeout=60)
         done = len(read_log(tmp_path / "parts"))
-        assert before + 10 <= done < 199 and f"{number.name} after step {done + 1}, which is saved" in stdout
-        assert llama31.checkpoints_of_run(tmp_path / "parts")[-1].name == f"step_{done + 1:06d}"
+        assert before + 10 <= done < 199 and f"{number.name} after step {done}, which is saved" in stdout
+        assert llama31.checkpoints_of_run(tmp_path / "parts")[-1].name == f"step_{done:06d}"
     result, _ = train(corpus, 2, tmp_path / "parts", *common)
     assert result.returncode == 0, result.stderr[-6000:]
     assert untimed(read_log(tmp_path / "whole")) == untimed(read_log(tmp_path / "parts"))

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from tiny import SHAPE, assert_close, random_model, random_tokens
 
-import llama31
 from llama31 import document_mask
-from plumbing.fast import chunked_cross_entropy
+from plumbing.fast import chunked_cross_entropy, document_block_mask
 
 BOS = 90  # above what words are
 V, DIM = SHAPE["vocab_size"], SHAPE["dim"]
@@ -168,9 +167,7 @@ def test_a_batch_without_a_boundary_inside_takes_the_causal_kernel(monkeypatch):
 
 def flex_mask(tokens):
     """What document_mask makes on cuda."""
-    document = (tokens == BOS).cumsum(1)
-    return llama31.create_block_mask(lambda b, h, i, j: (document[b, i] == document[b, j]) & (i >= j),
-                                     len(tokens), None, tokens.size(1), tokens.size(1), device="cpu")
+    return document_block_mask((tokens == BOS).cumsum(1))
 
 
 def test_flex_attention_has_the_logits_of_the_boolean_mask():
