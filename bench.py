@@ -266,7 +266,7 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype):
         model.tie()
         model.activation_checkpointing = activation_checkpointing
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32)
+        autocast = torch.autocast("cpu", torch.bfloat16)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
             loss = model(tokens, tokens)  # noqa: F841 (it holds what is kept)
         for p in model.parameters():

@@ -38,7 +38,7 @@ def test_prefill_operations_are_those_torch_counts_less_what_is_masked():
     assert bench.prefill_flops(ARGS, [n, 5]) == expected + bench.prefill_flops(ARGS, [5])
 
 
-def test_decoding_reads_every_weight_once_and_each_rows_own_keys_and_values():
+def test_decoding_reads_every_weight_once_and_each_rows_own_cache():
     model = Transformer(ARGS)
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if p.dim() == 2 and not name.startswith("tok_embeddings"))
