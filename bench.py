@@ -8,10 +8,8 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import multiprocessing
-import os
 import platform
 import resource
 import statistics
@@ -19,16 +17,18 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import llama31
 from llama31 import PRESETS, Llama, ModelArgs, Transformer
+from peers import missing, peers_of
 from plumbing import checkpoint, cli, fast
+from plumbing.cli import expect_at_least
+from plumbing.run import Stopwatch
 
 # -----------------------------------------------------------------------------
 # The machine
@@ -54,13 +54,14 @@ def gemm_peak(dtype, device):
     """FLOP/s of the best of some products of large matrices."""
     best = 0.0
     for n in (1024, 2048):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        a = torch.randn(n, n, device=device).to(dtype)
+        b = torch.randn(n, n, device=device).to(dtype)
         best = max(best, 2 * n**3 / best_seconds(lambda a=a, b=b: a @ b.T, device))
     return best
 
 
 def read_bandwidth(device):
-    """Bytes/s of the best of two sums over 512 MB, far more than a cache holds, in huge pages."""
+    """Bytes/s of the faster of two sums over 512 MB, far more than a cache holds, in huge pages."""
     holder = torch.nn.Linear(2**14, 2**13, bias=False, device=device)
     if device.type == "cpu":
         fast.move_to_huge_pages(holder)
@@ -69,8 +70,13 @@ def read_bandwidth(device):
 
 
 def limits(device):
-    """What the machine reaches just now: bytes/s, and operations/s in float32 and in bfloat16."""
+    """What the machine reaches at this moment: bytes/s, and FLOP/s in float32 and in bfloat16."""
     return read_bandwidth(device), gemm_peak(torch.float32, device), gemm_peak(torch.bfloat16, device)
+
+
+def machine(device):
+    """The processor's name, the number of threads and the version of torch, as one line."""
+    return f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def processor(device):
@@ -87,251 +93,155 @@ def processor(device):
 
 
 def matrix_weights(args):
-    """How many weights all layers' matrices have, and the output matrix."""
+    """How many weights the matrices of all layers have together, and how many the output matrix has."""
     rows = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim
     return args.n_layers * args.dim * rows, args.dim * args.vocab_size
 
 
 def prefill_flops(args, lengths):
-    """Operations that prompts of these lengths take: 2 a weight and token, attention's, the last logits'."""
+    """Operations that reading prompts of these lengths takes, of which only the last tokens have logits.
+
+    2 per weight and token, and attention's: 4 dim per layer and pair of a query and a key that it sees.
+    """
     layers, output = matrix_weights(args)
-    attention = 2 * args.n_layers * args.dim * sum(n * (n + 1) for n in lengths)  # half of 4 n n
-    return 2 * layers * sum(lengths) + attention + 2 * output * len(lengths)
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    return 2 * layers * sum(lengths) + 4 * args.n_layers * args.dim * pairs + 2 * output * len(lengths)
 
 
 def decode_bytes(args, lengths, weight_bytes, cache_bytes):
-    """Bytes read for one token of each of several rows of these lengths: all weights and the rows' caches.
+    """Bytes read to decode one token in each row of a batch: all weights once, and each row's own cache.
 
-    weight_bytes, cache_bytes: of one entry.
+    lengths: of the rows so far. weight_bytes, cache_bytes: of one entry.
     """
     entries = 2 * args.n_layers * args.n_kv_heads * args.head_dim * sum(lengths)
     return sum(matrix_weights(args)) * weight_bytes + entries * cache_bytes
 
 
-def ragged(lengths_up_to, B):
+def ragged(longest, B):
     """The lengths of B prompts, evenly from the longest down to half of it."""
-    return [lengths_up_to - lengths_up_to * i // (2 * B) for i in range(B)]
-
-# -----------------------------------------------------------------------------
-# Contestants: functions of prompts and a number of new tokens that give the seconds of prefill and decoding.
-# Decoding makes the tokens after the first, which comes with the prefill.
-
-
-def ours(llama):
-    def run(prompts, new):
-        llama.generate(prompts, new, temperature=0, stop_tokens=[])
-        return llama.stats["prefill"][1], llama.stats["decode"][1]
-    return run
-
-
-def transformers_runner(ckpt_dir, folder, dtype, device):
-    """transformers' generate, with batches padded on the left, from a Hugging Face folder that it writes."""
-    import transformers
-
-    from convert import to_hf
-    to_hf(ckpt_dir, folder)
-    transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-
-    def seconds(prompts, new):
-        width = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-        start = time.perf_counter()
-        model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new,
-                       pad_token_id=0, eos_token_id=[])
-        synchronize(device)
-        return time.perf_counter() - start
-
-    def run(prompts, new):
-        first = seconds(prompts, 1)
-        return first, seconds(prompts, new) - first if new > 1 else 0.0
-    return run
-
-
-GGUF_NAMES = {
-    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
-    "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
-
-
-def write_gguf(path, args, pieces, kind):
-    """Writes llama.cpp's file of open_checkpoint's, without a vocabulary; kind: F32, F16, BF16 or Q8_0."""
-    import gguf
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("no_vocab")
-    for name, value in dict(
-            vocab_size=args.vocab_size, context_length=args.max_seq_len, embedding_length=args.dim,
-            block_count=args.n_layers, feed_forward_length=args.hidden_dim, head_count=args.n_heads,
-            head_count_kv=args.n_kv_heads, rope_freq_base=args.rope_theta, layer_norm_rms_eps=args.norm_eps,
-            rope_dimension_count=args.head_dim).items():
-        getattr(writer, f"add_{name}")(value)
-    kinds = gguf.GGMLQuantizationType
-    for name, tensor in checkpoint.checkpoint_tensors(args, pieces):
-        layer, _, part = name.removesuffix(".weight").removeprefix("layers.").partition(".")
-        name = {"tok_embeddings": "token_embd", "norm": "output_norm"}.get(layer, layer)
-        name = f"blk.{layer}.{GGUF_NAMES[part]}.weight" if part else f"{name}.weight"
-        chosen = kinds.F32 if tensor.dim() == 1 else kinds[kind]
-        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), chosen), raw_dtype=chosen)
-    if args.use_scaled_rope:
-        unscaled = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
-        writer.add_tensor("rope_freqs.weight", (unscaled / llama31.rope_frequencies(args)).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-class LlamaCpp:
-    """llama.cpp on a GGUF file, through llama-cpp-python's low-level interface."""
-
-    def __init__(self, path, max_seq_len, max_batch_size):
-        import llama_cpp
-        self.cpp = llama_cpp
-        self.log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept, as C calls it
-        llama_cpp.llama_log_set(self.log, None)
-        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path),
-                                                          llama_cpp.llama_model_default_params())
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max = max_seq_len * max_batch_size, max_batch_size
-        settings.n_batch = max_seq_len * max_batch_size
-        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-        self.context = llama_cpp.llama_init_from_model(self.model, settings)
-        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
-
-    def step(self, rows, start_pos):
-        """Reads tokens of every row, from its position on; the likeliest next token of each."""
-        batch, last, n = self.batch, [], 0
-        for i, (row, start) in enumerate(zip(rows, start_pos, strict=True)):
-            for j, token in enumerate(row):
-                batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, start + j, 1, i
-                batch.logits[n] = j == len(row) - 1
-                n += 1
-            last.append(n - 1)
-        batch.n_tokens = n
-        if status := self.cpp.llama_decode(self.context, batch):
-            raise RuntimeError(f"llama_decode returned {status}")
-        return [int(np.ctypeslib.as_array(self.cpp.llama_get_logits_ith(self.context, i), (self.vocab_size,))
-                    .argmax()) for i in last]
-
-    def __call__(self, prompts, new):
-        self.cpp.llama_memory_clear(self.cpp.llama_get_memory(self.context), True)
-        start = time.perf_counter()
-        tokens, lengths = self.step(prompts, [0] * len(prompts)), list(map(len, prompts))
-        read = time.perf_counter()
-        for step in range(new - 1):
-            tokens = self.step([[token] for token in tokens], [n + step for n in lengths])
-        return read - start, time.perf_counter() - read
-
-# -----------------------------------------------------------------------------
-# Speed
+    return [longest - longest * i // (2 * B) for i in range(B)]
 
 
 def spread(ratios):
     """The median of some ratios, and their range."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
-
-def check_least(**settings):
-    """ValueError for a setting, name=(value, least), that is below its least."""
-    for name, (value, least) in settings.items():
-        llama31.expect(value >= least, name, value, f"at least {least}")
+# -----------------------------------------------------------------------------
+# Speed of inference
 
 
-def missing(*names):
-    """Those of the packages that are not installed, which one line tells."""
-    absent = [name for name in names if not importlib.util.find_spec(name)]
-    if absent:
-        print(f"not installed, so not measured: {', '.join(absent)}", file=sys.stderr)
-    return absent
+@dataclass
+class Job:
+    """What the contestants do: read prompts, which makes one new token each, then decode the others."""
+    name: str
+    prompts: list
+    new: int
+
+    @property
+    def lengths(self):
+        return [len(prompt) for prompt in self.prompts]
+
+    def rate(self, contestant):
+        """Tokens/s: of the prompts if there is but one new token, else of those that are decoded."""
+        prefill, decode = contestant(self.prompts, self.new)
+        if self.new == 1:
+            return sum(self.lengths) / prefill
+        return len(self.prompts) * (self.new - 1) / decode
+
+    def reached(self, rate, args, weight_bytes, cache_bytes):
+        """What a rate takes of the machine: FLOP/s for reading, bytes/s for decoding."""
+        if self.new == 1:
+            return rate / sum(self.lengths) * prefill_flops(args, self.lengths)
+        halfway = [n + self.new // 2 for n in self.lengths]  # the lengths on average
+        return rate / len(self.prompts) * decode_bytes(args, halfway, weight_bytes, cache_bytes)
 
 
-def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
-    """Name -> contestant, of those that are installed."""
-    absent = missing("transformers", "llama_cpp", "gguf")
-    peers = {}
-    if "transformers" not in absent:
-        peers["transformers"] = transformers_runner(ckpt_dir, folder / "hf", dtype, device)
-    if device.type == "cpu" and not {"llama_cpp", "gguf"} & set(absent):
-        write_gguf(folder / "model.gguf", *llama31.open_checkpoint(ckpt_dir), kind)
-        peers[f"llama.cpp, {kind}"] = LlamaCpp(folder / "model.gguf", room, batch_size)
-    return peers
+def jobs_of(args, prompt_len, decode_prompt_len, new, batch_size):
+    """The three jobs, with random tokens; the prompts of a batch are of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def prompts(*lengths):
+        return [torch.randint(args.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+    return [Job(f"prefill of {prompt_len}", prompts(prompt_len), 1),
+            Job("decode", prompts(decode_prompt_len), new),
+            Job(f"decode, batch of {batch_size}", prompts(*ragged(decode_prompt_len, batch_size)), new)]
+
+
+def ours(llama):
+    """llama31.py as a contestant, see peers.py."""
+    def run(prompts, new):
+        watch = Stopwatch(sum(len(prompt) for prompt in prompts))
+        for _ in watch.over(llama.steps(prompts, new, stop_tokens=[], temperature=0)):
+            pass
+        return watch.prefill_seconds, watch.decode_seconds
+
+    return run
 
 
 def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: str | None = None,
           compile: bool = True, device: str | None = None, batch_size: int = 8, prompt_len: int = 512,
-          decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False,
-          train: bool = False):
+          decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False):
     """Measures loading, prefill and decoding of a checkpoint directory, and the machine before and after.
 
     ckpt_dir None: the checkpoint last written under out/. peers: also transformers and llama.cpp where they
     are installed, with the same weights, in alternation; ratios are of tokens per second, ours to theirs,
     their median over the rounds and their range. A batch's prompts, random tokens, are of several lengths.
-    train: instead of all this what the train command does.
     """
-    if train:
-        return train_speed(compile=compile, device=device, rounds=rounds, peers=peers)
+    expect_at_least(1, batch_size=batch_size, prompt_len=prompt_len, decode_prompt_len=decode_prompt_len,
+                    rounds=rounds)
+    expect_at_least(2, new=new)
     ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
-    check_least(batch_size=(batch_size, 1), prompt_len=(prompt_len, 1), new=(new, 2), rounds=(rounds, 1),
-                decode_prompt_len=(decode_prompt_len, 1))
-    device, room = llama31.choose_device(device), max(prompt_len, decode_prompt_len) + new
+    device = fast.choose_device(device)
+    room = max(prompt_len, decode_prompt_len) + new
     before = limits(device)
     start = time.perf_counter()
     llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
-    load = time.perf_counter() - start
-    args, held = llama.model.args, llama.model.norm.weight.dtype
+    load_seconds = time.perf_counter() - start
+    fast.keep_freed_memory(device)
+    args = llama.model.args
+    held = llama.model.norm.weight.dtype
     kind = str(held).removeprefix("torch.")
-
-    def prompts(*lengths):
-        return [torch.randint(args.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    generator = torch.Generator().manual_seed(0)
-    jobs = {f"prefill of {prompt_len}": (prompts(prompt_len), 1),
-            "decode": (prompts(decode_prompt_len), new),
-            f"decode, batch of {batch_size}": (prompts(*ragged(decode_prompt_len, batch_size)), new)}
+    jobs = jobs_of(args, prompt_len, decode_prompt_len, new, batch_size)
+    contestants = {"llama31.py": ours(llama)}
     start = time.perf_counter()
-    llama.generate(prompts(decode_prompt_len), 2, temperature=0, stop_tokens=[])
-    first = time.perf_counter() - start
-    contestants, rates = {"llama31.py": ours(llama)}, {}
+    contestants["llama31.py"](jobs[1].prompts, 2)
+    first_seconds = time.perf_counter() - start
+
+    rates = {}
     with tempfile.TemporaryDirectory() as folder:
         if peers:
             gguf_kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[kind]
             gguf_kind = "Q8_0" if quantize else gguf_kind
             contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, held, device, room, batch_size)
-        for job, (rows, count) in jobs.items():
-            for run in contestants.values():
-                run(rows, min(count, 4))  # warms up
-            for _, (name, run) in itertools.product(range(rounds), contestants.items()):
-                prefill, decode = run(rows, count)
-                rate = sum(map(len, rows)) / prefill if count == 1 else len(rows) * (count - 1) / decode
-                rates.setdefault((job, name), []).append(rate)
-    bandwidth, *peaks = map(max, before, limits(device))
-    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: reads "
-          f"{bandwidth / 1e9:.1f} GB/s; float32 {peaks[0] / 1e9:,.0f} GFLOP/s, "
-          f"bfloat16 {peaks[1] / 1e9:,.0f} GFLOP/s")
-    weight_bytes = 1 + 4 / 64 if quantize else held.itemsize
-    compiled = "read" in vars(llama.model) if device.type == "cpu" else compile
+        for job in jobs:
+            for contestant in contestants.values():
+                contestant(job.prompts, min(job.new, 4))  # warms up
+            for _, (name, contestant) in itertools.product(range(rounds), contestants.items()):
+                rates.setdefault((job.name, name), []).append(job.rate(contestant))
+    bandwidth, float32_peak, bfloat16_peak = map(max, before, limits(device))
+
+    print(f"{machine(device)}: reads {bandwidth / 1e9:.1f} GB/s; float32 {float32_peak / 1e9:,.0f} GFLOP/s, "
+          f"bfloat16 {bfloat16_peak / 1e9:,.0f} GFLOP/s")
+    weight_bytes = 1 + 4 / fast.GROUP if quantize else held.itemsize  # int8: and a float32 scale per group
     print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
-          f"{'compiled' if compiled else 'eager'}; loading {load:.1f} s, two tokens "
-          f"{first:.1f} s")
-    print()
+          f"{'eager' if llama.reader is None else 'compiled'}; loading {load_seconds:.1f} s, two tokens "
+          f"{first_seconds:.1f} s\n")
     peer_names = list(contestants)[1:]
     print("| | tokens/s | reached | of the limit |" + "".join(f" to {name} |" for name in peer_names))
     print("|---|---|---|---|" + "---|" * len(peer_names))
-    for job, (rows, count) in jobs.items():
-        lengths, ours_rates = list(map(len, rows)), rates[job, "llama31.py"]
-        rate = statistics.median(ours_rates)
-        if count == 1:
-            reached = rate / sum(lengths) * prefill_flops(args, lengths)
-            limit, unit = peaks[kind == "bfloat16"], "GFLOP/s"
-        else:
-            halfway = [n + count // 2 for n in lengths]
-            reached = rate / len(rows) * decode_bytes(args, halfway, weight_bytes, held.itemsize)
-            limit, unit = bandwidth, "GB/s"
-        ratios = [spread([a / b for a, b in zip(ours_rates, rates[job, name], strict=True)])
-                  for name in peer_names]
-        print(f"| {job} | {rate:,.0f} | {reached / 1e9:,.1f} {unit} | {reached / limit:.0%} |"
-              + "".join(f" {ratio} |" for ratio in ratios))
+    for job in jobs:
+        our_rates = rates[job.name, "llama31.py"]
+        rate = statistics.median(our_rates)
+        reached = job.reached(rate, args, weight_bytes, held.itemsize)
+        limit, unit = bandwidth, "GB/s"
+        if job.new == 1:
+            limit, unit = bfloat16_peak if kind == "bfloat16" else float32_peak, "GFLOP/s"
+        row = f"| {job.name} | {rate:,.0f} | {reached / 1e9:,.1f} {unit} | {reached / limit:.0%} |"
+        for name in peer_names:
+            ratios = [a / b for a, b in zip(our_rates, rates[job.name, name], strict=True)]
+            row += f" {spread(ratios)} |"
+        print(row)
 
 # -----------------------------------------------------------------------------
 # Memory of training
@@ -342,42 +252,60 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype):
 
     dtype: of the parameters; the computation is in bfloat16. Tensors are fakes, which have a size only.
     """
-    with torch.device("meta"):
-        model = Transformer(args)
+    model = Transformer.on_meta(args)
     kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # Several tensors may be views of one storage.
         return tensor
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
         model.tie()
         model.activation_checkpointing = activation_checkpointing
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(
-                "cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
             loss = model(tokens, tokens)  # noqa: F841 (it holds what is kept)
         for p in model.parameters():
             kept.pop(p.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in kept.values())
 
 
+def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False):
+    """Bytes that chunked_cross_entropy takes while it runs, besides the gradients that it keeps.
+
+    These are, in bfloat16, the output matrix (FSDP has it already), a chunk's gradient of it and a chunk of
+    logits; in float32 their softmax, which a GPU takes of a whole chunk at once and the CPU of few rows.
+    """
+    _, output = matrix_weights(args)
+    chunk_rows = max(1, min(num_tokens, fast.LOGITS_AT_ONCE // args.vocab_size))
+    softmax_rows = chunk_rows
+    if on_cpu:
+        softmax_rows = max(1, min(chunk_rows, fast.CACHED_ENTRIES // args.vocab_size))
+    # The logits in float32 and their logarithmic softmax; and the one before, if there is one.
+    softmaxes = 3 if softmax_rows < num_tokens else 2
+    copies = 1 if fsdp else 2
+    return 2 * copies * output + (2 * chunk_rows + 4 * softmaxes * softmax_rows) * args.vocab_size
+
+
 def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False,
-                    bytes_per_logit=2 + 4 + 4):
-    """Bytes that each process of training takes at its peak, in bfloat16 over float32 weights.
+                    on_cpu=False):
+    """Bytes of tensors that each process of training holds at its peak, in bfloat16 over float32 weights.
 
     Weights, gradients and AdamW's averages are 16 bytes a parameter. FSDP shares them out, but gathers the
     embedding, the output and two blocks in bfloat16, and sums gradients in float32. To this comes what the
-    forward pass keeps, the output matrix and a chunk's gradient of it, and a chunk of logits: a GPU takes
-    their softmax of all at once in float32, the CPU in small parts, which leaves 2 bytes of each.
-    Holes between what is in use are not counted; on the CPU they take up to a fifth more.
+    forward pass keeps, and the larger of what the loss takes at its end and what recomputing a block takes.
+    Not counted are holes between tensors, which on the CPU take up to a fifth more, and memory inside of an
+    operation: without AVX512, a CPU multiplies transposed bfloat16 matrices into a float32 copy.
     """
     def saved(n_layers, recomputed):
         return saved_bytes(dataclasses.replace(args, n_layers=n_layers), batch_size, seq_len, recomputed,
                            torch.bfloat16 if fsdp else torch.float32)
-    with torch.device("meta"):
-        model = Transformer(args)
+
+    model = Transformer.on_meta(args)
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.layers[0].parameters())
     outer = total - args.n_layers * block
@@ -385,11 +313,12 @@ def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activati
     if fsdp:
         states = 16 * total / processes + (2 + 4) * outer + (2 * 2 + 4) * block
     kept = saved(args.n_layers, activation_checkpointing)
-    if activation_checkpointing:  # one block at a time is computed again
-        kept += saved(2, False) - saved(1, False)
-    logits = min(fast.ChunkedCrossEntropy.LOGITS_AT_ONCE, batch_size * seq_len * args.vocab_size)
-    output = args.vocab_size * args.dim
-    return int(states + kept + (2 if fsdp else 2 + 2) * output + bytes_per_logit * logits)
+    most = loss_bytes(args, batch_size * seq_len, fsdp, on_cpu)
+    if activation_checkpointing:
+        if not fsdp:  # Autocast's bfloat16 copies of weights live as long as the forward pass.
+            most += 2 * matrix_weights(args)[0]
+        most = max(most, saved(2, False) - saved(1, False))
+    return int(states + kept + most)
 
 
 def memory(*, batch_size: int = 1, seq_len: int = 2048):
@@ -415,58 +344,76 @@ def memory(*, batch_size: int = 1, seq_len: int = 2048):
 # Speed of training
 
 
-class Trainer:
-    """A model in a process of its own, for its peak memory, that trains a step when it is told to."""
+def start_worker(*settings):
+    """A process with a model, one of its own for its peak memory, that trains a step when it is told to."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_step, settings)
 
-    def __init__(self, *settings):
-        context = multiprocessing.get_context("spawn")
-        self.process = ProcessPoolExecutor(1, context, Trainer.prepare, settings)
 
-    @staticmethod
-    def prepare(name, args, batch_size, seq_len, document, device, compile):
-        shape, generator = (batch_size, seq_len + 1), torch.Generator().manual_seed(0)
-        tokens = torch.randint(args.vocab_size - 1, shape, generator=generator)
-        tokens[torch.rand(shape, generator=generator) < 1 / document] = args.vocab_size - 1  # BOS
-        x, y = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
-        if name == "transformers":
-            import transformers
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.hidden_dim,
-                num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
-                num_key_value_heads=args.n_kv_heads, tie_word_embeddings=True, use_cache=False)).to(device)
-            forward = torch.compile(model) if compile else model
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        else:
-            model = Transformer(args).to(device)
-            optimizer = model.configure_optimizers(1e-3)
-            bos_id = args.vocab_size - 1 if "mask" in name else None
-            for layer in model.layers if compile else []:
-                layer.compile()
+prepared_step = None  # In a worker the function that trains for one step; prepare_step sets it.
 
-        def step():
-            start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16):
-                if name == "transformers":
-                    loss = F.cross_entropy(forward(x).logits.float().flatten(0, 1), y.flatten())
-                else:
-                    loss = model(x, y, bos_id)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            synchronize(device)
-            seconds, unit = time.perf_counter() - start, 1 if sys.platform == "darwin" else 1024
-            return seconds, (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-        Trainer.prepared = step
 
-    @staticmethod
-    def run_prepared():
-        return Trainer.prepared()
+def run_step():
+    """In a worker: the seconds that a step took, and the bytes of memory at the peak so far."""
+    return prepared_step()
 
-    def step(self):
-        """The seconds it took, and the bytes of memory at the peak so far."""
-        return self.process.submit(Trainer.run_prepared).result()
+
+def transformers_model(args):
+    import transformers
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads, tie_word_embeddings=args.tie_word_embeddings, use_cache=False))
+
+
+def random_documents(vocab_size, batch_size, seq_len, document):
+    """Inputs and targets (B, T) of documents of that many tokens on average, behind the last id as BOS."""
+    bos_id = vocab_size - 1
+    shape = (batch_size, seq_len + 1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(bos_id, shape, generator=generator)
+    tokens[torch.rand(shape, generator=generator) < 1 / document] = bos_id
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def peak_memory(device):
+    """Bytes: the most that this process has taken of a GPU so far, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def prepare_step(name, args, batch_size, seq_len, document, device, compile):
+    """In a worker: makes the model, the optimizer and the data of the row of that name."""
+    global prepared_step
+    x, y = (tokens.to(device) for tokens in random_documents(args.vocab_size, batch_size, seq_len, document))
+    if name == "transformers":
+        model = transformers_model(args).to(device)
+        forward = torch.compile(model) if compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    else:
+        model = Transformer(args).to(device)
+        optimizer = model.configure_optimizers(1e-3)
+        bos_id = args.vocab_size - 1 if name == "document mask" else None
+        fast.keep_freed_memory(device)
+        if compile:
+            fast.compile_blocks(model)
+
+    def step():
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            if name == "transformers":
+                loss = F.cross_entropy(forward(x).logits.float().flatten(0, 1), y.flatten())
+            else:
+                loss = model(x, y, bos_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        return time.perf_counter() - start, peak_memory(device)
+
+    prepared_step = step
 
 
 def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49152, n_layers: int = 30,
@@ -478,31 +425,36 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     TinyStory's; with peers also transformers. In alternation; ratios are of the first row's tokens/s to the
     others', their median over the rounds and their range.
     """
-    check_least(batch_size=(batch_size, 1), seq_len=(seq_len, 1), vocab_size=(vocab_size, 2),
-                document=(document, 1), rounds=(rounds, 1))
-    device = llama31.choose_device(device)
-    compile = compile and fast.can_compile(device)
+    expect_at_least(1, batch_size=batch_size, seq_len=seq_len, document=document, rounds=rounds)
+    expect_at_least(2, vocab_size=vocab_size)
+    device = fast.choose_device(device)
+    if compile and device.type == "cpu" and fast.find_compiler() is None:
+        fast.say_uncompiled(fast.NO_COMPILER)
+        compile = False
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
                      multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
-    with torch.device("meta"):
-        flops = batch_size * seq_len * Transformer(args).flops_per_token(seq_len)
+    flops = batch_size * seq_len * Transformer.on_meta(args).flops_per_token(seq_len)
     peak = gemm_peak(torch.bfloat16, device)
-    print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}: bfloat16 "
-          f"{peak / 1e9:,.0f} GFLOP/s; {'compiled' if compile else 'eager'}")
-    names = ["causal", "document mask"] + ["transformers"] * (peers and not missing("transformers"))
-    steps = {name: [] for name in names}
-    trainers = {name: Trainer(name, args, batch_size, seq_len, document, device, compile) for name in names}
-    first = {name: trainer.step()[0] for name, trainer in trainers.items()}
-    for _, (name, trainer) in itertools.product(range(rounds + 1), trainers.items()):
-        steps[name].append(trainer.step())
+    print(f"{machine(device)}: bfloat16 {peak / 1e9:,.0f} GFLOP/s; {'compiled' if compile else 'eager'}")
+    names = ["causal", "document mask"]
+    if peers and not missing("transformers"):
+        names.append("transformers")
+    workers = {name: start_worker(name, args, batch_size, seq_len, document, device, compile)
+               for name in names}
+    first = {name: worker.submit(run_step).result()[0] for name, worker in workers.items()}
+    seconds = {name: [] for name in names}
+    peaks = {}
+    for round, (name, worker) in itertools.product(range(rounds + 1), workers.items()):
+        took, peaks[name] = worker.submit(run_step).result()
+        if round > 0:  # The first one warms up.
+            seconds[name].append(took)
     print("\n| | first step | tokens/s | GFLOP/s | of the limit | peak memory | causal to this |")
     print("|---|---|---|---|---|---|---|")
     for name in names:
-        times, peaks = zip(*steps[name][1:], strict=True)  # the first warms up
-        seconds = statistics.median(times)
-        ratios = [theirs / ours for (ours, _), theirs in zip(steps["causal"][1:], times, strict=True)]
-        print(f"| {name} | {first[name]:.0f} s | {batch_size * seq_len / seconds:,.0f} | "
-              f"{flops / seconds / 1e9:,.0f} | {flops / seconds / peak:.0%} | {peaks[-1] / 1e9:.1f} GB | "
+        median = statistics.median(seconds[name])
+        ratios = [theirs / ours for ours, theirs in zip(seconds["causal"], seconds[name], strict=True)]
+        print(f"| {name} | {first[name]:.0f} s | {batch_size * seq_len / median:,.0f} | "
+              f"{flops / median / 1e9:,.0f} | {flops / median / peak:.0%} | {peaks[name] / 1e9:.1f} GB | "
               f"{spread(ratios)} |")
 
 

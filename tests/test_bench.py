@@ -8,7 +8,9 @@ from tiny import output, random_model, write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from llama31 import ModelArgs, Transformer, open_checkpoint
+import peers
+from llama31 import Llama, ModelArgs, Transformer, open_checkpoint
+from plumbing import run
 
 ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=130, multiple_of=32)
 
@@ -21,7 +23,7 @@ def test_the_weights_counted_are_those_of_the_matrices_that_multiply(tied):
     assert output == model.output.weight.numel()
 
 
-def test_prefill_operations_are_torchs_without_what_causality_spares():
+def test_prefill_operations_are_those_torch_counts_less_what_is_masked():
     model, n = Transformer(ARGS), 24
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, n, dtype=torch.int64))
@@ -33,7 +35,7 @@ def test_prefill_operations_are_torchs_without_what_causality_spares():
     assert bench.prefill_flops(ARGS, [n, 5]) == expected + bench.prefill_flops(ARGS, [5])
 
 
-def test_decoding_reads_every_weight_once_and_each_rows_keys_and_values():
+def test_decoding_reads_every_weight_once_and_each_rows_own_cache():
     model = Transformer(ARGS)
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if p.dim() == 2 and not name.startswith("tok_embeddings"))
@@ -48,7 +50,37 @@ def test_the_prompts_of_a_batch_are_of_several_lengths_down_to_half():
 
 
 def test_a_spread_is_the_median_and_the_range():
-    assert bench.spread([2.0, 1.0, 1.5]) == "1.50 (1.00 to 2.00)"
+    assert bench.spread([2.0, 1.0, 1.1]) == "1.10 (1.00 to 2.00)"
+
+
+def test_a_job_is_rated_by_the_tokens_read_or_by_those_decoded():
+    times = {1: (0.5, 0.0), 4: (0.5, 0.25)}  # of prefill and of decoding, in seconds
+
+    def contestant(prompts, new):
+        assert prompts == [[7, 7], [7]]
+        return times[new]
+
+    reading = bench.Job("", [[7, 7], [7]], 1)
+    decoding = bench.Job("", [[7, 7], [7]], 4)
+    assert reading.rate(contestant) == (2 + 1) / 0.5
+    assert decoding.rate(contestant) == 2 * (4 - 1) / 0.25  # The first tokens come with the prefill.
+
+
+def test_what_a_rate_takes_is_the_work_of_all_prompts_or_of_a_step():
+    prompts = [[7, 7], [7]]
+    reading = bench.Job("", prompts, 1).reached(30, ARGS, 2, 4)
+    decoding = bench.Job("", prompts, 4).reached(30, ARGS, 2, 4)
+    assert reading == 10 * bench.prefill_flops(ARGS, [2, 1])  # 3 tokens each time
+    assert decoding == 15 * bench.decode_bytes(ARGS, [2 + 2, 1 + 2], 2, 4)  # 2 tokens each time
+
+
+def test_we_are_timed_from_prompts_to_the_first_token_and_on(monkeypatch):
+    """A clock that counts its calls: with the first step at 1, each later one takes another unit."""
+    clock = iter(range(100))
+    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    llama = Llama(Transformer(ARGS), None)
+    assert bench.ours(llama)([[1, 2, 3], [4]], 4) == (1, 3)
+    assert bench.ours(llama)([[1, 2, 3], [4]], 1) == (1, 0)
 
 
 def test_the_least_time_counts_after_two_calls_to_warm_up(monkeypatch):
@@ -62,7 +94,7 @@ def test_llama_cpps_file_holds_the_same_weights(kind, bound, tmp_path):
     gguf = pytest.importorskip("gguf")
     model = Transformer(ModelArgs(**{**vars(ARGS), "use_scaled_rope": True}))
     ckpt_dir = write_checkpoint(tmp_path / "ckpt", model)
-    bench.write_gguf(tmp_path / "model.gguf", *open_checkpoint(ckpt_dir), kind)
+    peers.write_gguf(tmp_path / "model.gguf", *open_checkpoint(ckpt_dir), kind)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     state = model.state_dict()
@@ -100,7 +132,7 @@ def test_the_train_command_prints_a_row_for_each_way_of_training():
 
 @pytest.mark.parametrize("command, flag", [(bench.speed, "rounds"), (bench.speed, "new"),
                                            (bench.train_speed, "rounds"), (bench.train_speed, "document")])
-def test_a_setting_below_its_least_is_refused_before_anything_is_measured(command, flag, monkeypatch):
+def test_a_setting_below_its_least_is_refused_before_measuring(command, flag, monkeypatch):
     monkeypatch.setattr(bench, "gemm_peak", None)
     monkeypatch.setattr(bench.checkpoint, "newest_checkpoint", lambda: "out/some")
     with pytest.raises(ValueError, match=f"{flag} is 0; expected at least"):
@@ -108,5 +140,5 @@ def test_a_setting_below_its_least_is_refused_before_anything_is_measured(comman
 
 
 def test_what_is_not_installed_is_named_in_one_line(capsys):
-    assert bench.missing("numpy", "no_such_package") == ["no_such_package"]
+    assert peers.missing("numpy", "no_such_package") == ["no_such_package"]
     assert capsys.readouterr().err == "not installed, so not measured: no_such_package\n"
