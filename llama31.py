@@ -77,11 +77,11 @@ class ModelArgs:
             if field.type is bool:
                 expect(type(value) is bool, field.name, repr(value), "true or false")
             elif field.type in (int, int | None):
-                fits = type(value) is int and value > 0
-                expect(fits, field.name, repr(value), "a whole number of at least 1")
+                is_count = type(value) is int and value > 0
+                expect(is_count, field.name, repr(value), "a whole number of at least 1")
             else:
-                fits = type(value) in (int, float) and 0 < value < math.inf
-                expect(fits, field.name, repr(value), "a number above 0")
+                is_positive = type(value) in (int, float) and 0 < value < math.inf
+                expect(is_positive, field.name, repr(value), "a number above 0")
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         expect(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
@@ -162,7 +162,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)  # rows of mean square 1
         return h.type_as(x) * self.weight
 
 # -----------------------------------------------------------------------------
@@ -177,13 +177,13 @@ def rope_frequencies(args):
     as Llama 3.1 does: pairs that turn at least 4 times within the old context stay, those that don't turn
     once are slowed by rope_scale_factor, those between are blended.
     """
-    with torch.device("cpu"):  # also while the model is laid out on the meta device
+    with torch.device("cpu"):  # They are computed even while the model is laid out on the meta device.
         freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
     if not args.use_scaled_rope:
         return freqs
-    low = 1.0
-    high = 4.0
-    old_context = 8192
+    low = 1.0  # turns up to which a pair is slowed in full
+    high = 4.0  # turns from which on it stays as it is
+    old_context = 8192  # tokens, what Llama 3 was trained for
     turns = old_context / (2 * math.pi / freqs)  # how often each pair turns within the old context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * freqs / args.rope_scale_factor + kept * freqs
@@ -192,7 +192,8 @@ def rope_frequencies(args):
 def apply_rope(x, cos, sin):
     """Turns each interleaved pair of x (B, T, heads, D) by its angle; cos and sin: (B or 1, T, 1, D/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2) each
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (B, T, heads, D/2, 2)
+    return turned.flatten(-2).type_as(x)
 
 # -----------------------------------------------------------------------------
 # Key/value cache
@@ -234,7 +235,7 @@ class Attention(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.head_dim = args.head_dim
-        self.is_grouped = args.n_heads != args.n_kv_heads
+        self.is_grouped = args.n_heads != args.n_kv_heads  # Some kernels are slower if told so needlessly.
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -250,7 +251,7 @@ class Attention(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
-        q = apply_rope(q, cos, sin)
+        q = apply_rope(q, cos, sin)  # Only queries and keys are turned: values carry no position.
         k = apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, S, K, D)
@@ -269,9 +270,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # gate
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)  # down
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # up
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -288,6 +289,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None):
+        # The stream x is only ever added to, so that gradients reach the first block undamped.
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -380,9 +382,10 @@ class Transformer(nn.Module):
     def trunk(self, tokens, positions, mask=None, caches=None):
         """tokens (B, T) at positions (B or 1, T) -> normalized hidden states (B, T, dim)."""
         cos, sin = self.angles(positions)
-        x = self.tok_embeddings(tokens)
+        x = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no generator's state to preserve.
                 x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, use_reentrant=False,
                                                       preserve_rng_state=False)
             else:
@@ -397,7 +400,7 @@ class Transformer(nn.Module):
         if targets is not None:
             return self.forward_loss(tokens, targets, bos_id, reduction=reduction)
         positions = torch.arange(tokens.size(1), device=tokens.device)[None]
-        return self.output(self.trunk(tokens, positions)).float()
+        return self.output(self.trunk(tokens, positions)).float()  # as bfloat16 has two or three digits
 
     def forward_loss(self, inputs, targets, bos_id=None, *, reduction="mean"):
         """Cross entropy in nats, float32, of the targets (B, T) that count; 0 if none does.
@@ -411,7 +414,7 @@ class Transformer(nn.Module):
         is_target = target_mask(targets, bos_id)
         targets = targets.masked_fill(~is_target, -100)
         device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast = torch.is_autocast_enabled(device_type)  # It doesn't reach into autograd functions.
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         # F.cross_entropy(self.output(x).flatten(0, 1), targets.flatten(), reduction="sum"), but logits, many
         # times larger than all else here, never exist all at once.
@@ -451,8 +454,8 @@ class Transformer(nn.Module):
         room = caches[0].k.size(1)
         if max(start_pos) + T > room:
             raise ValueError(f"the KV cache holds {room} positions; {max(start_pos) + T} are needed")
-        hidden = [None] * B
-        width = max(1, tokens_at_once // B)
+        hidden = [None] * B  # each row's state in its last column
+        width = max(1, tokens_at_once // B)  # of a chunk
         for begin in range(0, T, width):
             x = reader.extend(tokens[:, begin:begin + width], [n + begin for n in start_pos], caches)
             for b in range(B):
@@ -546,12 +549,11 @@ class Sampler:
             kept &= probs.cumsum(-1) - probs < self.top_p  # what the likelier tokens hold
         if self.top_k:
             kept[self.top_k:] = False
-        kept[0] = True
+        kept[0] = True  # whatever the limits say, also where top_p is 0
         # The largest of probs / exponential noise is drawn as torch.multinomial draws. V numbers are taken,
         # whatever is kept, so that a row's later draws don't depend on its limits.
         noise = torch.empty_like(logits).exponential_(generator=generator)
         return int(ids[order[(probs * kept / noise[:len(ids)]).argmax()]])
-
 
 # -----------------------------------------------------------------------------
 # Generation
@@ -639,10 +641,11 @@ class Llama:
         device = self.model.norm.weight.device
         unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
         width = max(len(row) for row in unread)
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)
-        last = [len(row) - 1 for row in unread]
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)  # (B, T)
+        last = [len(row) - 1 for row in unread]  # the column of each row's last token
         newest = [prompt[-1] for prompt in prompt_tokens]
         ended = [False] * B
+        # On the CPU, so that a seed's text is the same on every device.
         generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
         for _ in range(max_gen_len):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
@@ -654,7 +657,7 @@ class Llama:
                 if ended[i]:
                     continue
                 token = sampler(logits[i], generators[i])
-                if token in stop_tokens:
+                if token in stop_tokens:  # It is not part of the text.
                     ended[i] = True
                     continue
                 drawn[i] = newest[i] = token
@@ -785,11 +788,11 @@ class DistributedShardedDataLoader:
         if self.num_windows == 0:
             raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(headers)} files hold no "
                              f"window; expected a shard of at least T + 1 = {T + 1} tokens")
-        self.permutations = {}
+        self.permuted = None  # the epoch whose order is at hand
         self.reset()
 
     def reset(self):
-        self.counter = 0
+        self.counter = 0  # windows that all ranks together have given out
 
     def state_dict(self):
         return {"counter": self.counter}
@@ -798,18 +801,18 @@ class DistributedShardedDataLoader:
         self.counter = state["counter"]
 
     def permutation(self, epoch):
-        """The order of an epoch's windows; two are kept, as a batch may straddle the end of an epoch."""
-        if epoch not in self.permutations:
-            self.permutations = {e: order for e, order in self.permutations.items() if e == epoch - 1}
-            rng = np.random.default_rng([self.seed, epoch])
-            self.permutations[epoch] = rng.permutation(self.num_windows)
-        return self.permutations[epoch]
+        """The order of an epoch's windows, the same on every rank as it follows from seed and epoch alone."""
+        if epoch != self.permuted:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
+            self.permuted = epoch
+        return self.order
 
     def window(self, number):
         """x, y of a window, int64 (T,): y is x one token later, -100 where that is no target."""
+        # The last shard whose first window comes no later; one without windows shares its successor's.
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
-        length = self.T + 1
+        length = self.T + 1  # The last token is only a target; the next window begins with it.
         # Read by position, as a memory map of a file that shrinks would kill the process.
         stored = files.read_tokens(self.files[shard], start, length)
         if len(stored) != length:
@@ -846,7 +849,7 @@ def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
     if step <= warmup_steps:
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2  # large steps, then fine ones
 
 
 def batch_on(device, loader, vocab_size, once=False):
@@ -876,14 +879,14 @@ def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
         count += len(counted)
         num_bytes += int(byte_lengths[counted].sum())
     nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
-    return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)
+    return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)  # a bit is log(2) nats
 
 
 def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="the step"):
     """One step of training on this rank's micro-batches: the loss over all ranks and the gradient's norm.
 
-    model: may be wrapped by DDP or sharded by FSDP. batches: (inputs, targets), (B, T) each. ValueError,
-    which says `what` was done, where loss or norm is not finite: before any weight has changed.
+    model: may be wrapped by DDP or sharded by FSDP. batches: (inputs, targets), (B, T) each. ValueError if
+    the loss or the norm of `what` is not finite, before any weight has changed.
     """
     device = batches[0][0].device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -901,8 +904,9 @@ def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="t
         (loss * world_size).backward()
         nats += loss.detach()
     [loss] = sum_over_ranks([nats], device)
+    # One odd batch must not throw the weights far: longer gradients are scaled down to the norm grad_clip.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if hasattr(grad_norm, "full_tensor"):  # of shards
+    if hasattr(grad_norm, "full_tensor"):  # FSDP has each rank's shard of it.
         grad_norm = grad_norm.full_tensor()
     grad_norm = float(grad_norm)
     if not math.isfinite(loss + grad_norm):
@@ -962,17 +966,12 @@ def fill_model(model, pieces, seed, device, dtype, fsdp):
 
 
 def check_data(loader, val_loader, tokenizer):
-    """Raises ValueError if training and validation share a file, or hold another tokenizer's tokens.
-
-    Where no manifest says what made a shard, only the first batches are looked at.
-    """
+    """Raises ValueError if training and validation share a file, or hold another tokenizer's tokens."""
+    files.check_apart(loader.files, val_loader.files)
     files.check_manifests(loader.files + val_loader.files, tokenizer.model_path)
     for each in (loader, val_loader):
-        batch_on("cpu", each, tokenizer.n_words)
+        batch_on("cpu", each, tokenizer.n_words)  # the first batches, as there may be no manifest
         each.reset()
-    shared = set(map(os.path.realpath, loader.files)) & set(map(os.path.realpath, val_loader.files))
-    if shared:
-        raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
 
 
 def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
@@ -1066,9 +1065,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     wrapped = model
     if world_size > 1 and not fsdp:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
 
-    bos_id = tokenizer.bos_id if doc_mask else None
+    bos_id = tokenizer.bos_id if doc_mask else None  # what documents are told apart by
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
     min_lr = lr / 10 if min_lr is None else min_lr
     peak_flops = fast.measured_peak(device, dtype) * world_size
@@ -1140,10 +1140,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         raise ValueError("found --prompt and --prompt_file; expected one of them")
     prompts = PROMPTS if prompt is None else [prompt]
     if prompt_file is not None:
-        try:
-            prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{prompt_file}: expected UTF-8, a prompt per line ({error})") from None
+        prompts = files.read_lines(prompt_file)
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
                         quantize=quantize)

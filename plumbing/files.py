@@ -80,6 +80,14 @@ def check_disk(what, num_bytes, folder):
         raise OSError(f"{what} takes {num_bytes:,} bytes, the disk of {there} has {free:,} bytes free; make "
                       "room or choose a folder on another disk")
 
+
+def read_lines(path):
+    """The lines of a text file; ValueError if it isn't in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected lines in UTF-8 ({error})") from None
+
 # -----------------------------------------------------------------------------
 # Shards of tokens
 
@@ -119,6 +127,13 @@ def read_header(path):
 def read_tokens(path, first=0, count=-1):
     """The tokens of a shard as stored, uint32: count of them, -1 for all, beginning with number first."""
     return np.fromfile(path, dtype="<u4", count=count, offset=HEADER_BYTES + 4 * first)
+
+
+def check_apart(train_files, val_files):
+    """Raises ValueError if a shard is among both."""
+    shared = set(map(os.path.realpath, train_files)) & set(map(os.path.realpath, val_files))
+    if shared:
+        raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
 
 
 def write_tokens(path, arrays, version=VERSION, num_documents=0, num_bytes=0, max_tokens=MAX_TOKENS):

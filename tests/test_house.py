@@ -17,14 +17,14 @@ BUDGETS = {
     "convert.py": 330,  # 300 once config.json and names lie in plumbing/huggingface.py
     "chat.py": 140,
     "bench.py": 500,
-    "peers.py": 140,
-    "plumbing/fast.py": 450,
+    "peers.py": 155,  # 140 once convert.py writes llama.cpp's files
+    "plumbing/fast.py": 470,  # 450, and the choice of a device and its types
     "plumbing/fast.cpp": 620,
     "plumbing/checkpoint.py": 260,
     "plumbing/parallel.py": 180,
     "plumbing/run.py": 220,
-    "plumbing/files.py": 180,  # 130, and the checks and messages of shards and manifests
-    "plumbing/cli.py": 110,
+    "plumbing/files.py": 195,  # 130, and the checks and messages of shards and manifests
+    "plumbing/cli.py": 155,  # 110, and lists, switches with a number, checks of settings
     "plumbing/download.py": 160,
     "plumbing/documents.py": 300,
 }
