@@ -10,8 +10,7 @@ Read it downwards, as every part uses only what stands above it:
     Normalization, positions, KV cache     RMSNorm, RoPE, KVCache
     Transformer                            Attention, FeedForward, TransformerBlock, the model and its loss
     Loading, sampling, generation          load_checkpoint, Sampler, Llama
-    Data loader, distributed, training     DistributedShardedDataLoader, optimize, train
-    Commands                               sample, demo
+    Data loader, training, commands        DistributedShardedDataLoader, optimize, train, sample, demo
 
 This file says what is computed. The folder plumbing/ says how it is made fast, how files look and how a run
 is kept; delete plumbing/fast.cpp, and only speed is lost.
@@ -27,6 +26,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,11 +90,11 @@ class ModelArgs:
                f"{2 * self.n_heads}: RoPE turns pairs of a head's elements")
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.dim // self.n_heads
 
     @property
-    def hidden_dim(self):
+    def hidden_dim(self) -> int:
         """The SwiGLU hidden size by Meta's rule: 2/3 of 4 dim, times the multiplier, rounded up.
 
         2/3, as SwiGLU has three matrices where the classic feed-forward layer has two: the same weights.
@@ -105,7 +105,7 @@ class ModelArgs:
         return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
     @classmethod
-    def from_json(cls, path):
+    def from_json(cls, path: str | os.PathLike) -> "ModelArgs":
         """Reads params.json; FileNotFoundError or ValueError names the file and the field at fault."""
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
@@ -328,7 +328,7 @@ def document_mask(tokens, bos_id):
 class Transformer(nn.Module):
     """The whole model; its state dict has Meta's checkpoint keys."""
 
-    def __init__(self, args):
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding would draw it, even on the meta device
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
             self.init_weights()
 
     @classmethod
-    def on_meta(cls, args):
+    def on_meta(cls, args: ModelArgs) -> "Transformer":
         """The model with shapes but without memory, for weights that are loaded or drawn afterwards."""
         with torch.device("meta"):
             return cls(args)
@@ -392,7 +392,8 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
-    def forward(self, tokens, targets=None, bos_id=None, *, reduction="mean"):
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, bos_id: int | None = None, *,
+                reduction: str = "mean") -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) float32, plain causal; with targets: forward_loss.
 
         The loss goes through forward, too, as the hooks of DDP and FSDP run only there.
@@ -402,7 +403,8 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         return self.output(self.trunk(tokens, positions)).float()  # as bfloat16 has two or three digits
 
-    def forward_loss(self, inputs, targets, bos_id=None, *, reduction="mean"):
+    def forward_loss(self, inputs: Tensor, targets: Tensor, bos_id: int | None = None, *,
+                     reduction: str = "mean") -> Tensor:
         """Cross entropy in nats, float32, of the targets (B, T) that count; 0 if none does.
 
         bos_id: documents begin at this token and don't see each other; predicting it doesn't count, nor does
@@ -444,10 +446,9 @@ class Transformer(nn.Module):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]; logits (B, V) at last[b].
 
         start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
-        anything: nothing that counts sees them, and later tokens overwrite them. reader: what has extend and
-        head, see fast.compile_inference; None: the model itself. Long prompts are read in chunks of columns,
-        of tokens_at_once tokens in all rows, so that activations stay small. ValueError where the caches are
-        too short, also for such columns.
+        anything: nothing that counts sees them, and later tokens overwrite them; but ValueError where they
+        don't fit the caches. reader: what has extend and head, see fast.compile_inference; None: the model.
+        Long prompts are read in chunks of tokens_at_once tokens, so that activations stay small.
         """
         reader = self if reader is None else reader
         B, T = tokens.shape
@@ -463,14 +464,15 @@ class Transformer(nn.Module):
                     hidden[b] = x[b, last[b] - begin]
         return reader.head(torch.stack(hidden))
 
-    def flops_per_token(self, seq_len):
+    def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention."""
         weights = sum(p.numel() for p in self.parameters())
         if not self.args.tie_word_embeddings:
             weights -= self.tok_embeddings.weight.numel()  # The embedding is looked up, not multiplied.
         return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.dim
 
-    def configure_optimizers(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
+    def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
+                             betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it.
 
         Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one.
@@ -534,14 +536,13 @@ class Sampler:
         expect(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         expect(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
 
-    def __call__(self, logits, generator=None):
+    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> int:
         """One token id drawn from logits (V,)."""
         if self.temperature < 1e-6:  # Dividing by it would overflow.
             return int(logits.argmax())
         logits = logits.float().cpu()
         probs = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
-        # Sorting the whole vocabulary is slow. Tokens rarer than this hold less than 1 - top_p together, so
-        # they are cut anyhow (0.9: for rounding).
+        # Sorting all of V is slow: what is rarer than this holds less than 1 - top_p together (0.9: rounding).
         ids = (probs >= 0.9 * (1 - self.top_p) / len(probs)).nonzero()[:, 0]
         probs, order = probs[ids].sort(descending=True, stable=True)
         kept = probs >= self.min_p * probs[0]
@@ -560,12 +561,10 @@ class Sampler:
 
 
 class Llama:
-    """A model with its tokenizer (None where there is none: then token ids only).
+    """A model with its tokenizer (None: token ids only) and what fast.compile_inference made of it, if any."""
 
-    reader: what fast.compile_inference has made of the model; None: the model itself reads.
-    """
-
-    def __init__(self, model, tokenizer, max_seq_len=None, max_batch_size=32, reader=None):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int | None = None,
+                 max_batch_size: int = 32, reader=None):
         self.model = model
         self.tokenizer = tokenizer
         self.max_seq_len = model.args.max_seq_len if max_seq_len is None else max_seq_len
@@ -573,14 +572,15 @@ class Llama:
         self.reader = reader
 
     @staticmethod
-    def build(ckpt_dir, tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None,
-              compile=False, quantize=None):
+    def build(ckpt_dir: str | os.PathLike, tokenizer_path: str | os.PathLike | None = None,
+              max_seq_len: int | None = None, max_batch_size: int = 32,
+              device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+              compile: bool = False, quantize: str | None = None) -> "Llama":
         """Loads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another.
 
         max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
         its name; None: bfloat16 on cuda, elsewhere as stored. compile: run faster, after some seconds.
-        quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names what is wrong with
-        the files.
+        quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names a file at fault.
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         device = fast.choose_device(device)
@@ -620,7 +620,9 @@ class Llama:
                    f"0 to {len(prompt) - 1}: at least its last token is to be read")
 
     @torch.inference_mode()
-    def steps(self, prompt_tokens, max_gen_len, stop_tokens=None, caches=None, start_pos=None, **sampling):
+    def steps(self, prompt_tokens: list[list[int]], max_gen_len: int, stop_tokens: list[int] | None = None,
+              caches: list[KVCache] | None = None, start_pos: list[int] | None = None,
+              **sampling) -> Iterator[tuple[Tensor, list[int | None]]]:
         """Yields once per step: the logits (B, V), and each row's next token, None once the row has ended.
 
         Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
@@ -671,8 +673,8 @@ class Llama:
             start_pos = [n - 1 for n in lengths]
             last = [0] * B
 
-    def generate(self, prompt_tokens, max_gen_len, *, echo=False, stop_tokens=None, logprobs=False,
-                 **sampling):
+    def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, *, echo: bool = False,
+                 stop_tokens: list[int] | None = None, logprobs: bool = False, **sampling):
         """The new tokens of each prompt, with echo after the prompt itself; the stop token is not returned.
 
         logprobs: (tokens, log-probabilities), those of the raw logits, whatever the sampler's limits; a
@@ -696,7 +698,7 @@ class Llama:
         nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         return [0.0, *(-nats).tolist()]
 
-    def encode(self, prompts):
+    def encode(self, prompts: list[str]) -> list[list[int]]:
         """The tokens of each of several texts, behind BOS; ValueError names an empty one."""
         if isinstance(prompts, str):
             raise ValueError(f"found one text, {prompts[:40]!r}; expected a list of prompts")
@@ -732,7 +734,8 @@ class Llama:
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
-    def text_completion(self, prompts, max_gen_len=256, echo=False, stop=(), **settings):
+    def text_completion(self, prompts: list[str], max_gen_len: int = 256, echo: bool = False,
+                        stop: str | Sequence[str] = (), **settings) -> list[dict]:
         """[{"generation": text}] for each prompt, with echo after its own; settings: as in steps.
 
         stop: a text, or several, before which a row ends.
@@ -741,7 +744,8 @@ class Llama:
         return [{"generation": (prompt if echo else "") + text}
                 for prompt, text in zip(prompts, texts, strict=True)]
 
-    def chat_completion(self, dialogs, max_gen_len=256, stop=(), **settings):
+    def chat_completion(self, dialogs: list[list[dict]], max_gen_len: int = 256,
+                        stop: str | Sequence[str] = (), **settings) -> list[dict]:
         """[{"generation": {"role": "assistant", "content": text}}]: the message that follows each dialog.
 
         dialogs: lists of {"role": "system", "user" or "assistant", "content": text}. The rest as in
@@ -764,7 +768,8 @@ class DistributedShardedDataLoader:
     with shuffle. The state is that counter alone, so it resumes on any number of ranks.
     """
 
-    def __init__(self, filename_pattern, B, T, process_rank, num_processes, shuffle=False, seed=0):
+    def __init__(self, filename_pattern: str | os.PathLike, B: int, T: int, process_rank: int,
+                 num_processes: int, shuffle: bool = False, seed: int = 0):
         if B < 1 or T < 1 or not 0 <= process_rank < num_processes:
             raise ValueError(f"B is {B}, T {T}, rank {process_rank} of {num_processes}; expected B and T of "
                              "at least 1, and a rank below the number of processes")
@@ -801,7 +806,7 @@ class DistributedShardedDataLoader:
         self.counter = state["counter"]
 
     def permutation(self, epoch):
-        """The order of an epoch's windows, the same on every rank as it follows from seed and epoch alone."""
+        """The order of an epoch's windows: from seed and epoch alone, so the same on every rank."""
         if epoch != self.permuted:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
             self.permuted = epoch
@@ -809,7 +814,7 @@ class DistributedShardedDataLoader:
 
     def window(self, number):
         """x, y of a window, int64 (T,): y is x one token later, -100 where that is no target."""
-        # The last shard whose first window comes no later; one without windows shares its successor's.
+        # The last shard whose first window comes no later: an empty one has its successor's first window.
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
         length = self.T + 1  # The last token is only a target; the next window begins with it.
@@ -825,7 +830,7 @@ class DistributedShardedDataLoader:
         targets = np.where(stored < files.MASKED, ids, -100)
         return ids[:-1], targets[1:]
 
-    def next_batch(self, once=False):
+    def next_batch(self, once: bool = False) -> tuple[Tensor, Tensor]:
         """x, y: int64 (B, T). once: windows of later epochs have no targets, so that each counts once."""
         first = self.counter + self.rank * self.B
         self.counter += self.num_processes * self.B
@@ -842,14 +847,11 @@ class DistributedShardedDataLoader:
 
 
 def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
-    """The rate of one step of 1 … steps: linear warm-up to lr, then a cosine down to min_lr.
-
-    Warm-up, as AdamW's averages know nothing yet in the first steps.
-    """
+    """The rate of one step of 1 … steps: up to lr while AdamW's averages fill, a cosine down to min_lr."""
     if step <= warmup_steps:
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2  # large steps, then fine ones
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2  # first far, then fine
 
 
 def batch_on(device, loader, vocab_size, once=False):
@@ -922,8 +924,7 @@ def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="t
 def training_source(newest, ckpt_dir, preset, tokenizer_path):
     """(tokenizer, model on the meta device, name -> pieces) to begin with; no pieces: weights are drawn.
 
-    newest: the run's newest checkpoint, or None. ValueError where nothing is given, or another architecture
-    than the run has.
+    newest: the run's newest checkpoint, or None; ValueError if another architecture is asked for.
     """
     source = newest or ckpt_dir
     if ckpt_dir is not None and preset is not None:
@@ -1026,17 +1027,15 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                     save_interval=save_interval)
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
-    out_dir = Path(out_dir)
-    expect(not out_dir.is_file(), "out_dir", out_dir, "a folder, not a file")
     dtype = fast.choose_dtype(dtype)
     expect(dtype != torch.float16, "dtype", dtype, "float32 or bfloat16, as float16 underflows in training")
     rank, world_size, device = parallel.join_process_group(device, needed=fsdp)
-    is_master = rank == 0
+    fast.keep_freed_memory(device)
 
     # What to train on, and where.
     loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
     val_loader = DistributedShardedDataLoader(val_data, batch_size, seq_len, rank, world_size)
-    run = Run(out_dir, resume, is_master, floor=entropy_floor(Path(val_loader.files[0]).parent))
+    run = Run(out_dir, resume, rank == 0, floor=entropy_floor(Path(val_loader.files[0]).parent))
     tokenizer, model, pieces = training_source(run.newest, ckpt_dir, preset, tokenizer_path)
     check_data(loader, val_loader, tokenizer)
     micro_batch_tokens = batch_size * seq_len * world_size
@@ -1050,7 +1049,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     # The model, the optimizer, and where an earlier run stopped.
     num_parameters = sum(p.numel() for p in model.parameters())
-    files.check_disk("a checkpoint", 12 * num_parameters, out_dir)  # weights, AdamW's two averages: float32
+    files.check_disk("a checkpoint", 12 * num_parameters, run.out_dir)  # weights and AdamW's two averages
     fill_model(model, pieces, seed, device, dtype, fsdp)
     model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
@@ -1062,9 +1061,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         loader.load_state_dict(progress["loader"])
     if compile:
         fast.compile_blocks(model)
-    wrapped = model
-    if world_size > 1 and not fsdp:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    needs_ddp = world_size > 1 and not fsdp
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if needs_ddp else model
     # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
 
@@ -1073,7 +1071,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     min_lr = lr / 10 if min_lr is None else min_lr
     peak_flops = fast.measured_peak(device, dtype) * world_size
     tokenizer_path = run.prepare(progress["step"], tokenizer.model_path)
-    if is_master:
+    if run.is_master:
         print(f"{num_parameters:,} parameters on {world_size} x {device} in {dtype}, {steps:,} steps of "
               f"{total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
 
@@ -1096,9 +1094,9 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         run.stopping = signals > 0  # A signal to one rank stops all.
         if step == steps or run.stopping or (save_interval and step % save_interval == 0):
             progress = dict(step=step, order=order, loader=loader.state_dict())
-            path = out_dir / f"step_{step:06d}"
+            path = run.out_dir / f"step_{step:06d}"
             checkpoint.save_training(path, model, optimizer, tokenizer_path, progress, keep)
-        if sample_interval and step % sample_interval == 0 and (is_master or fsdp):  # FSDP: all hold a shard
+        if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp):  # all hold a shard
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
@@ -1116,8 +1114,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
            compile: bool = False, quantize: str | None = None):
     """Prints completions of a prompt, of every line of a file, or of four default prompts.
 
-    Several prompts are one batch, of which the first streams as its tokens come and the others follow at the
-    end. The speed goes to standard error.
+    Of several prompts the first streams as its tokens come, the others follow. Speed goes to standard error.
 
     Args:
         ckpt_dir: checkpoint directory; None: the one last written under out/
@@ -1175,7 +1172,6 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "data" / "entropy.json").exists():
         raise ValueError(f"{out_dir} holds no demo but other files; give another --out_dir")
     if retrain or not checkpoints_of_run(out_dir):
-        fast_bfloat16 = fast.choose_device().type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
         with files.complete_folder(out_dir, replace=True) as part:  # An earlier demo stays until then.
             data = part / "data"
             stories.write(data)
@@ -1187,8 +1183,7 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
             train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
                   out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
                   seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
-                  eval_steps=0, save_interval=0, shuffle=True,
-                  dtype="bfloat16" if fast_bfloat16 else "float32")
+                  eval_steps=0, save_interval=0, shuffle=True, dtype=fast.fast_dtype())
     sample(ckpt_dir=checkpoints_of_run(out_dir)[-1])
 
 

@@ -446,6 +446,12 @@ def choose_dtype(dtype):
     return getattr(torch, name)
 
 
+def fast_dtype(device=None):
+    """The name of the type that a device multiplies fast: float32 on a CPU without AVX512-BF16."""
+    is_cpu = choose_device(device).type == "cpu"
+    return "float32" if is_cpu and not torch.cpu.get_capabilities().get("avx512_bf16") else "bfloat16"
+
+
 def measured_peak(device, dtype):
     """FLOP/s of large matrix products on a device: what model FLOPs utilization (MFU) is a share of."""
     n = 8192 if device.type == "cuda" else 1024

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.checkpoint import checkpoints_of_run, load_file
+from plumbing.cli import expect
 from plumbing.files import complete
 
 # -----------------------------------------------------------------------------
@@ -68,6 +69,7 @@ class Run:
 
     def __init__(self, out_dir, resume, is_master, floor=None):
         self.out_dir = Path(out_dir)
+        expect(not self.out_dir.is_file(), "out_dir", out_dir, "a folder, not a file")
         self.log_path = self.out_dir / "log.jsonl"
         self.is_master = is_master
         self.floor = floor

@@ -125,6 +125,17 @@ def test_a_record_has_tokens_per_second_and_its_share_of_the_peak(corpus, tmp_pa
     assert record["mfu"] == pytest.approx(flops * 192 / 1e9, rel=1e-12)
 
 
+def test_the_commands_keep_freed_memory(corpus, tmp_path, monkeypatch):
+    devices = []
+    monkeypatch.setattr(fast, "keep_freed_memory", devices.append)
+    llama31.train(train_data=f"{corpus}/train.bin", val_data=f"{corpus}/val.bin", out_dir=str(tmp_path),
+                  ckpt_dir=f"{corpus}/ckpt", batch_size=1, seq_len=16, steps=1, device="cpu")
+    llama31.sample(ckpt_dir=tmp_path / "step_000001", prompt="a", max_gen_len=1, device="cpu")
+    monkeypatch.setattr("sys.stdin", None)
+    chat.chat(ckpt_dir=str(tmp_path / "step_000001"), device="cpu")
+    assert devices == [torch.device("cpu")] * 3
+
+
 def test_flops_of_training_are_six_per_weight_and_causal_attentions():
     shape = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=100, multiple_of=16)
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 * 64
