@@ -542,7 +542,7 @@ class Sampler:
             return int(logits.argmax())
         logits = logits.float().cpu()
         probs = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
-        # Sorting all of V is slow: what is rarer than this holds less than 1 - top_p together (0.9: rounding).
+        # Sorting all of V is slow: those rarer than this hold less than 1 - top_p together (0.9: rounding).
         ids = (probs >= 0.9 * (1 - self.top_p) / len(probs)).nonzero()[:, 0]
         probs, order = probs[ids].sort(descending=True, stable=True)
         kept = probs >= self.min_p * probs[0]
@@ -561,7 +561,7 @@ class Sampler:
 
 
 class Llama:
-    """A model with its tokenizer (None: token ids only) and what fast.compile_inference made of it, if any."""
+    """A model with its tokenizer (None: token ids only), and its reader if inference was compiled."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int | None = None,
                  max_batch_size: int = 32, reader=None):
