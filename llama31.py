@@ -1002,22 +1002,22 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         lr: learning rate after the warm-up; 1e-5 suits finetuning, 1e-3 small models from scratch
         min_lr: learning rate at the end of the cosine; None: a tenth of lr
         warmup_steps: steps in which the learning rate rises
-        weight_decay: of AdamW, on matrices
-        betas: of AdamW's averages of gradients and of their squares
+        weight_decay: pull of matrices towards zero (AdamW)
+        betas: how slowly AdamW's averages of gradients and of their squares change
         grad_clip: largest norm of the gradient; 0: any
         eval_interval: steps from one evaluation to the next; the last step is always evaluated
         eval_steps: batches of an evaluation; 0: all
         sample_interval: steps from one set of printed samples to the next; 0: none
         save_interval: steps from one checkpoint to the next; 0: only the last step, or one ended by a signal
         keep: how many checkpoints stay, the newest ones
-        seed: of the first weights and of the shuffle
+        seed: draws the first weights and the shuffled orders
         resume: go on from out_dir's newest checkpoint, if there is one
         shuffle: a new order of the windows in each epoch
         doc_mask: documents of a window don't see each other
         activation_checkpointing: compute each block twice, to keep less in memory
         fsdp: processes share out weights and optimizer (FSDP2); else each has all of them (DDP)
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
-        dtype: of the computation, bfloat16 or float32; weights, optimizer and sums are float32
+        dtype: type of the computation, bfloat16 or float32; weights, optimizer and sums are float32
         compile: compile the blocks with torch.compile
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
