@@ -79,7 +79,8 @@ FIELDS = {  # field of ModelArgs -> (field of config.json, its value where confi
     "max_seq_len": ("max_position_embeddings", 2048),
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
-# What config.json must say, what it may leave out, and what it must say of a scaled RoPE.
+# We write LLAMA into every config.json; one that we read may leave out all of it but model_type. IF_GIVEN is
+# not written, but must hold where a config.json has these fields. LLAMA3_ROPE is how Llama 3.1 scales RoPE.
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 IF_GIVEN = {"pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -106,7 +106,8 @@ class Tokenizer:
             tokens.append(self.eos_id)
         return tokens
 
-    def encode_dialog(self, dialog: Sequence[dict[str, str]], generation_prompt: bool = True) -> list[int]:
+    def encode_dialog(self, dialog: list[dict[str, str]] | tuple[dict[str, str], ...],
+                      generation_prompt: bool = True) -> list[int]:
         """Token ids of a dialog in Llama 3's chat format, the same as Meta's ChatFormat.
 
         dialog: messages {"role": one of ROLES, "content": str} in any order; the content stays as it is, and
