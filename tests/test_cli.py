@@ -181,7 +181,8 @@ def test_a_command_has_to_be_named_where_there_is_no_default(capsys):
     assert error.value.code == "error: expected a command, there or back; COMMAND --help tells more"
 
 
-@pytest.mark.parametrize("script", ["llama31", "chat", "reference", "convert", "tiny_stories", "stories"])
+@pytest.mark.parametrize("script", ["llama31", "chat", "reference", "convert", "tiny_stories", "stories",
+                                    "bench"])
 def test_every_flag_of_every_command_has_a_line_of_help(script, monkeypatch, capsys):
     commands = {}
     monkeypatch.setattr(cli, "run", lambda functions, default, argv=None: commands.update(functions))
