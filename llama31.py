@@ -8,7 +8,7 @@ Read it downwards, as every part uses only what stands above it:
 
     Configuration                          ModelArgs and the published shapes
     Normalization, positions, KV cache     RMSNorm, RoPE, KVCache
-    Transformer                            Attention, FeedForward, TransformerBlock, the model and its loss
+    Attention, documents, Transformer      Attention, FeedForward, TransformerBlock, the model and its loss
     Loading, sampling, generation          load_checkpoint, Sampler, Llama
     Data loader, training, commands        DistributedShardedDataLoader, optimize, train, sample, demo
 
@@ -63,7 +63,7 @@ class ModelArgs:
     n_kv_heads: int | None = None  # key/value heads, fewer so that the cache is smaller; None: n_heads
     vocab_size: int = 128256  # token ids; 128,000 byte sequences and 256 special tokens in Meta's vocabulary
     multiple_of: int = 256  # the SwiGLU hidden size is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = None  # widens the SwiGLU hidden size beyond 8/3 dim; None: not
+    ffn_dim_multiplier: float | None = None  # widens the SwiGLU hidden size beyond 8/3 dim; None: 8/3 dim
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     rope_theta: float = 500000.0  # RoPE's slowest pairs turn once in about 2 pi rope_theta positions
     use_scaled_rope: bool = False  # Llama 3.1's stretch of the context from 8,192 to 131,072 tokens
@@ -99,7 +99,7 @@ class ModelArgs:
     def hidden_dim(self) -> int:
         """The SwiGLU hidden size by Meta's rule: 2/3 of 4 dim, times the multiplier, rounded up.
 
-        2/3, as SwiGLU has three matrices where the classic feed-forward layer has two: the same weights.
+        The factor 2/3 keeps the number of weights, as SwiGLU has three matrices, the classic layer two.
         """
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
@@ -121,7 +121,7 @@ class ModelArgs:
             args = cls(**fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        # Llama 3.2's params.json says only that RoPE is scaled, but not by 32, so we know it by its shape.
+        # Llama 3.2's params.json says that RoPE is scaled, not by how much; by its shape we know it is 32.
         shape = args.dim, args.n_layers, args.n_heads, args.n_kv_heads
         is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))
         if args.use_scaled_rope and is_llama_32 and "rope_scale_factor" not in fields:
@@ -204,8 +204,8 @@ def apply_rope(x, cos, sin):
 class KVCache:
     """One layer's keys and values of all tokens so far, (B, max_seq_len, K, D) each.
 
-    A token's key and value depend only on the tokens up to it, so they never change: with them kept, a new
-    token costs one column of work instead of the whole text again. Rows may have different lengths.
+    A token's key and value depend only on the tokens up to it, so they never change. Because they are kept,
+    a new token is computed alone, not the whole text again. Rows may have different lengths.
     """
 
     def __init__(self, args, batch_size, max_seq_len, dtype=None, device=None):
@@ -214,9 +214,9 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def seek(self, positions, columns):
-        """Chooses the positions (B, T) that update writes and the columns (S,), 0 … S-1, that it returns."""
+        """Sets for one pass through the model: update writes at positions (B, T), returns columns (S,)."""
         self.positions = positions
-        self.columns = columns  # A tensor, as a compiled block would be compiled again for every number S.
+        self.columns = columns  # Only its length is used; a plain int would recompile blocks for every S.
 
     def update(self, k, v):
         """Writes k and v (B, T, K, D) where seek said; returns the first S columns, (B, S, K, D) each."""
@@ -237,7 +237,7 @@ class Attention(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.head_dim = args.head_dim
-        self.is_grouped = args.n_heads != args.n_kv_heads  # Some kernels are slower if told so needlessly.
+        self.is_grouped = args.n_heads != args.n_kv_heads  # enable_gqa slows some kernels even where H = K.
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -333,13 +333,13 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding would draw it, even on the meta device
+        empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding would take 1 s to draw it on meta
         self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.tie()
-        # No buffer, as .to(torch.bfloat16) would round it, and angles thousands of positions on with it.
+        # Not a buffer: .to(torch.bfloat16) would round it, and angles at late positions would be far off.
         self.rope_frequencies = rope_frequencies(args)
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
         if not self.output.weight.is_meta:
@@ -364,9 +364,9 @@ class Transformer(nn.Module):
     def init_weight(self, name, p, generator=None):
         """Draws the parameter of that name, or a stand-in of its shape, in place; returns it.
 
-        Normal with std 1/sqrt(dim) for embeddings, whose rows so have length 1; half of that for matrices,
-        about GPT-2's 0.02 at its width. Those that write to the residual stream are divided by
-        sqrt(2 n_layers), as 2 n_layers of them add up there.
+        Embeddings: normal with std 1/sqrt(dim), so that a row has length 1. Matrices: half of that, which at
+        GPT-2's width is about its 0.02; those that write to the residual stream are further divided by
+        sqrt(2 n_layers), because 2 n_layers of them add up there.
         """
         std = self.args.dim ** -0.5
         if p.dim() == 1:
@@ -417,10 +417,10 @@ class Transformer(nn.Module):
         is_target = target_mask(targets, bos_id)
         targets = targets.masked_fill(~is_target, -100)
         device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)  # It doesn't reach into autograd functions.
+        autocast = torch.is_autocast_enabled(device_type)  # An autograd.Function has to apply it itself.
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-        # F.cross_entropy(self.output(x).flatten(0, 1), targets.flatten(), reduction="sum"), but logits, many
-        # times larger than all else here, never exist all at once.
+        # The same as F.cross_entropy(self.output(x).flatten(0, 1), targets.flatten(), reduction="sum"), but
+        # the logits, by far the largest tensor here, never exist all at once.
         nats = fast.chunked_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), dtype)
         return nats if reduction == "sum" else nats / is_target.sum().clamp(min=1)
 
@@ -430,8 +430,8 @@ class Transformer(nn.Module):
         S = max(start_pos) + T
         columns = torch.arange(S, device=tokens.device)
         positions = torch.tensor(start_pos, device=tokens.device)[:, None] + columns[:T]  # (B, T)
-        # A fresh prompt needs no mask, as is_causal is right there, nor does one new token of rows of one
-        # length, as it sees all of them; and without a mask the kernels are faster.
+        # Without a mask the kernels are faster. A fresh prompt needs none, as is_causal is right there; nor
+        # does one new token in rows of one length, as it sees all columns.
         mask = None
         if S > T and (T > 1 or min(start_pos) < max(start_pos)):
             mask = (columns <= positions[..., None])[:, None]  # (B, 1, T, S)
@@ -448,7 +448,7 @@ class Transformer(nn.Module):
 
         start_pos, last: lists of ints; last: columns of tokens. Columns past a row's own end may hold
         anything: nothing that counts sees them, and later tokens overwrite them; but ValueError where they
-        don't fit the caches. reader: what has extend and head, see fast.compile_inference; None: the model.
+        don't fit the caches. reader: compile_inference's, with fast versions of extend and head; None: self.
         Long prompts are read in chunks of tokens_at_once tokens, so that activations stay small.
         """
         reader = self if reader is None else reader
@@ -457,11 +457,11 @@ class Transformer(nn.Module):
         if max(start_pos) + T > room:
             raise ValueError(f"the KV cache holds {room} positions; {max(start_pos) + T} are needed")
         hidden = [None] * B  # each row's state in its last column
-        width = max(1, tokens_at_once // B)  # of a chunk
-        for begin in range(0, T, width):
-            x = reader.extend(tokens[:, begin:begin + width], [n + begin for n in start_pos], caches)
+        chunk = max(1, tokens_at_once // B)
+        for begin in range(0, T, chunk):
+            x = reader.extend(tokens[:, begin:begin + chunk], [n + begin for n in start_pos], caches)
             for b in range(B):
-                if begin <= last[b] < begin + width:
+                if begin <= last[b] < begin + chunk:
                     hidden[b] = x[b, last[b] - begin]
         return reader.head(torch.stack(hidden))
 
@@ -539,7 +539,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> int:
         """One token id drawn from logits (V,)."""
-        if self.temperature < 1e-6:  # Dividing by it would overflow.
+        if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
             return int(logits.argmax())
         logits = logits.float().cpu()
         probs = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
@@ -552,10 +552,11 @@ class Sampler:
         if self.top_k:
             kept[self.top_k:] = False
         kept[0] = True  # whatever the limits say, also where top_p is 0
-        # The largest of probs / exponential noise is drawn as torch.multinomial draws. V numbers are taken,
-        # whatever is kept, so that a row's later draws don't depend on its limits.
+        # argmax(probs / exponential noise) draws with these probabilities, like torch.multinomial. V numbers
+        # are taken, whatever is kept, so that a row's later draws don't depend on its limits.
         noise = torch.empty_like(logits).exponential_(generator=generator)
-        return int(ids[order[(probs * kept / noise[:len(ids)]).argmax()]])
+        choice = (probs * kept / noise[:len(ids)]).argmax()  # a place in the sorted order
+        return int(ids[order[choice]])
 
 # -----------------------------------------------------------------------------
 # Generation
@@ -606,7 +607,7 @@ class Llama:
         return [KVCache(args, batch_size, room, weight.dtype, weight.device) for _ in self.model.layers]
 
     def check_prompts(self, prompt_tokens, start_pos):
-        """Raises ValueError naming the prompt that is empty, too long, all read or of another vocabulary."""
+        """Raises ValueError naming a prompt that is empty, too long, all in the cache, or has a bad id."""
         B = len(prompt_tokens)
         if not 0 < B <= self.max_batch_size:
             raise ValueError(f"{B} prompts; expected 1 to {self.max_batch_size}, which is max_batch_size")
@@ -628,8 +629,8 @@ class Llama:
 
         Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
         stop_tokens None: the tokenizer's; [] never stops. caches: new_caches, or ones that hold the first
-        start_pos[i] tokens of prompt i, which are not read again; at each step they hold all tokens before
-        its own. sampling: as in Sampler. Errors: see check_prompts, Sampler.
+        start_pos[i] tokens of prompt i, which are not read again; when a step is yielded, they hold all but
+        the tokens it draws. sampling: as in Sampler. Errors: see check_prompts, Sampler, forward_cached.
         """
         sampler = Sampler(**sampling)
         B = len(prompt_tokens)
@@ -652,7 +653,7 @@ class Llama:
         generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
         for _ in range(max_gen_len):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
-            if not torch.stack(torch.aminmax(logits)).isfinite().all():
+            if not logits.isfinite().all():
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
             drawn: list[int | None] = [None] * B
@@ -676,11 +677,12 @@ class Llama:
 
     def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, *, echo: bool = False,
                  stop_tokens: list[int] | None = None, logprobs: bool = False, **sampling):
-        """The new tokens of each prompt, with echo after the prompt itself; the stop token is not returned.
+        """The new tokens of each prompt, behind the prompt itself if echo; the stop token is not returned.
 
         logprobs: (tokens, log-probabilities), those of the raw logits, whatever the sampler's limits; a
         prompt's first token, which nothing predicts, has 0. The rest as in steps.
         """
+        self.check_prompts(prompt_tokens, [0] * len(prompt_tokens))
         rows = [list(prompt) if echo else [] for prompt in prompt_tokens]
         with_prompt = echo and logprobs
         row_logprobs = [self.prompt_logprobs(prompt) if with_prompt else [] for prompt in prompt_tokens]
@@ -738,10 +740,7 @@ class Llama:
 
     def text_completion(self, prompts: Sequence[str], max_gen_len: int = 256, echo: bool = False,
                         stop: str | Sequence[str] = (), **settings) -> list[dict]:
-        """[{"generation": text}] for each prompt, with echo after its own; settings: as in steps.
-
-        stop: a text, or several, before which a row ends.
-        """
+        """[{"generation": text}] per prompt, echo: behind it; stop: see stream; settings: see steps."""
         texts = self.texts(self.encode(prompts), max_gen_len, stop, settings)
         return [{"generation": (prompt if echo else "") + text}
                 for prompt, text in zip(prompts, texts, strict=True)]
@@ -764,9 +763,9 @@ class Llama:
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
-    A shard of n tokens has (n-1)//T windows; those of all shards, by file name, are numbered 0 … W-1.
-    Row b of rank r at call s gets number ((s*N + r)*B + b) mod W, taken through a permutation of that epoch
-    with shuffle. The state is that counter alone, so it resumes on any number of ranks.
+    A shard of n tokens has (n-1)//T windows; those of all shards, by file name, are numbered 0 … W-1. Of N
+    ranks, rank r gets as row b of its call s the window ((s*N + r)*B + b) mod W; with shuffle, a permutation
+    of each epoch maps that number. The state is one counter, so a run resumes on any number of ranks.
     """
 
     def __init__(self, filename_pattern: str | os.PathLike, B: int, T: int, process_rank: int,
@@ -815,7 +814,7 @@ class DistributedShardedDataLoader:
 
     def window(self, number):
         """x, y of a window, int64 (T,): y is x one token later, -100 where that is no target."""
-        # The last shard whose first window comes no later: an empty one has its successor's first window.
+        # The last shard that begins at or before this window; side="right" passes over empty shards.
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         start = (number - int(self.first_windows[shard])) * self.T
         length = self.T + 1  # The last token is only a target; the next window begins with it.
@@ -852,7 +851,7 @@ def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
     if step <= warmup_steps:
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2  # first far, then fine
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2  # lr at progress 0, min_lr at 1
 
 
 def batch_on(device, loader, vocab_size, once=False):
@@ -897,16 +896,16 @@ def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="t
     # by the number of all targets. (A mean of means would favour the targets of batches that have few.)
     count = sum(int(target_mask(targets, bos_id).sum()) for _, targets in batches)
     [count] = sum_over_ranks([count], device)
-    nats = torch.zeros((), device=device)
+    total = torch.zeros((), device=device)
     for i, (inputs, targets) in enumerate(batches, start=1):
         # DDP: all-reduce the gradients after the last micro-batch only.
         model.require_backward_grad_sync = i == len(batches)
         with autocast:
-            loss = model(inputs, targets, bos_id, reduction="sum") / max(count, 1)
-        # Times world_size, as DDP and FSDP average gradients over the ranks where the loss is a sum.
-        (loss * world_size).backward()
-        nats += loss.detach()
-    [loss] = sum_over_ranks([nats], device)
+            share = model(inputs, targets, bos_id, reduction="sum") / max(count, 1)
+        # DDP and FSDP average gradients over the ranks; the shares have to be added, hence world_size.
+        (share * world_size).backward()
+        total += share.detach()
+    [loss] = sum_over_ranks([total], device)
     # One odd batch must not throw the weights far: longer gradients are scaled down to the norm grad_clip.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     grad_norm = float(parallel.whole(grad_norm))  # FSDP has each rank's part of it.
@@ -941,9 +940,9 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
     else:
         assert asked  # a preset's, as there is neither a run nor a checkpoint
         model, pieces = Transformer.on_meta(asked), None
-    for field in dataclasses.fields(ModelArgs) if asked else ():
+    for field in dataclasses.fields(ModelArgs):
         found = getattr(model.args, field.name)
-        expected = getattr(asked, field.name)
+        expected = getattr(asked, field.name, found)  # Where nothing is asked for, anything will do.
         if found != expected and field.name not in ("max_seq_len", "tie_word_embeddings"):
             raise ValueError(f"{source} has {field.name} {found}, but {expected} is asked for; resume "
                              "without --preset and --ckpt_dir, or give another --out_dir")
@@ -954,7 +953,7 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
 def fill_model(model, pieces, seed, device, dtype, fsdp):
     """Gives a model on the meta device float32 weights: a checkpoint's pieces, or drawn with a seed.
 
-    float32, as an update is often smaller than a bfloat16 weight can show. With fsdp, in shards.
+    They are float32, because an update is often too small to change a bfloat16 weight. fsdp: as shards.
     """
     num_bytes = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two averages in float32
     parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, shared=fsdp)
@@ -1054,10 +1053,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     num_parameters = sum(p.numel() for p in model.parameters())
     files.check_disk("a checkpoint", 12 * num_parameters, run.out_dir)  # weights and AdamW's two averages
     fill_model(model, pieces, seed, place, compute_dtype, fsdp)
-    model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
+    model.args.max_seq_len = max(model.args.max_seq_len, seq_len)  # Sampling may use what was trained.
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
-    order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # of the windows, which resuming has to keep
+    order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # On resuming, these have to be the same.
     progress = run.load_progress(order, steps)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer)
@@ -1069,7 +1068,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
     autocast = torch.autocast(place.type, compute_dtype, enabled=dtype != "float32" and not fsdp)
 
-    bos_id = tokenizer.bos_id if doc_mask else None  # what documents are told apart by
+    bos_id = tokenizer.bos_id if doc_mask else None  # the token at which documents begin
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
     min_lr = lr / 10 if min_lr is None else min_lr
     peak_flops = fast.measured_peak(place, compute_dtype) * world_size
@@ -1099,7 +1098,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             progress = dict(step=step, order=order, loader=loader.state_dict())
             path = run.out_dir / f"step_{step:06d}"
             checkpoint.save_training(path, model, optimizer, tokenizer_copy, progress, keep)
-        if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp):  # all hold a shard
+        if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp):  # FSDP: all ranks.
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
@@ -1175,18 +1174,19 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "entropy.json").exists():
         raise ValueError(f"{folder} holds no demo but other files; give another --out_dir")
     if retrain or not checkpoints_of_run(folder):
-        with files.complete_folder(folder, replace=True) as part:  # An earlier demo stays until then.
+        with files.complete_folder(folder, replace=True) as part:  # The old one stays until this is whole.
             data = part / "data"
             stories.write(str(data))
-            shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)
+            shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)  # the first one for validation
             texts = (story for shard in shards[1:] for story in tiny_stories.read_stories(shard))
             vocabulary = train_tokenizer(texts, 2048, data / "tokenizer.model").model_path
             tiny_stories.tokenize(str(data), vocabulary, num_workers=1)  # 1 s; workers start slower
-            bins = glob.escape(str(data))
+            bins = glob.escape(str(data))  # The folder's own name may have a * or [.
             train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
                   out_dir=str(part), preset="demo", tokenizer_path=vocabulary, batch_size=6,
                   seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
                   eval_steps=0, save_interval=0, shuffle=True, dtype=fast.fast_dtype())
+            expect((part / "loss.png").exists(), "the demo", "interrupted", "a whole run: start it again")
     sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 
 

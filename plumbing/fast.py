@@ -454,8 +454,10 @@ def choose_dtype(dtype):
 
 def fast_dtype(device=None):
     """The name of the type that a device multiplies fast: float32 on a CPU without AVX512-BF16."""
-    is_cpu = choose_device(device).type == "cpu"
-    return "float32" if is_cpu and not torch.cpu.get_capabilities().get("avx512_bf16") else "bfloat16"
+    if choose_device(device).type != "cpu":
+        return "bfloat16"
+    used = torch.backends.cpu.get_cpu_capability()  # It may be set lower than what the processor has.
+    return "bfloat16" if used == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
 
 
 def measured_peak(device, dtype):

@@ -1,6 +1,7 @@
 """The demo: made once, then sampled; made anew only when asked; nothing of others is touched."""
 
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -37,16 +38,23 @@ def test_the_demo_trains_once_then_samples_and_trains_anew_when_asked(quick, tmp
     assert len(quick) == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
 
-def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkeypatch):
+def fail(**flags):
+    raise ValueError("no space left")
+
+
+def be_interrupted(*, out_dir, **flags):
+    """Leaves what a training leaves that a signal ends: a checkpoint, but no plot."""
+    Path(out_dir, "step_000001").mkdir()
+
+
+@pytest.mark.parametrize("train, said", [(fail, "no space left"), (be_interrupted, "interrupted")])
+def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkeypatch, train, said):
     out_dir = tmp_path / "demo"
     llama31.demo(out_dir=out_dir)
     before = (out_dir / "log.jsonl").read_text()
 
-    def fail(**flags):
-        raise ValueError("no space left")
-
-    monkeypatch.setattr(llama31, "train", fail)
-    with pytest.raises(ValueError, match="no space left"):
+    monkeypatch.setattr(llama31, "train", train)
+    with pytest.raises(ValueError, match=said):
         llama31.demo(out_dir=out_dir, retrain=True)
     assert (out_dir / "log.jsonl").read_text() == before and llama31.checkpoints_of_run(out_dir)
 

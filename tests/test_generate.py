@@ -201,6 +201,12 @@ def test_what_does_not_fit_is_named(prompts, settings, said):
         random_llama().generate(prompts, **{"max_gen_len": 4, **settings})
 
 
+@pytest.mark.parametrize("prompts", [[[]], [[1, 999, 3]], [[1] * 128]])
+def test_prompts_are_checked_before_their_log_probabilities(prompts):
+    with pytest.raises(ValueError, match="prompt 0 has"):
+        random_llama().generate(prompts, 1, echo=True, logprobs=True)
+
+
 def test_streamed_pieces_are_the_text_of_the_generated_tokens(tokenizer):
     llama = random_llama(tokenizer)
     prompts = ["once", "a cat"]

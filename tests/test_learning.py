@@ -1,6 +1,6 @@
 """Learning per minute: bits per byte of unseen real stories, beside a nanoGPT-style recipe in the same time.
 
-    LEARNING_MINUTES=3 TINYSTORIES_SAMPLE=DIR pytest tests/test_learning.py -m slow -s
+    LEARNING_MINUTES=3 TINYSTORIES_SAMPLE=DIR pytest -n0 tests/test_learning.py -m slow -s
 
 The vocabulary, the number of parameters and the training loop are the same; the models and their optimizers'
 settings are not: learned positions, LayerNorm and a GELU MLP against RoPE, RMSNorm and SwiGLU.

@@ -131,7 +131,8 @@ def test_the_commands_keep_freed_memory(corpus, tmp_path, monkeypatch):
     devices = []
     monkeypatch.setattr(fast, "keep_freed_memory", devices.append)
     llama31.train(train_data=f"{corpus}/train.bin", val_data=f"{corpus}/val.bin", out_dir=str(tmp_path),
-                  ckpt_dir=f"{corpus}/ckpt", batch_size=1, seq_len=16, steps=1, device="cpu")
+                  ckpt_dir=f"{corpus}/ckpt", batch_size=1, seq_len=16, steps=1, device="cpu",
+                  dtype="float32")
     llama31.sample(ckpt_dir=tmp_path / "step_000001", prompt="a", max_gen_len=1, device="cpu")
     monkeypatch.setattr("sys.stdin", None)
     chat.chat(ckpt_dir=str(tmp_path / "step_000001"), device="cpu")
