@@ -184,9 +184,21 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
           decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False):
     """Measures loading, prefill and decoding of a checkpoint directory, and the machine before and after.
 
-    ckpt_dir None: the checkpoint last written under out/. peers: also transformers and llama.cpp where they
-    are installed, with the same weights, in alternation; ratios are of tokens per second, ours to theirs,
-    their median over the rounds and their range. A batch's prompts, random tokens, are of several lengths.
+    Ratios are of tokens per second, ours to theirs: their median over the rounds, and their range. Prompts
+    are random tokens, those of a batch of several lengths.
+
+    Args:
+        ckpt_dir: checkpoint directory; None: the one last written under out/
+        dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
+        quantize: int8, in half of bfloat16's memory
+        compile: compile inference
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        batch_size: prompts of the batch
+        prompt_len: tokens of the prompt whose prefill is timed
+        decode_prompt_len: tokens of the longest prompt in front of decoding
+        new: tokens to generate
+        rounds: how often each contestant has its turn
+        peers: also transformers and llama.cpp, if they are installed, with the same weights, in alternation
     """
     expect_at_least(1, batch_size=batch_size, prompt_len=prompt_len, decode_prompt_len=decode_prompt_len,
                     rounds=rounds)
@@ -324,7 +336,9 @@ def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activati
 def memory(*, batch_size: int = 1, seq_len: int = 2048):
     """Prints as a Markdown table what training takes of each GPU, in GiB, and where that fits.
 
-    batch_size, seq_len: of a micro-batch.
+    Args:
+        batch_size: windows that a GPU computes at once
+        seq_len: tokens of a window
     """
     ways = {"one GPU, or eight with DDP": {}, "eight with --fsdp": dict(processes=8, fsdp=True)}
     print(f"| model | {batch_size} x {seq_len:,} tokens a GPU | GiB | with --activation_checkpointing |")
@@ -421,16 +435,24 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
                 peers: bool = False):
     """Measures steps of training a model of dim 576, in bfloat16 over float32 weights, as a table.
 
-    Once with causal attention, once with --doc_mask and documents of that many tokens on average, a
-    TinyStory's; with peers also transformers. In alternation; ratios are of the first row's tokens/s to the
-    others', their median over the rounds and their range.
+    Once with causal attention and once with --doc_mask, in alternation. Ratios are of the first row's tokens
+    per second to the others': their median over the rounds, and their range.
+
+    Args:
+        batch_size: windows of a step
+        seq_len: tokens of a window
+        vocab_size: token ids
+        n_layers: blocks
+        document: tokens of a document on average; a TinyStory has 150
+        rounds: how often each contestant has its turn
+        compile: compile the blocks with torch.compile
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        peers: also transformers, if it is installed
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, document=document, rounds=rounds)
     expect_at_least(2, vocab_size=vocab_size)
     device = fast.choose_device(device)
-    if compile and device.type == "cpu" and fast.find_compiler() is None:
-        fast.say_uncompiled(fast.NO_COMPILER)
-        compile = False
+    compile = compile and fast.can_compile(device)
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
                      multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
     flops = batch_size * seq_len * Transformer.on_meta(args).flops_per_token(seq_len)

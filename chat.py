@@ -12,9 +12,8 @@ from tokenizer import TextStream
 
 
 class Conversation:
-    """A dialog with a model, whose KV caches keep what they read: no token is read twice.
+    """A dialog with a model. The KV caches stay from turn to turn, so that no token is read twice.
 
-    tokens: the dialog so far, of which the caches hold the first `held`. system: its system prompt, if any.
     settings: as in Llama.steps; turn i = 0, 1, … draws with seed + i. ValueError: max_seq_len is too short
     for the system prompt.
     """
@@ -26,12 +25,12 @@ class Conversation:
         self.settings = settings
         self.system = [] if system is None else [{"role": "system", "content": system}]
         least = llama.tokenizer.encode_dialog([*self.system, {"role": "user", "content": ""}])
-        if len(least) >= llama.max_seq_len:
-            raise ValueError(f"max_seq_len is {llama.max_seq_len}; expected more than {len(least)}, as many "
-                             "as the system prompt and an empty message take")
-        llama.generate([least], min(max_gen_len, 0), seed=seed, **settings)  # names what is out of range
+        cli.expect(len(least) < llama.max_seq_len, "max_seq_len", llama.max_seq_len,
+                   f"more than {len(least)}, as many as the system prompt and an empty message take")
+        # Nothing is generated here, but a setting that is out of range is named before the first message.
+        llama.generate([least], min(max_gen_len, 0), seed=seed, **settings)
         self.caches = llama.new_caches(1)
-        self.held = 0
+        self.held = 0  # the caches hold the first so many of self.tokens, which are the dialog so far
         self.reset()
 
     def reset(self):
@@ -43,8 +42,8 @@ class Conversation:
     def answer(self, text, write):
         """Reads a user's message and writes the answer piece by piece; returns what cut it short, or "".
 
-        Whatever ends the answer, even an exception, what was said so far stays in the dialog. A message too
-        long for what is left of the context changes nothing.
+        Whatever ends the answer, even an exception, the dialog keeps the part that was written. A message
+        that is too long for the rest of the context changes nothing.
         """
         tokenizer = self.llama.tokenizer
         room = self.llama.max_seq_len
@@ -60,7 +59,7 @@ class Conversation:
             for _, [token] in self.llama.steps([self.tokens.copy()], self.max_gen_len, caches=self.caches,
                                                start_pos=[self.held], seed=self.seed + self.turn,
                                                **self.settings):
-                self.held = len(self.tokens)  # all but the new token
+                self.held = len(self.tokens)  # the model has read everything but the token it just drew
                 if token is None:
                     cut = ""
                     break
@@ -71,12 +70,12 @@ class Conversation:
             write(text_stream.push(None) + "\n")
             return cut
         finally:
-            self.tokens.append(tokenizer.eot_id)  # read with the next message
+            self.tokens.append(tokenizer.eot_id)  # the model reads it together with the next message
             self.turn += 1
 
 
 def note(text):
-    """Tells the user what isn't an answer."""
+    """Prints to standard error, so that standard output has nothing but answers."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
@@ -87,26 +86,41 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
          dtype: str | None = None, compile: bool = False, quantize: str | None = None):
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
-    /reset starts anew with the same system prompt, /exit or Ctrl-D leaves, Ctrl-C stops an answer, which
-    stays as far as it got. max_seq_len: the tokens a conversation can take; None: as in params.json, but at
-    most 8192, as the whole KV cache is made at the start. compile, quantize: see llama31.py.
+    /reset starts anew with the same system prompt, /exit or Ctrl-D leaves, and Ctrl-C stops an answer, of
+    which the dialog keeps the part that was written.
+
+    Args:
+        ckpt_dir: checkpoint directory of an instruct model
+        system: system prompt, which the model reads before the first message; None: none
+        tokenizer_path: tokenizer.model to use; None: the checkpoint's own
+        max_seq_len: most tokens of a conversation; None: as in params.json, but at most 8192, to save memory
+        max_gen_len: most tokens of an answer
+        temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
+        top_p: draw only from the fewest tokens that together have this probability
+        top_k: draw only from so many of the likeliest tokens; 0: all
+        min_p: draw only from tokens at least this fraction as likely as the likeliest
+        seed: the same seed and messages give the same answers
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
+        compile: run faster after some seconds
+        quantize: int8, in half of bfloat16's memory; None: weights stay as they are
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
                         compile=compile, quantize=quantize)
     fast.keep_freed_memory(llama.model.norm.weight.device)
-    if max_seq_len is None:
+    if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:
         raise ValueError(f"{ckpt_dir} has no tokenizer.model; put it there or give --tokenizer_path")
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p)
-    if sys.stdin is None:  # closed
+    if sys.stdin is None:  # Whoever started this process has closed it.
         return
     terminal = sys.stdin.isatty()
     if terminal:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  (gives input() its line editing)
-        sys.stdin.reconfigure(errors="replace")  # a stray byte ends no conversation
+        with contextlib.suppress(ImportError):  # Windows has no readline.
+            import readline  # noqa: F401  (its import alone gives input() line editing)
+        sys.stdin.reconfigure(errors="replace")  # A byte that isn't UTF-8 must not end the conversation.
         note("/reset starts anew, /exit leaves, Ctrl-C stops an answer")
     while True:
         answering = False
@@ -122,11 +136,12 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
                 note(f"no command {command}: /reset or /exit; after a space it is a message")
             elif command:
                 answering = True
-                if cut := conversation.answer(line, lambda piece: print(piece, end="", flush=True)):
+                cut = conversation.answer(line, lambda piece: print(piece, end="", flush=True))
+                if cut:
                     note(cut)
         except EOFError:
             if terminal:
-                print()  # the shell's prompt gets its own line
+                print()  # so that the shell's prompt gets a line of its own
             return
         except KeyboardInterrupt:
             if not terminal:

@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 
 from plumbing import checkpoint, cli, fast, files, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
@@ -80,7 +82,7 @@ class ModelArgs:
                 is_count = type(value) is int and value > 0
                 expect(is_count, field.name, repr(value), "a whole number of at least 1")
             else:
-                is_positive = type(value) in (int, float) and 0 < value < math.inf
+                is_positive = isinstance(value, int | float) and value is not True and 0 < value < math.inf
                 expect(is_positive, field.name, repr(value), "a number above 0")
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
@@ -128,7 +130,7 @@ class ModelArgs:
         return args
 
 
-PRESETS = {  # the demo's shape, then Meta's published ones
+PRESETS: dict[str, dict[str, Any]] = {  # the demo's shape, then Meta's published ones
     "demo": dict(dim=192, n_layers=2, n_heads=3, n_kv_heads=3, multiple_of=32, rope_theta=10000.0,
                  tie_word_embeddings=True),
     "llama3.1-8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024,
@@ -386,8 +388,7 @@ class Transformer(nn.Module):
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so there is no generator's state to preserve.
-                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, use_reentrant=False,
-                                                      preserve_rng_state=False)
+                x = recompute(layer, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
@@ -501,7 +502,7 @@ def open_checkpoint(ckpt_dir):
     return model, pieces
 
 
-def load_checkpoint(ckpt_dir, device="cpu", dtype=None, quantize=None):
+def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, quantize=None):
     """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
 
     On the CPU and in the stored dtype, weights of a single file stay memory-mapped. quantize: int8 or None.
@@ -654,7 +655,7 @@ class Llama:
             if not torch.stack(torch.aminmax(logits)).isfinite().all():
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
-            drawn = [None] * B
+            drawn: list[int | None] = [None] * B
             for i in range(B):
                 if ended[i]:
                     continue
@@ -698,18 +699,19 @@ class Llama:
         nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         return [0.0, *(-nats).tolist()]
 
-    def encode(self, prompts: list[str]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """The tokens of each of several texts, behind BOS; ValueError names an empty one."""
         if isinstance(prompts, str):
             raise ValueError(f"found one text, {prompts[:40]!r}; expected a list of prompts")
-        self.check_tokenizer()
         if "" in prompts:
             raise ValueError(f"prompt {prompts.index('')} is empty; expected a text")
-        return [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        return [self.required_tokenizer.encode(prompt, bos=True) for prompt in prompts]
 
-    def check_tokenizer(self):
+    @property
+    def required_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
+        return self.tokenizer
 
     def stream(self, steps, stop=()):
         """Turns steps into text: yields, per step, the piece that each row can show now, "" where none.
@@ -720,7 +722,7 @@ class Llama:
         expect(all(stop), "stop", stop, "texts of at least one character")
         rows = None
         for _, drawn in steps:
-            rows = rows or [TextStream(self.tokenizer, stop) for _ in drawn]
+            rows = rows or [TextStream(self.required_tokenizer, stop) for _ in drawn]
             yield [row.push(token) for row, token in zip(rows, drawn, strict=True)]
             if all(row.ended for row in rows):
                 return
@@ -734,7 +736,7 @@ class Llama:
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
-    def text_completion(self, prompts: list[str], max_gen_len: int = 256, echo: bool = False,
+    def text_completion(self, prompts: Sequence[str], max_gen_len: int = 256, echo: bool = False,
                         stop: str | Sequence[str] = (), **settings) -> list[dict]:
         """[{"generation": text}] for each prompt, with echo after its own; settings: as in steps.
 
@@ -751,8 +753,7 @@ class Llama:
         dialogs: lists of {"role": "system", "user" or "assistant", "content": text}. The rest as in
         text_completion.
         """
-        self.check_tokenizer()
-        tokens = [self.tokenizer.encode_dialog(dialog) for dialog in dialogs]
+        tokens = [self.required_tokenizer.encode_dialog(dialog) for dialog in dialogs]
         return [{"generation": {"role": "assistant", "content": text}}
                 for text in self.texts(tokens, max_gen_len, stop, settings)]
 
@@ -908,9 +909,7 @@ def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="t
     [loss] = sum_over_ranks([nats], device)
     # One odd batch must not throw the weights far: longer gradients are scaled down to the norm grad_clip.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if hasattr(grad_norm, "full_tensor"):  # FSDP has each rank's shard of it.
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = float(grad_norm)
+    grad_norm = float(parallel.whole(grad_norm))  # FSDP has each rank's part of it.
     if not math.isfinite(loss + grad_norm):
         raise ValueError(f"{what} has loss {loss} and gradient norm {grad_norm}, expected finite ones; what "
                          f"was saved before stays. Try a lower lr than {lr}")
@@ -933,11 +932,15 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
         raise ValueError("found neither --ckpt_dir, to finetune, nor both --preset and --tokenizer_path, to "
                          "train from scratch")
     expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
-    tokenizer = Tokenizer(tokenizer_path or Path(source, "tokenizer.model"))
+    tokenizer = Tokenizer(tokenizer_path or Path(str(source), "tokenizer.model"))
     asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
     if newest and ckpt_dir:
         asked = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
-    model, pieces = open_checkpoint(source) if source else (Transformer.on_meta(asked), None)
+    if source:
+        model, pieces = open_checkpoint(source)
+    else:
+        assert asked  # a preset's, as there is neither a run nor a checkpoint
+        model, pieces = Transformer.on_meta(asked), None
     for field in dataclasses.fields(ModelArgs) if asked else ():
         found = getattr(model.args, field.name)
         expected = getattr(asked, field.name)
@@ -1027,10 +1030,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                     save_interval=save_interval)
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
-    dtype = fast.choose_dtype(dtype)
-    expect(dtype != torch.float16, "dtype", dtype, "float32 or bfloat16, as float16 underflows in training")
-    rank, world_size, device = parallel.join_process_group(device, needed=fsdp)
-    fast.keep_freed_memory(device)
+    expect(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
+    compute_dtype = fast.choose_dtype(dtype)
+    rank, world_size, place = parallel.join_process_group(device, needed=fsdp)
+    fast.keep_freed_memory(place)
 
     # What to train on, and where.
     loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
@@ -1050,7 +1053,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # The model, the optimizer, and where an earlier run stopped.
     num_parameters = sum(p.numel() for p in model.parameters())
     files.check_disk("a checkpoint", 12 * num_parameters, run.out_dir)  # weights and AdamW's two averages
-    fill_model(model, pieces, seed, device, dtype, fsdp)
+    fill_model(model, pieces, seed, place, compute_dtype, fsdp)
     model.args.max_seq_len = max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
@@ -1064,38 +1067,38 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     needs_ddp = world_size > 1 and not fsdp
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if needs_ddp else model
     # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not fsdp)
+    autocast = torch.autocast(place.type, compute_dtype, enabled=dtype != "float32" and not fsdp)
 
     bos_id = tokenizer.bos_id if doc_mask else None  # what documents are told apart by
-    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=device)
+    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
     min_lr = lr / 10 if min_lr is None else min_lr
-    peak_flops = fast.measured_peak(device, dtype) * world_size
-    tokenizer_path = run.prepare(progress["step"], tokenizer.model_path)
+    peak_flops = fast.measured_peak(place, compute_dtype) * world_size
+    tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
-        print(f"{num_parameters:,} parameters on {world_size} x {device} in {dtype}, {steps:,} steps of "
-              f"{total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
+        print(f"{num_parameters:,} parameters on {world_size} x {place} in {compute_dtype}, {steps:,} steps "
+              f"of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
 
     for step in run.steps(progress["step"] + 1, steps):
         start = time.perf_counter()
         first_window = loader.counter
-        batches = [batch_on(device, loader, tokenizer.n_words) for _ in range(micro_batches)]
+        batches = [batch_on(place, loader, tokenizer.n_words) for _ in range(micro_batches)]
         lr_now = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
         loss, grad_norm = optimize(wrapped, optimizer, batches, lr_now, bos_id, grad_clip, autocast,
                                    f"step {step} (windows {first_window} to {loader.counter - 1})")
         tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
         record = dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
                       mfu=model.flops_per_token(seq_len) * tokens_per_s / peak_flops,
-                      memory=fast.used_memory(device))
+                      memory=fast.used_memory(place))
         if step == steps or step % eval_interval == 0:
             record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
                                                              byte_lengths, autocast)
         run.log(record)  # before saving: a run killed in between cuts this line when it resumes
-        [signals] = sum_over_ranks([len(run.signals)], device)
+        [signals] = sum_over_ranks([len(run.signals)], place)
         run.stopping = signals > 0  # A signal to one rank stops all.
         if step == steps or run.stopping or (save_interval and step % save_interval == 0):
             progress = dict(step=step, order=order, loader=loader.state_dict())
             path = run.out_dir / f"step_{step:06d}"
-            checkpoint.save_training(path, model, optimizer, tokenizer_path, progress, keep)
+            checkpoint.save_training(path, model, optimizer, tokenizer_copy, progress, keep)
         if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp):  # all hold a shard
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
@@ -1168,23 +1171,23 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     """
     import stories  # The demo alone needs these.
     import tiny_stories
-    out_dir = Path(out_dir).resolve()
-    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "data" / "entropy.json").exists():
-        raise ValueError(f"{out_dir} holds no demo but other files; give another --out_dir")
-    if retrain or not checkpoints_of_run(out_dir):
-        with files.complete_folder(out_dir, replace=True) as part:  # An earlier demo stays until then.
+    folder = Path(out_dir).resolve()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "entropy.json").exists():
+        raise ValueError(f"{folder} holds no demo but other files; give another --out_dir")
+    if retrain or not checkpoints_of_run(folder):
+        with files.complete_folder(folder, replace=True) as part:  # An earlier demo stays until then.
             data = part / "data"
-            stories.write(data)
+            stories.write(str(data))
             shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)
             texts = (story for shard in shards[1:] for story in tiny_stories.read_stories(shard))
-            train_tokenizer(texts, 2048, data / "tokenizer.model")  # enough for a token per word
-            tiny_stories.tokenize(data, data / "tokenizer.model", num_workers=1)  # 1 s; workers start slower
+            vocabulary = train_tokenizer(texts, 2048, data / "tokenizer.model").model_path
+            tiny_stories.tokenize(str(data), vocabulary, num_workers=1)  # 1 s; workers start slower
             bins = glob.escape(str(data))
             train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
-                  out_dir=part, preset="demo", tokenizer_path=data / "tokenizer.model", batch_size=6,
+                  out_dir=str(part), preset="demo", tokenizer_path=vocabulary, batch_size=6,
                   seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
                   eval_steps=0, save_interval=0, shuffle=True, dtype=fast.fast_dtype())
-    sample(ckpt_dir=checkpoints_of_run(out_dir)[-1])
+    sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 
 
 def main():

@@ -1,11 +1,12 @@
-"""An independent Llama 3, slow and obvious, to lay beside llama31.py wherever numbers have to be trusted.
+"""An independent Llama 3, slow and obvious, to compare llama31.py with wherever numbers have to be trusted.
 
-Written from the papers (Llama 3: arXiv 2407.21783, RoPE: 2104.09864, SwiGLU: 2002.05202, RMSNorm:
-1910.07467, GQA: 2305.13245) and not from llama31.py, of which it imports nothing. Different on purpose:
+It is written from the papers (Llama 3: arXiv 2407.21783, RoPE: 2104.09864, SwiGLU: 2002.05202, RMSNorm:
+1910.07467, GQA: 2305.13245) and not from llama31.py, of which it imports nothing. It differs on purpose:
 
-- plain functions over the checkpoint's dictionary of tensors: what is written is what is computed;
+- plain functions over the checkpoint's dictionary of tensors, so that what is written is what is computed;
 - one sequence and one head at a time, an explicit causal mask, RoPE as a product of complex numbers;
-- no cache: every new token recomputes the whole sequence; float32 throughout, and differentiable.
+- no cache: every new token recomputes the whole sequence;
+- float32 throughout, and differentiable.
 
     python reference.py --ckpt_dir DIR
     python llama31.py --ckpt_dir DIR --temperature 0 --dtype float32    # the same text
@@ -27,75 +28,89 @@ from tokenizer import Tokenizer
 
 
 def rope_frequencies(args):
-    """Radians per position of each of a head's pairs, (D/2); scaled as in Llama 3.1 if args say so."""
+    """Radians by which one position turns each of a head's pairs, (D/2), as args' use_scaled_rope asks."""
     D = args["dim"] // args["n_heads"]
-    # Float32 also in the power: it is how Llama was trained, and 8,000 positions on, one unit in the last
-    # place of a frequency is an angle of up to 5e-4.
+    # The power, too, is in float32, because Llama was trained that way: at position 8,000 the last bit of a
+    # frequency makes a difference of up to 5e-4 radians.
     frequencies = 1.0 / args.get("rope_theta", 500000.0) ** (torch.arange(0, D, 2).float() / D)
     if not args.get("use_scaled_rope", False):
         return frequencies
+    # Llama 3.1 slows by 8. Llama 3.2 1B and 3B slow by 32, but their params.json doesn't say so: they are
+    # recognized by their shape.
     shape = (args["dim"], args["n_layers"], args["n_heads"], args.get("n_kv_heads"))
-    is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))  # 1B, 3B: their params.json omits the 32
+    is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))
     factor = args.get("rope_scale_factor", 32 if is_llama_32 else 8)
     scaled = []
     for frequency in frequencies.tolist():
-        turns = 8192 * frequency / (2 * math.pi)  # in the context of Llama 3, before 3.1 extended it
-        if turns > 4:    # fast pairs tell near positions apart and stay as they are
+        turns = 8192 * frequency / (2 * math.pi)  # full turns within the 8,192 tokens of Llama 3's context
+        if turns > 4:    # Fast pairs distinguish near positions and keep their frequency.
             scaled.append(frequency)
-        elif turns < 1:  # slow pairs never came round and are slowed down further
+        elif turns < 1:  # Slow pairs never made a full turn and are slowed by the whole factor.
             scaled.append(frequency / factor)
-        else:
+        else:            # Between the two, the frequency is a weighted mean of both.
             kept = (turns - 1) / (4 - 1)
             scaled.append(kept * frequency + (1 - kept) * frequency / factor)
     return torch.tensor(scaled, dtype=torch.float32)
 
 
 def rotate(x, rotations):
-    """RoPE of one head (T, D): its neighbours 0 and 1, 2 and 3, ... as complex numbers, times (T, D/2)."""
+    """RoPE on one head's x (T, D): elements 2i and 2i + 1 are a complex number, times rotations (T, D/2)."""
     turned = torch.complex(x[:, 0::2], x[:, 1::2]) * rotations
     return torch.stack([turned.real, turned.imag], dim=2).flatten(1)
 
 
 def rms_norm(x, weight, args):
-    return x / torch.sqrt((x * x).mean(dim=1, keepdim=True) + args.get("norm_eps", 1e-5)) * weight
+    """Each row of x (T, dim) divided by its root mean square, times the weight (dim)."""
+    mean_square = (x * x).mean(dim=1, keepdim=True)
+    return x / torch.sqrt(mean_square + args.get("norm_eps", 1e-5)) * weight
 
 
 def attention(x, wq, wk, wv, wo, args, rotations):
     """Causal self-attention, (T, dim) -> (T, dim); consecutive query heads share a key and value head."""
-    T, H, D = len(x), args["n_heads"], args["dim"] // args["n_heads"]
+    T = len(x)
+    H = args["n_heads"]
+    D = args["dim"] // H
     n_kv_heads = args.get("n_kv_heads") or H
-    future = torch.arange(T)[None, :] > torch.arange(T)[:, None]  # row t: the columns that t may not see
+    future = torch.arange(T)[None, :] > torch.arange(T)[:, None]  # (T, T): row t is true after position t
     outputs = []
     for head in range(H):
         kv_head = head // (H // n_kv_heads)
-        q = rotate(x @ wq.view(H, D, -1)[head].T, rotations)      # (T, D)
-        k = rotate(x @ wk.view(n_kv_heads, D, -1)[kv_head].T, rotations)
-        v = x @ wv.view(n_kv_heads, D, -1)[kv_head].T
-        scores = (q @ k.T / math.sqrt(D)).masked_fill(future, -math.inf)
+        q = x @ wq.view(H, D, -1)[head].T                         # (T, D)
+        k = x @ wk.view(n_kv_heads, D, -1)[kv_head].T             # (T, D)
+        v = x @ wv.view(n_kv_heads, D, -1)[kv_head].T             # (T, D)
+        scores = rotate(q, rotations) @ rotate(k, rotations).T / math.sqrt(D)  # (T, T)
+        scores = scores.masked_fill(future, -math.inf)            # Softmax makes 0 of it.
         outputs.append(torch.softmax(scores, dim=1) @ v)
     return torch.cat(outputs, dim=1) @ wo.T
 
 
 def feed_forward(x, w1, w2, w3):
+    """SwiGLU, (T, dim) -> (T, dim): silu(x w1) gates x w3, where silu(g) = g sigmoid(g)."""
     gate = x @ w1.T
     return (gate * torch.sigmoid(gate) * (x @ w3.T)) @ w2.T
 
 
 def forward(weights, args, tokens):
-    """Logits (T, V) after each of T token ids; weights: Meta's name -> float32, args: params.json's dict."""
+    """Logits (T, V) for the token after each of T token ids.
+
+    weights: Meta's name -> float32 tensor. args: the dictionary in params.json.
+    """
     angles = torch.outer(torch.arange(len(tokens), dtype=torch.float32), rope_frequencies(args))
-    rotations = torch.polar(torch.ones_like(angles), angles)      # (T, D/2), complex
+    rotations = torch.polar(torch.ones_like(angles), angles)      # (T, D/2), complex, of length 1
     x = weights["tok_embeddings.weight"][torch.as_tensor(tokens)]  # (T, dim)
     for i in range(args["n_layers"]):
-        wq, wk, wv, wo = (weights[f"layers.{i}.attention.{w}.weight"] for w in ("wq", "wk", "wv", "wo"))
-        normed = rms_norm(x, weights[f"layers.{i}.attention_norm.weight"], args)
+        layer = f"layers.{i}"
+        wq, wk, wv, wo = (weights[f"{layer}.attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo"))
+        normed = rms_norm(x, weights[f"{layer}.attention_norm.weight"], args)
         x = x + attention(normed, wq, wk, wv, wo, args, rotations)
-        w1, w2, w3 = (weights[f"layers.{i}.feed_forward.{w}.weight"] for w in ("w1", "w2", "w3"))
-        normed = rms_norm(x, weights[f"layers.{i}.ffn_norm.weight"], args)
+        w1, w2, w3 = (weights[f"{layer}.feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))
+        normed = rms_norm(x, weights[f"{layer}.ffn_norm.weight"], args)
         x = x + feed_forward(normed, w1, w2, w3)
+    x = rms_norm(x, weights["norm.weight"], args)
+    # A model with tied embeddings uses one matrix at both ends.
     tied = args.get("tie_word_embeddings", False) or "output.weight" not in weights
     output = weights["tok_embeddings.weight" if tied else "output.weight"]
-    return rms_norm(x, weights["norm.weight"], args) @ output.T
+    return x @ output.T
 
 
 def loss(weights, args, inputs, targets):
@@ -103,7 +118,9 @@ def loss(weights, args, inputs, targets):
     losses = []
     for row, row_targets in zip(inputs, targets, strict=True):
         log_probabilities = torch.log_softmax(forward(weights, args, row), dim=1)
-        losses += [-log_probabilities[t, target] for t, target in enumerate(row_targets) if target != -100]
+        for t, target in enumerate(row_targets):
+            if target != -100:
+                losses.append(-log_probabilities[t, target])
     return sum(losses, torch.zeros(())) / max(len(losses), 1)
 
 # -----------------------------------------------------------------------------
@@ -111,50 +128,67 @@ def loss(weights, args, inputs, targets):
 
 
 def sample(logits, generator, temperature=0.0, top_p=0.9, top_k=0, min_p=0.0):
-    """An id by its logits (V): the likeliest at temperature 0, else drawn from those within all limits."""
+    """The next token's id from logits (V): the likeliest at temperature 0, otherwise drawn at random.
+
+    Only tokens that top_p, top_k and min_p all keep can be drawn; main explains these settings.
+    """
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True, stable=True)
     kept = probabilities >= min_p * probabilities[0]
     if top_p < 1:
-        too_few = int((probabilities.cumsum(dim=0) < top_p).sum())  # one more hold top_p
+        too_few = int((probabilities.cumsum(dim=0) < top_p).sum())  # With one token more, they reach top_p.
         kept[too_few + 1:] = False
     if top_k > 0:
         kept[top_k:] = False
-    return int(ids[torch.multinomial(probabilities * kept, 1, generator=generator)])
+    drawn = torch.multinomial(probabilities * kept, 1, generator=generator)
+    return int(ids[drawn])
 
 
 def read_weights(folder):
-    """A checkpoint's tensors in float32; of several files, columns of wo and w2 are joined, else rows."""
+    """A checkpoint's tensors, name -> float32.
+
+    Large models come in several files, each with a part of every matrix: wo and w2 are cut into columns, the
+    other matrices into rows. Norms are in every file, whole.
+    """
     paths = sorted(Path(folder).glob("consolidated.*.pth"))
     if not paths:
         raise FileNotFoundError(f"{folder}: expected consolidated.00.pth, found no such file")
     files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
     weights = {}
-    for name in files[0].keys() - {"rope.freqs"}:  # which follows from params.json
+    for name in files[0].keys() - {"rope.freqs"}:  # Old files have it, but params.json says all it says.
         parts = [file[name].float() for file in files]
-        dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-        weights[name] = parts[0] if name.endswith("norm.weight") else torch.cat(parts, dim)
+        if name.endswith("norm.weight"):
+            weights[name] = parts[0]
+        elif name.endswith(("wo.weight", "w2.weight")):
+            weights[name] = torch.cat(parts, dim=1)
+        else:
+            weights[name] = torch.cat(parts, dim=0)
     return weights
 
 
 class Llama:
-    """A checkpoint with its tokenizer; where that is None, token ids still work."""
+    """A checkpoint with its tokenizer; without one (None), generate still works on token ids."""
 
     def __init__(self, weights, args, tokenizer, max_seq_len):
-        self.weights, self.args, self.tokenizer, self.max_seq_len = weights, args, tokenizer, max_seq_len
+        self.weights = weights
+        self.args = args
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
 
     @staticmethod
     def build(ckpt_dir, tokenizer_path=None, max_seq_len=None):
-        """Reads a checkpoint directory, with its tokenizer unless another is given."""
+        """Reads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another."""
         try:
             args = json.loads(Path(ckpt_dir, "params.json").read_text())
             weights = read_weights(ckpt_dir)
-            forward(weights, args, [0])  # trips over what is missing or doesn't fit
-            if len(weights) != (n := 9 * args["n_layers"] + 2 + ("output.weight" in weights)):
-                raise ValueError(f"{len(weights)} tensors, expected {n} for {args['n_layers']} layers")
+            forward(weights, args, [0])  # fails if a tensor is missing or has a size that doesn't fit
+            # A layer has seven matrices and two norms; the embedding, the last norm and the output follow.
+            needed = 9 * args["n_layers"] + 2 + ("output.weight" in weights)
+            if len(weights) != needed:
+                raise ValueError(f"{len(weights)} tensors, expected {needed} for {args['n_layers']} layers")
         except FileNotFoundError:
-            raise  # it names the file
+            raise  # Its message names the file.
         except Exception as error:
             raise ValueError(f"{ckpt_dir}: params.json and consolidated.*.pth are no Llama 3 in Meta's "
                              f"format ({type(error).__name__}: {error})") from error
@@ -166,10 +200,10 @@ class Llama:
 
     @torch.no_grad()
     def generate(self, prompt_tokens, max_gen_len, seed=1337, echo=False, stop_tokens=None, **settings):
-        """Up to max_gen_len ids that follow each prompt's, with echo after the prompt's own.
+        """A list of up to max_gen_len new token ids for each prompt, with echo behind the prompt's own ids.
 
-        Row i draws with Generator(seed + i); settings: see sample. A row ends before an id of stop_tokens
-        (None: the tokenizer's).
+        Prompt i draws with its own Generator(seed + i); settings: see sample. Its row ends before the first
+        id of stop_tokens (None: the tokenizer's stop_tokens), which is left out.
         """
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
@@ -188,7 +222,7 @@ class Llama:
         return rows
 
     def text_completion(self, prompts, max_gen_len=256, **settings):
-        """[{"generation": text}, ...]: what follows each prompt; ValueError without a tokenizer."""
+        """[{"generation": text}, ...] for the prompts, in order; ValueError if there is no tokenizer."""
         if self.tokenizer is None:
             raise ValueError("no tokenizer.model beside the weights; give tokenizer_path")
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
@@ -202,7 +236,20 @@ PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "
 def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None,
          prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.0,
          top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337):
-    """Prints completions of a prompt, of each line of a prompt_file, or of four default prompts."""
+    """Prints completions of a prompt, of each line of a prompt_file, or of four default prompts.
+
+    Args:
+        ckpt_dir: checkpoint directory in Meta's format
+        tokenizer_path: tokenizer.model to use; None: the checkpoint's own
+        prompt: text to complete
+        prompt_file: file with a prompt per line
+        max_gen_len: most tokens to generate
+        temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
+        top_p: draw only from the fewest tokens that together have this probability
+        top_k: draw only from so many of the likeliest tokens; 0: all
+        min_p: draw only from tokens at least this fraction as likely as the likeliest
+        seed: the same seed gives the same text; llama31.py draws another one from the same seed
+    """
     if not temperature >= 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError("expected a temperature of at least 0, and top_p and min_p from 0 to 1; found "
                          f"{temperature}, {top_p} and {min_p}")

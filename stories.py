@@ -37,9 +37,7 @@ from plumbing import cli
 from plumbing.documents import SHARDS
 from plumbing.files import complete, complete_folder
 
-DATA_DIR = "data"
-NUM_STORIES = 22_000
-NUM_SHARDS = 20  # The first of them is validation.
+NUM_SHARDS = 20  # the first of them is validation
 
 # -----------------------------------------------------------------------------
 # Words and grammar
@@ -199,15 +197,15 @@ yours = it is your turn|I am sorry|let us play together|it is good to share|it i
 PRONOUNS = {"he": "she", "him": "her", "his": "her"}
 
 
-class Variable(NamedTuple):  # <list>, {name}, {name=source} or {name:source}
+class Variable(NamedTuple):  # It is written <list>, {name}, {name=source} or {name:source}.
     name: str  # "" for a word that does not come again
-    source: str  # The list to choose from; "{pet}" stands for the word of that variable.
+    source: str  # the list to choose from; "{pet}" stands for the word of that variable
 
 
 def read_grammar(grammar=GRAMMAR, words=WORDS):
-    """What a story can become, and the lists, name -> words, as two such texts describe them.
+    """The rule `story` as a choice, and the lists, name -> words, that the two texts describe.
 
-    Text is a str; a choice is a tuple of options, each a tuple of texts, choices and Variables.
+    A choice is a tuple of options, and an option is a tuple of str, choices and Variables.
     """
     lists = read_lists(words)
     rules = {}  # name -> text, with | between the options
@@ -229,7 +227,8 @@ def read_grammar(grammar=GRAMMAR, words=WORDS):
             if token == "|":
                 options.append(())
             else:
-                options[-1] += (choice(tokens) if token == "(" else text_or_variable(token),)
+                part = choice(tokens) if token == "(" else text_or_variable(token)
+                options[-1] += (part,)
         return tuple(options)
 
     def text_or_variable(token):
@@ -249,7 +248,7 @@ def read_grammar(grammar=GRAMMAR, words=WORDS):
 
 
 def read_lists(words):
-    """Name -> words of each list, with the children's names, and with each child's pronouns, of one word."""
+    """Name -> words of each list; the names of all children; and for each child, lists of one pronoun."""
     lists = {}
     for line in unfolded(words).split("\n"):
         name, text = line.split(": ")
@@ -262,7 +261,7 @@ def read_lists(words):
 
 
 def unfolded(text):
-    """The text with each line that begins with spaces joined to the one before, by a space but after |."""
+    """The text with lines that begin with spaces joined to the line before, by a space except after |."""
     return re.sub(r"\n +", " ", re.sub(r"\|\n +", "|", text.strip()))
 
 
@@ -274,17 +273,17 @@ def open_options(node, bound, lists):
         return ((bound[node.name],),)
     words = lists[node.source.format_map(bound)]
     used = set(bound.values())
-    # A list of one word is a pronoun, which may come again.
+    # A word comes only once in a story, except for pronouns, which are lists of one word.
     return tuple([(word,) for word in words if word not in used or len(words) == 1])
 
 
 def tell(grammar, take):
-    """The story in which take(n) says which of n open options is taken, and its chain of (taken, n)."""
+    """A story and its chain of (taken, n), where take(n) chooses one of n open options, counted from 0."""
     start, lists = grammar
-    todo = [start]  # what is to come, in reverse
+    todo = [start]  # the parts of the story that are still to come, in reverse
     text = ""
     chain = []
-    bound = {}  # variable -> word; one without a name gets a number
+    bound = {}  # variable -> word; a variable without a name gets a number as its name
     while todo:
         node = todo.pop()
         if type(node) is str:
@@ -292,19 +291,19 @@ def tell(grammar, take):
             continue
         options = open_options(node, bound, lists)
         taken = 0
-        if len(options) > 1:  # A single option is no choice and holds no bits.
+        if len(options) > 1:  # Where only one option is open, nothing is chosen and no bits are counted.
             taken = take(len(options))
             chain.append((taken, len(options)))
         if type(node) is Variable:
             bound = {node.name or len(bound): options[taken][0], **bound}
         todo.extend(reversed(options[taken]))
     text = re.sub(r"\ba (?=[aeiou])", "an ", text).replace(" // ", "\n\n")
-    # Capitals begin the text, sentences, paragraphs, and speech: after a quotation mark behind white space.
+    # A capital begins the text, a sentence, a paragraph, and speech (a quotation mark after white space).
     return re.sub(r'(^|\. |[!?] |\n\n|(?<!\S)")[a-z]', lambda match: match[0].upper(), text), chain
 
 
 def parse(story, grammar):
-    """The chain behind a text, from a search of all chains; ValueError if there is none or a second one."""
+    """The chain that gives a text, found by trying all; ValueError if there is none or a second one."""
     def retell(chain):
         steps = iter(chain)
         return tell(grammar, lambda n: next(steps)[0])[0]
@@ -312,7 +311,7 @@ def parse(story, grammar):
     start, lists = grammar
     text = re.sub(r"\ban (?=[aeiou])", "a ", story.lower()).replace("\n\n", " // ")
     chains = []
-    stack = [(0, (start,), {}, ())]  # place in the text, what is to come, variable -> word, chain so far
+    stack = [(0, (start,), {}, ())]  # (place in the text, parts to come, variable -> word, chain so far)
     while stack:
         at, todo, bound, chain = stack.pop()
         if not todo:
@@ -327,13 +326,13 @@ def parse(story, grammar):
             continue
         options = open_options(node, bound, lists)
         for i, option in enumerate(options):
-            # This saves most of the search: an option whose first text is not there need not be followed.
+            # An option whose first text is not there need not be followed, which saves most of the search.
             if option and type(option[0]) is str and not text.startswith(option[0].lower(), at):
                 continue
             met = {node.name or len(bound): option[0], **bound} if type(node) is Variable else bound
             link = ((i, len(options)),) if len(options) > 1 else ()
             stack.append((at, option + later, met, chain + link))
-    # The search is blind to capitals and articles, so each chain's story is compared with the text itself.
+    # The search ignored capitals and articles, so each chain's story is now compared with the text itself.
     chains = [chain for chain in chains if retell(chain) == story]
     if len(chains) != 1:
         raise ValueError(f"{story[:60]!r}… has {len(chains)} derivations, expected one")
@@ -341,18 +340,21 @@ def parse(story, grammar):
 
 
 def bits(chains):
-    """The bits of all choices: log2(n) for one of n."""
+    """The bits of all choices in the chains; a choice among n options has log2(n)."""
     return math.fsum(math.log2(n) for chain in chains for _, n in chain)
 
 # -----------------------------------------------------------------------------
 # Files
 
 
-def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
+def write(data_dir: str = "data", num_stories: int = 22_000):
     """Writes num_stories distinct stories in 20 shards, the first of them validation, and their entropy.
 
-    data_dir/TinyStories_all_data appears when all shards are complete, after data_dir/entropy.json.
     ValueError: num_stories is too small, or the folder holds shards that aren't an earlier corpus of ours.
+
+    Args:
+        data_dir: folder that takes TinyStories_all_data and entropy.json
+        num_stories: stories in all, at least 20; a twentieth of them is for validation
     """
     if num_stories < NUM_SHARDS:
         raise ValueError(f"num_stories is {num_stories}, expected at least {NUM_SHARDS}, one for each shard")
@@ -376,19 +378,19 @@ def write(data_dir: str = DATA_DIR, num_stories: int = NUM_STORIES):
 
 
 def distinct_stories(count, grammar=None, seed=1337):
-    """A list of count different (text, chain): one that was drawn before is drawn again."""
+    """A list of count different (text, chain); a story that comes a second time is replaced by another."""
     grammar = grammar or read_grammar()
     rng = random.Random(seed)
     stories = {}  # text -> chain
     while len(stories) < count:
-        # randrange draws other numbers in other versions of Python, random() the same.
+        # random() gives the same numbers in every version of Python, which randrange does not.
         text, chain = tell(grammar, lambda n: int(rng.random() * n))
         stories.setdefault(text, chain)
     return list(stories.items())
 
 
 def measure(stories):
-    """What entropy.json says of some (text, chain): their number, UTF-8 bytes, and bits of the choices."""
+    """What entropy.json says about stories (text, chain): how many, their UTF-8 bytes and their bits."""
     size = sum(len(text.encode()) for text, _ in stories)
     total = bits(chain for _, chain in stories)
     return {"stories": len(stories), "bytes": size, "bits": total, "bits_per_byte": total / size}

@@ -11,32 +11,28 @@ writes tinystories/TinyStories_val.bin and TinyStories_train.bin, and prints (wi
     writing 907,021,844 tokens to tinystories/TinyStories_train.bin
 
 The stories are those of "TinyStories: How Small Can Language Models Be and Still Speak Coherent English?"
-(Eldan & Li, 2023). On disk: 1.5 GB of archive, the JSON in it, 72 MB and 3.4 GB of tokens, twice meanwhile.
+(Eldan & Li, 2023). They need room on the disk for an archive of 1.5 GB, for the JSON unpacked from it, and
+for 3.7 GB of tokens, which lie there twice while shards are joined.
 
     python tiny_stories.py text --input notes/*.txt chats.jsonl.gz --data_dir mine --vocab_size 4096
 
 writes mine/val.bin and mine/train.bin, with a vocabulary trained on these texts.
 
-plumbing/files.py describes .bin files, manifest.json says what they were made from. A file appears under its
-final name only when it is complete; after an interruption the same command goes on with what is unfinished.
+plumbing/files.py describes .bin files; manifest.json says what they were made from. A file appears under its
+final name only when it is complete. After an interruption the same command goes on with what is unfinished.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing.resource_tracker
 import os
 import random
 import re
 import shutil
-import signal
-import sys
-import threading
 
 import numpy as np
 from tqdm import tqdm
@@ -44,16 +40,17 @@ from tqdm import tqdm
 from plumbing import cli, files
 from plumbing.documents import SHARDS, find_shards, read_documents, read_shard, texts_of
 from plumbing.download import check_archive, fetch, unpack
+from plumbing.workers import run_in_order
 from tokenizer import MAX_CHARS, Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 ARCHIVE = "TinyStories_all_data.tar.gz"
 DATA_DIR = "tinystories"
 TOKENIZER_PATH = "Meta-Llama-3.1-8B/tokenizer.model"
-LLAMA3 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"  # SHA-256 of its tokenizer.model
-KNOWN_TOKENS = {"val": 18_660_516, "train": 907_021_844}  # All 50 shards, tokenized with it.
-SHARD_CHARS = 2**25  # Your own text is cut into shards of this size, each a job for one worker.
-SAMPLE_CHARS = 2**25  # A vocabulary is trained on that much of it.
+LLAMA3 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"  # SHA-256 of Meta's file
+KNOWN_TOKENS = {"val": 18_660_516, "train": 907_021_844}  # What Meta's vocabulary makes of all 50 shards.
+SHARD_CHARS = 2**25  # Your own text is cut into shards of so many characters, each a job for one worker.
+SAMPLE_CHARS = 2**25  # A vocabulary is trained on so many characters of your text.
 
 # -----------------------------------------------------------------------------
 # Download
@@ -62,8 +59,13 @@ SAMPLE_CHARS = 2**25  # A vocabulary is trained on that much of it.
 def download(data_dir: str = DATA_DIR, url: str = URL, sha256: str | None = None):
     """Downloads the archive into data_dir and unpacks it to data_dir/TinyStories_all_data/data*.json.
 
-    What is complete is kept, what was interrupted goes on. sha256: the archive's digest; without it, the
-    archive has to be that of an earlier download. ConnectionError: no good answer. ValueError: unsound.
+    Complete files are kept, and an interrupted download continues. ConnectionError: the server doesn't give
+    the archive. ValueError: the archive is damaged or another one.
+
+    Args:
+        data_dir: folder that takes the archive and the shards
+        url: address of the archive, a .tar.gz of data*.json
+        sha256: digest that the archive must have; None: that of an earlier download, if there was one
     """
     folder = os.path.join(data_dir, SHARDS)
     archive = os.path.join(data_dir, ARCHIVE)
@@ -94,9 +96,14 @@ def read_stories(path):
 def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num_workers: int | None = None):
     """Writes data_dir/TinyStories_val.bin, the first shard, and TinyStories_train.bin, the others in order.
 
-    num_workers: processes, None for one per core; the files are the same for any number. A train split of
-    more than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an earlier run stay
-    until both splits are complete. FileNotFoundError: no shards; ValueError: a broken one; OSError: no room.
+    A train split of more than 2^31 - 1 tokens becomes TinyStories_train_000.bin, _001.bin, … Files of an
+    earlier run stay until both splits are complete. FileNotFoundError: there are no shards. ValueError: one
+    is damaged. OSError: the disk has too little room.
+
+    Args:
+        data_dir: folder of the downloaded shards, which takes the .bin files
+        tokenizer_path: tokenizer.model that gives the vocabulary
+        num_workers: processes, which don't change the result; None: one per core
     """
     folder = os.path.join(data_dir, SHARDS)
     shards = find_shards(folder)
@@ -112,27 +119,29 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 
 def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_tokens=files.MAX_TOKENS):
     """Tokenizes splits, name -> shards, to data_dir/PREFIXname.bin; returns name -> number of tokens."""
-    Tokenizer(tokenizer_path)  # Its errors come once, before the work.
+    Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
     num_workers = os.cpu_count() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
-    finished = os.path.join(data_dir, "tokens.part")  # The folder of the shards that are tokenized.
+    finished = os.path.join(data_dir, "tokens.part")  # A folder for the tokens of each finished shard.
     os.makedirs(finished, exist_ok=True)
     digest = files.sha256_of(tokenizer_path)
-    jobs = [(i, shard, finished, tokenizer_path, digest)
-            for split in splits.values() for i, shard in enumerate(split)]
-    # The tokens lie on the disk twice, finished and joined, which takes about as much as the JSON.
+    jobs = []
+    for split in splits.values():
+        jobs += [(shard, i, finished, tokenizer_path, digest) for i, shard in enumerate(split)]
+    # The tokens lie on the disk twice, by shard and joined, which takes about as much room as the JSON does.
+    json_bytes = sum(os.path.getsize(shard) for shard, *_ in jobs)
     done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
-    files.check_disk("tokenizing", sum(os.path.getsize(job[1]) for job in jobs) - done_bytes, data_dir)
+    files.check_disk("tokenizing", json_bytes - done_bytes, data_dir)
     made = {}
     counts = {}
-    with contextlib.closing(process_shards(jobs, min(num_workers, len(jobs)))) as results:
+    with contextlib.closing(run_in_order(finish_shard, jobs, min(num_workers, len(jobs)))) as results:
         for name, split in splits.items():
             print(f"Tokenizing {name} split...")
             done = list(tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard"))
             made |= write_split(os.path.join(data_dir, prefix + name), done, digest, max_tokens)
             counts[name] = sum(about["tokens"] for *_, about in done)
-    files.write_manifest(data_dir, files={})  # While files are replaced, it must not describe other ones.
+    files.write_manifest(data_dir, files={})  # While files are replaced, the manifest describes none.
     for path in made:
         os.replace(f"{path}.new", path)
     for name in os.listdir(data_dir):  # An earlier train split may be in another number of files.
@@ -145,7 +154,10 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
 
 
 def write_split(stem, finished, tokenizer_digest, max_tokens):
-    """Joins finished shards, each kept whole, to as few files PATH.new as hold them: path -> about it."""
+    """Joins finished shards, each kept whole, in as few files as hold them, each written as PATH.new.
+
+    Returns path -> what the manifest says about that file.
+    """
     groups = [[]]
     filled = 0
     for shard in finished:
@@ -166,50 +178,11 @@ def write_split(stem, finished, tokenizer_digest, max_tokens):
     return made
 
 
-def process_shards(jobs, num_workers):
-    """Yields finish_shard(*job) for each job, in order."""
-    if num_workers == 1:
-        yield from itertools.starmap(finish_shard, jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")  # The caller may have threads (torch's), which fork breaks.
-    others = set(multiprocessing.active_children())
-    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, initializer=end_with_parent)
-    multiprocessing.resource_tracker.ensure_running()  # Started later, it would lift the mask.
-    # Workers inherit this mask, so that Ctrl-C interrupts this process alone, which then kills them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        results = []
-        for job in jobs:
-            shard = job[1]
-            try:
-                results.append(pool.submit(finish_shard, *job))
-            except OSError:  # A worker has died, and the pool is closing its pipes.
-                raise concurrent.futures.BrokenExecutor from None
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for job, result in zip(jobs, results, strict=True):
-            shard = job[1]
-            yield result.result()
-    except concurrent.futures.BrokenExecutor:
-        raise OSError(f"{shard}: its worker, or that of a later shard, was killed; if memory ran out, try "
-                      "fewer --num_workers") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        pool.shutdown()
-
-
-def end_with_parent():
-    """Ends a worker when its parent is killed; it would otherwise wait for jobs for ever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def finish_shard(index, shard, folder, tokenizer_path, tokenizer_digest):
+def finish_shard(shard, index, folder, tokenizer_path, tokenizer_digest):
     """Writes a shard's tokens to a .bin in folder, or finds it there; returns path, version and counts."""
     name = os.path.basename(shard)
     digest = files.sha256_of(shard)
-    # The file is named after all that its content depends on, so it is never taken for another one.
+    # The name depends on all that the content depends on, so that no file is taken for another one.
     key = hashlib.sha256(f"{name} {digest} {index} {tokenizer_digest}".encode()).hexdigest()
     path = os.path.join(folder, f"{key[:32]}.bin")
     if not os.path.exists(path):
@@ -226,13 +199,16 @@ def finish_shard(index, shard, folder, tokenizer_path, tokenizer_digest):
 
 
 def process_shard(shard_index, shard_filename, tokenizer_path):
-    """The tokens of a shard, uint32: its stories, shuffled, each <BOS> tokens <EOS>; ValueError names it."""
+    """The tokens of a shard as uint32: its stories, shuffled, each as <BOS> tokens <EOS>.
+
+    ValueError names a damaged shard.
+    """
     chunks, *_ = encode_shard(shard_index, shard_filename, Words(Tokenizer(tokenizer_path)))
     return np.frombuffer(bytearray().join(chunks), dtype="<u4")
 
 
 def encode_shard(shard_index, shard, words):
-    """(shuffled records as the bytes of their tokens, version of the format, records, bytes of text)."""
+    """Returns (bytes of each record's tokens, shuffled; version of the .bin; records; bytes of text)."""
     chunks = []
     version = files.VERSION
     num_bytes = 0
@@ -241,18 +217,18 @@ def encode_shard(shard_index, shard, words):
         if "messages" in record:
             version = files.MASKING_VERSION
         num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts_of(record))
-    random.Random(1337 + shard_index).shuffle(chunks)  # The index counts the shards of a split.
+    random.Random(1337 + shard_index).shuffle(chunks)  # shard_index counts within a split, from 0.
     return chunks, version, len(chunks), num_bytes
 
 
-BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # A space that touches no other white space.
+BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # a space that touches no other white space
 
 
 class Words:
-    """Encodes records to bytes of uint32, fast as it remembers the tokens of words.
+    """Encodes records to the bytes of uint32 tokens, quickly, because it remembers the tokens of each word.
 
-    A text may be encoded in pieces, each beginning with a space that touches no other white space: Llama 3's
-    pattern joins it to what follows, never to what precedes. Only a text's first word has no such space.
+    A text may be cut before every space that touches no other white space, because Llama 3's pattern joins
+    such a space to what follows and never to what precedes. Only a text's first word has no such space.
     """
 
     def __init__(self, tokenizer):
@@ -261,13 +237,13 @@ class Words:
         self.later = {}  # word -> bytes of the tokens of a space and the word
 
     def encode(self, record):
-        """<BOS> story <EOS>, or a dialog, masked but for the assistant's words and <|eot_id|>."""
+        """<BOS> story <EOS>; or a dialog, in which only the assistant's words and <|eot_id|> are targets."""
         if "messages" in record:
             return self.encode_chat(record["messages"])
         [text] = texts_of(record)
         if not text or len(text) > MAX_CHARS:  # The tokenizer cuts a longer text, even within a word.
             tokens = [as_bytes(self.tokenizer.encode(text))]
-        else:  # The second way to cut is slower, and rarely needed: for double spaces and the like.
+        else:  # The regular expression is slower and needed only for texts with double spaces and the like.
             tokens = self.look_up(text.split(" ")) or self.look_up(BETWEEN_WORDS.split(text))
         return b"".join([as_bytes([self.tokenizer.bos_id]), *tokens, as_bytes([self.tokenizer.eos_id])])
 
@@ -282,10 +258,10 @@ class Words:
             if not word or word[0].isspace() or word[-1].isspace():
                 return None
             memory = self.later if i else self.first
-            tokens[i] = memory.get(word)  # It may be known by now, as the text has it twice.
+            tokens[i] = memory.get(word)  # The loop has learned it if the text has it twice.
             if not tokens[i]:
                 tokens[i] = as_bytes(self.tokenizer.encode(f" {word}" if i else word))
-                if len(word) < 32 and len(self.first) + len(self.later) < 2**17:  # At most 30 MB.
+                if len(word) < 32 and len(self.first) + len(self.later) < 2**17:  # at most 30 MB
                     memory[word] = tokens[i]
         return tokens
 
@@ -295,12 +271,14 @@ class Words:
         for message in messages:
             ids = self.tokenizer.encode_message(message)
             num_masked = len(header) if message["role"] == "assistant" else len(ids)
-            tokens += [i | files.MASKED for i in ids[:num_masked]] + ids[num_masked:]
+            tokens += [i | files.MASKED for i in ids[:num_masked]]
+            tokens += ids[num_masked:]
         return as_bytes(tokens)
 
 
 @functools.lru_cache(maxsize=1)
-def words_of(tokenizer_path, digest):  # The digest is there as the file may change.
+def words_of(tokenizer_path, digest):
+    """The Words that a process keeps from shard to shard; a file that has changed has another digest."""
     return Words(Tokenizer(tokenizer_path))
 
 
@@ -311,32 +289,41 @@ def as_bytes(tokens):
 # Your own text
 
 
-def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = None,
+def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None = None,
          vocab_size: int | None = None, field: str = "text", separator: str | None = None,
          val_fraction: float = 0.01, num_workers: int | None = None):
     """Tokenizes your own texts and chats to data_dir/val.bin and data_dir/train.bin.
 
-    input: files, also gzipped (.gz). .txt: a document, or several between separators (\\n is a line break).
-    .jsonl, .json, .parquet (needs pyarrow): objects by line, in a list, by row; of each, the text under
-    field, or a chat, "messages": [{"role": …, "content": …}], of which the assistant's turns are learned.
-    tokenizer_path: None for Meta's, where tokenize expects it. vocab_size: a vocabulary of that size is
-    trained on the texts instead, data_dir/tokenizer.model. val_fraction: of the documents, chosen by their
-    hash, one at least. ValueError names the file and the document that can't be read.
+    A .txt holds a document, or several between separators. A .jsonl holds an object in each line, a .json a
+    list of them, a .parquet (which needs pyarrow) rows. Each has its text under field, or is a chat,
+    "messages": [{"role": …, "content": …}], in which only the assistant's turns are learned. ValueError
+    names the file and the document that can't be read.
+
+    Args:
+        input: files, one or several, also gzipped (.gz)
+        data_dir: folder that takes val.bin, train.bin and the trained vocabulary
+        tokenizer_path: tokenizer.model that gives the vocabulary; None: Meta's, where tokenize expects it
+        vocab_size: train a vocabulary of so many tokens on the texts, data_dir/tokenizer.model; None: don't
+        field: name of the text in objects and rows
+        separator: text between a .txt's documents, with \\n for a line break; None: each file is one
+        val_fraction: share of documents for validation, chosen by their hash, one at least
+        num_workers: processes, which don't change the result; None: one per core
     """
-    paths = input.split("\n") if isinstance(input, str) else list(map(os.fspath, input))
+    paths = [os.fspath(path) for path in input]
     if vocab_size is not None and tokenizer_path is not None:
         raise ValueError("found --vocab_size and --tokenizer_path, expected one of them")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}, expected at least 0 and less than 1")
-    if missing := [path for path in paths if not os.path.isfile(path)]:
-        raise FileNotFoundError(f"{missing[0]}: found no such file, expected --input PATH...")
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: found no such file, expected --input PATH...")
     if vocab_size is None:
         tokenizer_path = tokenizer_path or TOKENIZER_PATH
-        Tokenizer(tokenizer_path)  # Its errors come before the work.
-    folder = os.path.join(data_dir, "documents.part")  # Every run writes it again, which is quick.
+        Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
+    folder = os.path.join(data_dir, "documents.part")  # It is quick to write, so every run writes it again.
     print(f"Reading {len(paths):,} files...")
     least = split_documents(paths, field, separator, val_fraction, folder)
-    if least >= val_fraction:  # None came to validation; now the document of the least hash does.
+    if least >= val_fraction:  # Validation got no document. Now it gets the one with the least hash.
         split_documents(paths, field, separator, math.nextafter(least, 2), folder)
     splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
     if not splits["train"]:
@@ -351,9 +338,12 @@ def text(*, input: str, data_dir: str = "text", tokenizer_path: str | None = Non
 
 
 def split_documents(paths, field, separator, val_fraction, folder):
-    """Puts a document into folder/val if its hash, 0 … 1, is below val_fraction; returns the least hash."""
+    """Writes each document to a shard in folder/val if its hash is below val_fraction, else in folder/train.
+
+    A hash is a number from 0 to 1; the least one is returned.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    lines = {"val": [], "train": []}  # of the shard that each split is at
+    lines = {"val": [], "train": []}  # split -> documents of the shard that is being filled, as JSON
     sizes = collections.Counter()  # split -> characters in these lines
     numbers = collections.Counter()  # split -> shards that are written
     least = 1.0
@@ -401,20 +391,19 @@ def sample_texts(shards):
 
 def prepare(data_dir: str = DATA_DIR, url: str = URL, tokenizer_path: str = TOKENIZER_PATH,
             num_workers: int | None = None, sha256: str | None = None):
-    """Downloads, unpacks and tokenizes TinyStories."""
-    Tokenizer(tokenizer_path)  # Its errors come before 1.5 GB of download.
+    """Downloads, unpacks and tokenizes TinyStories.
+
+    Args:
+        data_dir: folder that takes the archive, the shards and the .bin files
+        url: address of the archive, a .tar.gz of data*.json
+        tokenizer_path: tokenizer.model that gives the vocabulary
+        num_workers: processes, which don't change the result; None: one per core
+        sha256: digest that the archive must have; None: that of an earlier download, if there was one
+    """
+    Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before 1.5 GB of download.
     download(data_dir, url, sha256)
     tokenize(data_dir, tokenizer_path, num_workers)
 
 
-def main():
-    words = sys.argv[1:]
-    if "--input" in words:  # It is the one flag that takes several words.
-        begin = words.index("--input") + 1
-        end = next((i for i in range(begin, len(words)) if words[i].startswith("--")), len(words))
-        words[begin - 1:end] = ["--input=" + "\n".join(words[begin:end])]
-    cli.run({"download": download, "tokenize": tokenize, "text": text, "prepare": prepare}, "prepare", words)
-
-
 if __name__ == "__main__":
-    main()
+    cli.run({"download": download, "tokenize": tokenize, "text": text, "prepare": prepare}, "prepare")

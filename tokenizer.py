@@ -1,8 +1,9 @@
 """Llama 3's tokenizer: text to token ids and back, with Meta's vocabulary or a small one trained here.
 
-A pattern cuts text into words; within a word, neighbouring byte strings merge, lowest rank first, while the
-result is in the vocabulary (byte-pair encoding; tiktoken does it). tokenizer.model holds one `base64-token
-rank` per line; Llama 3.1's 256 special tokens are not in the file, their ids follow the last rank.
+A pattern cuts text into words. Within a word, neighbouring byte strings merge, lowest rank first, as long as
+the result is in the vocabulary: this is byte-pair encoding, which tiktoken computes. tokenizer.model holds
+one `base64-token rank` per line. Llama 3.1's 256 special tokens are not in the file; their ids follow the
+last rank.
 """
 
 import base64
@@ -10,13 +11,13 @@ import codecs
 import operator
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import tiktoken
 
 from plumbing.files import complete
 
-SPLIT_PATTERN = "|".join([            # Llama 3's, alternative by alternative
+SPLIT_PATTERN = "|".join([            # Llama 3's pattern, one alternative a line
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
     r"[^\r\n\p{L}\p{N}]?\p{L}+",      # letters, with one space or sign before them
     r"\p{N}{1,3}",                    # digits, at most three at a time
@@ -24,20 +25,21 @@ SPLIT_PATTERN = "|".join([            # Llama 3's, alternative by alternative
     r"\s*[\r\n]+",                    # line breaks, with the space before them
     r"\s+(?!\S)|\s+",                 # other space; its last character goes to a word that follows
 ])
-# In id order, None a reserved slot: as published with Llama 3.1. (Meta's later code gives two reserved slots
-# names, <|step_id|> and <|image|>, and so numbers the reserved ones after them differently; ids agree.)
+# Llama 3.1's special tokens in the order of their ids; None is a reserved slot. (Meta's later code names two
+# of the slots, <|step_id|> and <|image|>, so its reserved tokens have other numbers, but no id differs.)
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetune_right_pad_id|>", None,
                   "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
                   *[None] * 245]
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}  # in headers
+# A message's role -> what the header of the message says.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
 
-# Meta's guard: tiktoken fails on much longer texts, and gets slow on longer unbroken runs.
+# Meta cuts longer texts, as we do: tiktoken fails on much longer ones, and is slow on longer unbroken runs.
 MAX_CHARS = 400_000
-MAX_RUN = 25_000  # characters in a row that are all whitespace, or all not
+MAX_RUN = 25_000  # A run is a row of characters that are all white space, or all not.
 RUN = re.compile(rf"\s{{1,{MAX_RUN}}}|\S{{1,{MAX_RUN}}}")
 
 REMEDY = "expected Meta's tokenizer.model; fetch it (Hugging Face: original/tokenizer.model) or fix the path"
-MISTAKEN = {  # what is found in its place, by how it begins
+MISTAKEN = {  # the beginning of a file that is often taken for a tokenizer.model -> what that file is
     b"version https://git-lfs": "a git-lfs pointer, which git lfs pull replaces",
     b"<": "a web page, as servers send instead of a file",
     b"{": "JSON, such as Hugging Face's tokenizer.json",
@@ -46,13 +48,14 @@ MISTAKEN = {  # what is found in its place, by how it begins
 
 
 class Tokenizer:
-    """A vocabulary read from a tokenizer.model file. Errors: see read_vocabulary.
+    """A vocabulary, read from a tokenizer.model file. Errors: see read_vocabulary.
 
-    model_path: that file. n_words: number of ids. special_tokens: name -> id. stop_tokens: the ids that end
-    a text, turn or message. byte_lengths: bytes of each id's token, 0 if special (for bits per byte).
+    model_path: the path of that file. n_words: how many ids there are. special_tokens: name -> id.
+    stop_tokens: the ids that end a text, a turn or a message. byte_lengths: how many bytes the token of each
+    id has, 0 for a special token, which is what bits per byte need.
     """
 
-    def __init__(self, model_path: str | os.PathLike):
+    def __init__(self, model_path: str | os.PathLike[str]) -> None:
         self.model_path = os.fspath(model_path)
         base = read_vocabulary(self.model_path)
         reserved = (f"<|reserved_special_token_{i}|>" for i in range(len(SPECIAL_TOKENS)))
@@ -61,7 +64,7 @@ class Tokenizer:
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.eot_id = self.special_tokens["<|eot_id|>"]  # end of turn
-        self.eom_id = self.special_tokens["<|eom_id|>"]  # end of message: a tool's answer is expected
+        self.eom_id = self.special_tokens["<|eom_id|>"]  # end of a message that a tool has to answer
         self.pad_id = self.special_tokens["<|finetune_right_pad_id|>"]
         self.stop_tokens = [self.eos_id, self.eot_id, self.eom_id]
         self.byte_lengths = [len(token) for token in base] + [0] * len(self.special_tokens)
@@ -70,7 +73,7 @@ class Tokenizer:
             os.path.basename(self.model_path), pat_str=SPLIT_PATTERN, special_tokens=self.special_tokens,
             mergeable_ranks={token: rank for rank, token in enumerate(base)})
 
-    def check_vocabulary(self, vocab_size: int):
+    def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if a model has another number of token ids."""
         if self.n_words != vocab_size:
             raise ValueError(f"{self.model_path} has {self.n_words} tokens, the model {vocab_size}; give "
@@ -80,60 +83,74 @@ class Tokenizer:
                allowed_special: str | Collection[str] = ()) -> list[int]:
         """Token ids of a text, the same as Meta's.
 
-        bos, eos: put <|begin_of_text|> before, <|end_of_text|> after. allowed_special: names (or "all") that
-        stand for their special token where s spells them out; all others are ordinary characters there, so
-        that no text can forge the end of a turn. Lone surrogates, which UTF-8 lacks, count as U+FFFD.
-        ValueError: s is not a str, or a name is unknown.
+        bos, eos: whether <|begin_of_text|> comes before and <|end_of_text|> after it. allowed_special: names
+        of special tokens, or "all", that become that token where s spells them out. Every other name is
+        ordinary characters, so that no text can forge the end of a turn. Lone surrogates, which UTF-8 lacks,
+        become U+FFFD. ValueError: s is not a str, or a name is unknown.
         """
         if not isinstance(s, str):
             raise ValueError(f"encode: expected one str, found {type(s).__name__} {s!r:.60}")
-        names = [allowed_special] if isinstance(allowed_special, str) else allowed_special
-        names = set(self.special_tokens if allowed_special == "all" else names)
-        if unknown := names - self.special_tokens.keys():
+        if allowed_special == "all":
+            names = set(self.special_tokens)
+        elif isinstance(allowed_special, str):
+            names = {allowed_special}
+        else:
+            names = set(allowed_special)
+        unknown = names - self.special_tokens.keys()
+        if unknown:
             raise ValueError(f"encode: no special token {unknown}; Tokenizer.special_tokens has the names")
         tokens = [self.bos_id] if bos else []
         for piece in split_long(s):
             tokens += self._encoding.encode(piece, allowed_special=names, disallowed_special=())
-        return tokens + [self.eos_id] if eos else tokens
+        if eos:
+            tokens.append(self.eos_id)
+        return tokens
 
-    def encode_dialog(self, dialog: list[dict], generation_prompt: bool = True) -> list[int]:
+    def encode_dialog(self, dialog: list[dict[str, str]] | tuple[dict[str, str], ...],
+                      generation_prompt: bool = True) -> list[int]:
         """Token ids of a dialog in Llama 3's chat format, the same as Meta's ChatFormat.
 
-        dialog: messages {"role": one of ROLES, "content": str} in any order; a content stays as it is, and
-        nothing in it is special. generation_prompt: an answer's header follows. ValueError: no such dialog.
+        dialog: messages {"role": one of ROLES, "content": str} in any order; the content stays as it is, and
+        nothing in it becomes a special token. generation_prompt: whether the header of an answer follows.
+        ValueError: this is no such dialog.
         """
         if not isinstance(dialog, list | tuple):
             raise ValueError(f"found {type(dialog).__name__} {dialog!r:.60}, expected a list of messages")
         tokens = [self.bos_id]
         for message in dialog:
             tokens += self.encode_message(message)
-        return tokens + self.encode_header("assistant") if generation_prompt else tokens
+        if generation_prompt:
+            tokens += self.encode_header("assistant")
+        return tokens
 
-    def encode_message(self, message: dict) -> list[int]:
-        """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: encode_dialog's."""
+    def encode_message(self, message: dict[str, str]) -> list[int]:
+        """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: see encode_dialog."""
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             found = list(message) if isinstance(message, dict) else message
             raise ValueError(f"found message {found!r:.60}, expected a dict of role and content")
         return self.encode_header(message["role"]) + self.encode(message["content"]) + [self.eot_id]
 
     def encode_header(self, role: str) -> list[int]:
-        """Token ids that begin a message of a role. ValueError: no such role."""
+        """Token ids of the header that begins a message of a role. ValueError: there is no such role."""
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"found role {role!r:.60}, expected one of {', '.join(ROLES)}")
         return [self.special_tokens["<|start_header_id|>"], *self.encode(ROLES[role]),
                 self.special_tokens["<|end_header_id|>"], *self.encode("\n\n")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens by name, U+FFFD for what isn't UTF-8. Errors: decode_bytes's."""
+        """Text of token ids, with special tokens by name and U+FFFD for bytes that aren't UTF-8.
+
+        Errors: see decode_bytes.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of token ids. A token may end inside a character: to stream, join bytes before decoding.
+        """Bytes of token ids. A token may end inside a character; TextStream decodes tokens one at a time.
 
-        ValueError: an id outside 0 .. n_words - 1, or not a sequence of integers.
+        ValueError: an id is outside 0 .. n_words - 1, or ids is no sequence of integers.
         """
         try:
-            ids = list(map(operator.index, ids))
+            ids = [operator.index(i) for i in ids]
         except TypeError as error:
             raise ValueError(f"found {ids!r:.60}, expected a sequence of token ids ({error})") from None
         for i in ids:
@@ -142,13 +159,14 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
 
-def split_at_stop(text, stop, final):
-    """(text that can be shown now, text held back, whether a stop text was found); that one is in neither.
+def split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, str, bool]:
+    """Returns (text that can be shown now, text held back, whether a stop text was found).
 
-    What is held back may be the beginning of a stop text, unless the text is final. Of several stop texts
-    the first to be complete counts, so that it doesn't matter how tokens cut the text.
+    The stop text is in neither. Text is held back if it may be the beginning of a stop text, unless it is
+    final. Of several stop texts the first to be complete counts, so that it doesn't matter how tokens cut
+    the text.
     """
-    found = []  # (end, begin) of each stop text
+    found = []  # (end, begin) of each stop text in the text
     for s in stop:
         begin = text.find(s)
         if begin >= 0:
@@ -166,17 +184,17 @@ def split_at_stop(text, stop, final):
 
 
 class TextStream:
-    """One row's text while its tokens come. ended: whether its last token or a stop text has come."""
+    """The text of a row while its tokens come; ended: whether its last token or a stop text has come."""
 
-    def __init__(self, tokenizer, stop=()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held = ""
         self.ended = False
 
-    def push(self, token):
-        """The text that can be shown after a further token; None: there are no more.
+    def push(self, token: int | None) -> str:
+        """The further text that can be shown after a further token, or after the end of the row, None.
 
         A character that is spread over several tokens comes with the last of them.
         """
@@ -190,10 +208,11 @@ class TextStream:
         return shown
 
 
-def split_long(text):
-    """Yields the pieces that Meta encodes singly: text cut at every MAX_CHARS, a run at every MAX_RUN."""
+def split_long(text: str) -> Iterator[str]:
+    """Yields the pieces that Meta encodes one by one: cut at every MAX_CHARS, and runs at every MAX_RUN."""
     for start in range(0, len(text), MAX_CHARS):
-        chunk, begin = text[start:start + MAX_CHARS], 0
+        chunk = text[start:start + MAX_CHARS]
+        begin = 0
         for run in RUN.finditer(chunk) if len(chunk) > MAX_RUN else ():
             end = run.end()
             goes_on = end < len(chunk) and chunk[end].isspace() == chunk[end - 1].isspace()
@@ -204,11 +223,14 @@ def split_long(text):
 
 
 def read_vocabulary(path: str) -> list[bytes]:
-    """Tokens of a tokenizer.model in rank order. FileNotFoundError: no file. ValueError: not a sound one."""
+    """Tokens of a tokenizer.model in rank order.
+
+    FileNotFoundError: there is no such file. ValueError: it is damaged or another kind of file.
+    """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "nothing"
         raise FileNotFoundError(f"{path}: found {found}, {REMEDY}")
-    ranks = {}
+    ranks: dict[bytes, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -219,11 +241,14 @@ def read_vocabulary(path: str) -> list[bytes]:
                 if token in ranks:
                     raise ValueError(f"{token} has rank {ranks[token]} already")
             except ValueError as error:
-                kinds = (kind for head, kind in MISTAKEN.items() if number == 1 and line.startswith(head))
-                found = next(kinds, f"no `base64-token rank`, or a damaged one ({error})")
+                found = f"no `base64-token rank`, or a damaged one ({error})"
+                for head, kind in MISTAKEN.items():
+                    if number == 1 and line.startswith(head):
+                        found = kind
                 raise ValueError(f"{path}, line {number}: found {line[:40]!r}, {found}; {REMEDY}") from None
             ranks[token] = len(ranks)
-    if absent := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
         raise ValueError(f"{path}: found {len(ranks)} tokens, without {len(absent)} of the 256 single bytes "
                          f"({absent[0]:#04x} first), cut short?; {REMEDY}")
     return list(ranks)
@@ -232,7 +257,7 @@ def read_vocabulary(path: str) -> list[bytes]:
 def byte_alphabet() -> dict[str, int]:
     """Character -> byte, as the tokenizers library and tokenizer.json write the bytes of a token.
 
-    Bytes that are printable in Latin-1 are written as such, the others as the characters from 256 on.
+    A byte that is printable in Latin-1 is written as that character, the others as characters 256, 257, …
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -250,13 +275,14 @@ def word_splitter():
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
     """Trains a byte-level BPE vocabulary, split by Llama 3's pattern, and saves it as a tokenizer.model.
 
-    vocab_size: n_words, of which 256 are bytes and 256 special tokens. The same texts give the same file; it
-    appears when complete. ValueError: vocab_size too small, not str, or too little text for so many merges.
+    vocab_size: n_words, of which 256 are bytes and 256 special tokens. The same texts give the same file,
+    which appears when it is complete. ValueError: vocab_size is too small, a text is not a str, or there is
+    too little text for so many tokens.
     """
-    # imported here because sampling and finetuning do without this package
+    # These are imported here because sampling and finetuning do without the package.
     from tokenizers import Tokenizer as BPE
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -264,25 +290,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     if not isinstance(vocab_size, int) or vocab_size < 256 + specials:
         raise ValueError(f"found vocab_size {vocab_size!r}, expected an int of {256 + specials} or more")
 
-    def checked():
+    def pieces() -> Iterator[str]:
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
                 raise ValueError(f"found {type(text).__name__} {text!r:.60} among the texts, expected str")
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # see encode
-            yield from split_long(text)  # the trainer, too, takes minutes over a very long run
+            # Lone surrogates become U+FFFD, as in encode.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield from split_long(text)  # The trainer, too, takes minutes for a very long run.
 
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = word_splitter()
-    bpe.train_from_iterator(checked(), trainers.BpeTrainer(  # min_frequency: one occurrence teaches nothing
-        vocab_size=vocab_size - specials, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    vocab = bpe.get_vocab()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - specials,
+        min_frequency=2,  # A pair that occurs once is likely to be chance.
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(pieces(), trainer)
+    vocab = bpe.get_vocab()  # token, its bytes written as in BYTE_OF -> rank
     if len(vocab) + specials < vocab_size:
         raise ValueError(f"found text enough for a vocab_size of {len(vocab) + specials}, expected "
                          f"{vocab_size}: give more text or a smaller vocab_size")
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with complete(path) as file:
-        for rank, token in enumerate(sorted(vocab, key=vocab.get)):
-            file.write(b"%s %d\n" % (base64.b64encode(bytes(BYTE_OF[c] for c in token)), rank))
+        for rank, characters in enumerate(sorted(vocab, key=vocab.__getitem__)):
+            token = bytes(BYTE_OF[character] for character in characters)
+            file.write(b"%s %d\n" % (base64.b64encode(token), rank))
     return Tokenizer(path)

@@ -94,6 +94,7 @@ def read_words(words, command, parameters):
             if not positional:
                 raise ValueError(f"unexpected word {word!r}: {command} takes {flags}")
             name = positional.pop(0)
+            equals = ""  # A word of its own may have a =, too.
             text = word
         elif word.startswith("--no") and name.removeprefix("no") in switches and not equals:
             name = name.removeprefix("no")

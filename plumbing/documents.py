@@ -1,7 +1,8 @@
-"""Texts and chats out of files: shards of stories, and .txt, .jsonl, .json and .parquet, also gzipped (.gz).
+"""Texts and chats from files: shards of stories, and .txt, .jsonl, .json and .parquet, also gzipped (.gz).
 
-A record is what training needs of a document: {"story": text}, or {"messages": dialog}, where a dialog is a
-list of {"role": one of ROLES, "content": text}. Files are read in blocks, so that they may exceed memory.
+A record is the part of a document that training needs: {"story": text}, or {"messages": dialog}, where a
+dialog is a list of {"role": one of ROLES, "content": text}. Files are read in blocks, so that they may be
+larger than memory.
 """
 
 import glob
@@ -13,8 +14,8 @@ import zlib
 
 from tokenizer import ROLES
 
-BLOCK = 2**20  # Characters that are read at once.
-SHARDS = "TinyStories_all_data"  # The name of the shards' folder, inside the data folder.
+BLOCK = 2**20  # characters that are read at once
+SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
 
 
@@ -23,7 +24,7 @@ def find_shards(folder):
 
 
 def read_shard(path, block=BLOCK):
-    """Yields a shard's records, from a JSON list of {"story": text}; ValueError names the file and story."""
+    """Yields the records of a shard, a JSON list of {"story": text}; ValueError names the file and story."""
     record = None
     with open(path, encoding="utf-8") as file:
         for record in read_records(f"{path}, story", read_array(file, block), "story", EXPECTED):
@@ -33,7 +34,11 @@ def read_shard(path, block=BLOCK):
 
 
 def read_documents(path, field, separator, block=BLOCK):
-    """Yields the records of a file, whose suffix says its kind; ValueError names it and the document."""
+    """Yields the records of a file; ValueError names the file and the document.
+
+    The suffix says which kind of file it is. field: the name of the text in objects and rows. separator: as
+    in split_at.
+    """
     kind = os.path.splitext(path.removesuffix(".gz"))[1]
     if kind not in (".txt", ".jsonl", ".json", ".parquet"):
         raise ValueError(f"{path}: found {kind or 'no'} suffix, expected .txt, .jsonl, .json or .parquet")
@@ -53,7 +58,7 @@ def read_documents(path, field, separator, block=BLOCK):
 
 def read_records(name, rows, field, expected):
     """Yields the record of each row, whose text is under field; ValueError says name, number, expected."""
-    number = 0  # It isn't enumerate's, as reading the next row may fail, too.
+    number = 0  # enumerate would not give the number of a row whose reading fails.
     try:
         for row in rows:
             yield record_of(row, field)
@@ -64,6 +69,7 @@ def read_records(name, rows, field, expected):
 
 
 def record_of(row, field):
+    """The record of a row, whose text is under field; ValueError begins with "found"."""
     if isinstance(row, dict) and is_dialog(row.get("messages")):
         return {"messages": row["messages"]}
     if isinstance(row, dict) and isinstance(row.get(field), str):
@@ -72,12 +78,13 @@ def record_of(row, field):
 
 
 def is_dialog(messages):
+    """Whether a value is a list of at least one {"role": one of ROLES, "content": text}."""
     if not isinstance(messages, list) or not messages:
         return False
     for message in messages:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             return False
-        # A file's role may be a list: list(ROLES) can be searched for that, ROLES itself can't.
+        # The role in a file may be a list or an object, which a dict such as ROLES can't be searched for.
         if not isinstance(message["content"], str) or message["role"] not in list(ROLES):
             return False
     return True
@@ -91,33 +98,36 @@ def texts_of(record):
 
 
 def split_at(file, separator, block=BLOCK):
-    r"""Yields the pieces of a text file between separators, in which \n is a line break; None: all of it."""
+    r"""Yields the pieces of a text file between separators; None: the whole text as one piece.
+
+    A separator may have \n, a backslash and an n, for a line break.
+    """
     if separator is None:
         yield file.read()
         return
     separator = separator.replace("\\n", "\n")
     rest = ""
-    # As much again is read as is left over, so that the time for one long piece is linear in its length.
+    # Each read at least doubles the rest, so that the time for a long piece is linear in its length.
     while text := file.read(max(block, len(rest))):
         *pieces, rest = (rest + text).split(separator)
         yield from pieces
     yield rest
 
 
-SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space, which is less than Python's \s.
+SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space, which is less than Python's \s
 COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 CLOSING = re.compile(r"[ \t\n\r]*\]")
 
 
 def read_array(file, block=BLOCK):
-    """Yields the values of a JSON array while it is read; ValueError or RecursionError: it isn't one."""
+    """Yields the values of a JSON array while it is read; ValueError or RecursionError if it isn't one."""
     decode = json.JSONDecoder().raw_decode
     text = file.read(block)
     opening = re.match(r"[ \t\n\r]*\[", text)
     if not opening:
         raise ValueError(f"found {' '.join(text[:60].split()) or 'nothing'}")
     at = opening.end()
-    separator = SPACE  # Before the first value there is no comma.
+    separator = SPACE  # No comma comes before the first value.
     while not (closing := CLOSING.match(text, at)):
         wrong = None
         try:
@@ -130,8 +140,8 @@ def read_array(file, block=BLOCK):
             end = len(text)
         more = ""
         if end > len(text) - 3:
-            # The block may end within the value, even if that looks whole, as 1 does in 1.5, 1e5 and 1e+5.
-            # As much again is read, so that the time for one long value is linear in its length.
+            # The block may end within the value, even if it looks whole, as 1 does where 1.5 or 1e+5 stands.
+            # Each read at least doubles the text, so that the time for a long value is linear in its length.
             more = file.read(max(block, end - at))
         if more:
             text = text[at:] + more
@@ -147,9 +157,9 @@ def read_array(file, block=BLOCK):
 
 
 def read_parquet(path, field):
-    """Yields the rows of a .parquet file as dicts of what training may need of them."""
+    """Yields the rows of a .parquet file as dicts of the columns "messages" and field."""
     try:
-        import pyarrow.parquet as parquet  # Imported here, as few need it.
+        import pyarrow.parquet as parquet  # It is large and few need it, so it is imported only here.
     except ImportError as error:
         raise ValueError(f"{path}: found no pyarrow to read it with; pip install pyarrow") from error
     file = parquet.ParquetFile(path)

@@ -21,11 +21,11 @@ from plumbing.files import MANIFEST, check_disk, complete, read_manifest, sha256
 
 
 def fetch(url, path, sha256=None, attempts=5, timeout=30, sleep=time.sleep, chunk_bytes=2**13):
-    """Downloads url to path, by way of path.part, which a later call continues; returns the SHA-256.
+    """Downloads url to path and returns the SHA-256; a later call continues what is in path.part.
 
-    attempts: in a row that may bring nothing new. timeout: seconds without an answer or a further byte.
-    chunk_bytes: written at once; a broken connection loses at most one chunk. ConnectionError: the server
-    refuses, or the attempts failed. ValueError: it is no .gz, or has another digest.
+    attempts: how many in a row may bring nothing new. timeout: seconds without an answer or a further byte.
+    chunk_bytes: how many are written at once; a broken connection loses at most one chunk. ConnectionError:
+    the server refuses, or the attempts failed. ValueError: it is no .gz, or it has another digest.
     """
     part = f"{path}.part"
     state = f"{path}.part.json"
@@ -50,7 +50,7 @@ def fetch(url, path, sha256=None, attempts=5, timeout=30, sleep=time.sleep, chun
 
 
 def receive(url, part, state, timeout, chunk_bytes):
-    """Tries once to complete part, a file that state identifies; RequestException: trying again may help."""
+    """Tries once to complete part, whose source the file state notes; RequestException: try again."""
     have = size_of(part)
     known = {}
     with contextlib.suppress(FileNotFoundError, ValueError), open(state, encoding="utf-8") as file:
@@ -60,7 +60,7 @@ def receive(url, part, state, timeout, chunk_bytes):
     headers = {"Accept-Encoding": "identity"}  # Ranges and lengths then count the bytes that are written.
     if have:
         headers["Range"] = f"bytes={have}-"
-        # A file that has changed comes whole, with status 200. None: requests leaves the header out.
+        # If the file has changed, all of it comes, with status 200. A header that is None is not sent.
         headers["If-Range"] = known.get("etag") or known.get("modified")
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         status = response.status_code
@@ -70,21 +70,21 @@ def receive(url, part, state, timeout, chunk_bytes):
                 raise requests.HTTPError(error)
             raise ConnectionError(f"{error}, expected 200 OK; check the address or get the file otherwise")
         start, about = read_fields(url, response, have)
-        # A field that either answer lacks proves nothing.
+        # A field that one of the two answers lacks proves nothing.
         changed = any(known.get(key) and about[key] and known[key] != about[key] for key in about)
         if status == 416 or status == 206 and (changed or start != have):
             os.remove(part)
             raise requests.ConnectionError(f"{url} has changed since its download began")
-        response.raw.headers.pop("Content-Encoding", None)  # requests would unpack what is to stay a .gz.
+        response.raw.headers.pop("Content-Encoding", None)  # With it, requests would unpack the .gz.
         chunks = response.iter_content(chunk_bytes)
-        if status == 200:  # All of it comes: as asked, as the server knows no ranges, or as it has changed.
+        if status == 200:  # The whole file comes: it was asked for, has changed, or can't come in ranges.
             first = next(chunks, b"")
             if not first.startswith(b"\x1f\x8b"):  # Every .gz begins with these bytes, no web page does.
                 raise ValueError(f"{url} answered 200 with {first[:40]!r}, expected a .tar.gz; check the "
                                  "address and whether the network wants a login, then run again")
             start = 0
             chunks = itertools.chain([first], chunks)
-            open(part, "wb").close()  # The part is emptied before the state names another file.
+            open(part, "wb").close()  # Emptied first: state must never describe another file's bytes.
             with complete(state) as file:
                 file.write(json.dumps(about).encode())
         total = about["total"]
@@ -100,7 +100,7 @@ def receive(url, part, state, timeout, chunk_bytes):
 
 
 def read_fields(url, response, have):
-    """The place of an answer's first byte in the file, and what distinguishes the file from other ones."""
+    """The place of an answer's first byte in the file, and the fields that identify the file."""
     fields = response.headers
     start = have if response.status_code == 206 else 0
     length = fields.get("Content-Length")
@@ -109,15 +109,15 @@ def read_fields(url, response, have):
     if span:
         start, total = map(int, span.groups())
     etag = fields.get("ETag", "")
-    etag = None if etag.startswith("W/") else etag  # W/, a weak one, may stay while bytes change.
+    etag = None if etag.startswith("W/") else etag  # A weak one, W/, may stay the same while bytes change.
     return start, {"url": url, "total": total, "modified": fields.get("Last-Modified"), "etag": etag}
 
 
 def check_archive(path, archive, sha256):
-    """Records the digest of the archive, so far at path, and returns it; ValueError: another is expected."""
+    """Records and returns the digest of the archive, which lies at path; ValueError: another is expected."""
     data_dir = os.path.dirname(archive)
     found = sha256_of(path)
-    # Without sha256, the digest of an earlier download has to come again.
+    # Without sha256, the archive must have the digest of an earlier download, if there was one.
     expected = sha256 or read_manifest(data_dir)["archive"].get("sha256", found)
     if found != expected.lower():
         os.replace(path, f"{archive}.broken")
@@ -129,7 +129,7 @@ def check_archive(path, archive, sha256):
 
 def unpack(archive, folder, digest):
     """Unpacks a .tar.gz to a folder that appears when complete; ValueError: broken, unsafe or no shards."""
-    # An interrupted call's files stay and are used, those of another archive are not.
+    # The files of an interrupted call are used, those from another archive are removed.
     part = f"{folder}.{digest[:16]}.part"
     for other in set(glob.glob(f"{glob.escape(folder)}.{'?' * 16}.part")) - {part}:
         shutil.rmtree(other)
@@ -143,7 +143,7 @@ def unpack(archive, folder, digest):
                     os.makedirs(os.path.dirname(path), exist_ok=True)
                     with complete(path) as file:
                         shutil.copyfileobj(tar.extractfile(member), file, 2**20)
-            while stream.read(2**20):  # Only at the very end gzip compares its checksum.
+            while stream.read(2**20):  # gzip compares its checksum only at the very end.
                 pass
         if not find_shards(part):
             raise tarfile.TarError("it holds no data*.json")

@@ -205,19 +205,25 @@ def say_uncompiled(reason):
     print(f"{reason}; --compile has no effect", file=sys.stderr)
 
 
+def can_compile(device):
+    """Whether torch.compile has what it needs for a device; if not, a line on standard error says so."""
+    try:
+        if device.type == "cpu":
+            find_compiler()
+    except OSError as error:
+        say_uncompiled(error)
+        return False
+    return True
+
+
 def compile_blocks(model, dynamic=None):
     """Compiles a model's blocks with torch.compile, for training, or for inference on other devices.
 
     One block is compiled, once, and serves all layers. dynamic: for any number of tokens at once.
     """
-    try:
-        if model.norm.weight.device.type == "cpu":
-            find_compiler()
-    except OSError as error:
-        say_uncompiled(error)
-        return
-    for layer in model.layers:
-        layer.compile(dynamic=dynamic)
+    if can_compile(model.norm.weight.device):
+        for layer in model.layers:
+            layer.compile(dynamic=dynamic)
 
 
 def compile_inference(model):

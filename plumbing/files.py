@@ -30,8 +30,8 @@ def complete(path):
         os.replace(part, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.remove(part)  # This gives its space back.
-        if isinstance(error, OSError) and error.errno and not error.filename:  # write() knows no name.
+            os.remove(part)  # A full disk gets its space back.
+        if isinstance(error, OSError) and error.errno and not error.filename:  # write() names no file.
             remedy = f"{error.strerror}; make room, then run again: what is finished stays"
             raise OSError(error.errno, remedy, str(path)) from error
         raise
@@ -41,7 +41,7 @@ def complete(path):
 def complete_folder(path, replace=False):
     """Yields a new folder, path with .part appended, that appears at path only when it is complete.
 
-    replace: a folder that is there stays until then, and goes.
+    replace: whether a folder at path may be there; it stays until then and is removed.
     """
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -55,12 +55,12 @@ def complete_folder(path, replace=False):
         old = Path(f"{path}.old.part")
         shutil.rmtree(old, ignore_errors=True)
         if replace and os.path.exists(path):
-            os.replace(path, old)  # A folder can't be replaced by one that has files.
+            os.replace(path, old)  # A folder that holds files can't be replaced in one step.
         os.replace(part, path)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        # When the disk is full, torch.save closes its archive, which raises a second error over the first.
+        # When the disk is full, torch.save fails a second time as it closes its archive; we show the first.
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise OSError(f"{part}: {error.__context__}") from None
         raise
@@ -93,21 +93,21 @@ def read_lines(path):
 
 MAGIC = 20240801
 VERSION = 7
-MASKING_VERSION = 8  # Bit 31 of a token marks a position that is read but is not a target.
+MASKING_VERSION = 8  # Bit 31 of a token marks a position that the model reads but isn't trained to predict.
 MASKED = 2**31
 HEADER_BYTES = 1024
-MAX_TOKENS = 2**31 - 1  # The header counts in int32.
+MAX_TOKENS = 2**31 - 1  # The header has the count as an int32.
 
 
 class Header(NamedTuple):
     version: int
     num_tokens: int
     num_documents: int  # 0 in files of other programs
-    num_bytes: int  # of the documents' text in UTF-8; 0 in files of other programs
+    num_bytes: int  # UTF-8 bytes of the documents' text; 0 in files of other programs
 
 
 def read_header(path):
-    """The Header of a .bin shard; ValueError names the file and what is wrong with it."""
+    """The Header of a .bin shard; ValueError names the file and the fault."""
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         size = file.seek(0, os.SEEK_END)
@@ -125,7 +125,7 @@ def read_header(path):
 
 
 def read_tokens(path, first=0, count=-1):
-    """The tokens of a shard as stored, uint32: count of them, -1 for all, beginning with number first."""
+    """Tokens of a shard as they are stored, uint32, from number first on; count -1: to the end."""
     return np.fromfile(path, dtype="<u4", count=count, offset=HEADER_BYTES + 4 * first)
 
 
@@ -137,7 +137,7 @@ def check_apart(train_files, val_files):
 
 
 def write_tokens(path, arrays, version=VERSION, num_documents=0, num_bytes=0, max_tokens=MAX_TOKENS):
-    """Writes an iterable of token arrays as one .bin shard, as they come; returns the number of tokens."""
+    """Writes an iterable of token arrays as one .bin shard, one by one; returns the number of tokens."""
     header = np.zeros(256, dtype="<i4")
     count = 0
     with complete(path) as file:
@@ -176,6 +176,7 @@ def read_manifest(folder):
 
 
 def write_manifest(folder, **sections):
+    """Replaces the sections that are given, "archive" or "files", and keeps the others."""
     manifest = json.dumps(read_manifest(folder) | sections, indent=1, sort_keys=True)
     with complete(Path(folder, MANIFEST)) as file:
         file.write(manifest.encode())

@@ -69,11 +69,16 @@ def shard_parameters(model, device, dtype):
     register_fsdp_forward_method(model, "forward_cached")  # so that a sharded model can sample, too
 
 
+def whole(tensor):
+    """A sharded tensor as every rank has it after gathering; another one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def whole_weights(model):
     """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
     state = {}
     for name, p in model.state_dict().items():
-        p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
+        p = whole(p).cpu() if hasattr(p, "full_tensor") else p
         if not dist.is_initialized() or dist.get_rank() == 0:
             state[name] = p
     if state and model.args.tie_word_embeddings:

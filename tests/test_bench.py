@@ -142,3 +142,21 @@ def test_a_setting_below_its_least_is_refused_before_measuring(command, flag, mo
 def test_what_is_not_installed_is_named_in_one_line(capsys):
     assert peers.missing("numpy", "no_such_package") == ["no_such_package"]
     assert capsys.readouterr().err == "not installed, so not measured: no_such_package\n"
+
+
+def test_without_a_compiler_training_is_measured_eagerly(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(bench, "gemm_peak", lambda dtype, device: 1e9)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Stopped)
+    with pytest.raises(Stopped):
+        bench.train_speed(n_layers=1, device="cpu")
+    printed = capsys.readouterr()
+    assert "no C++ compiler found" in printed.err and "eager" in printed.out
+
+
+class Stopped(Exception):
+    """Ends a measurement where it would start its workers."""
+
+    def __init__(self, *_):
+        raise self

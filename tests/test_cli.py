@@ -1,6 +1,11 @@
-"""The command line: text stays text, and nothing runs on a word that does not fit."""
+"""The command line: text stays text, nothing runs on a word that does not fit, every flag is explained."""
 
+import inspect
+import runpy
+
+import fire
 import pytest
+from tiny import ROOT
 
 from plumbing import cli
 
@@ -36,6 +41,74 @@ def test_values_become_what_the_annotations_say(command):
     assert calls == [(None, 7, 1.0, True, (0.8, 0.9)), (None, -7, -1.5, False, (-1.0, 0.001)),
                      (None, 3, 0.9, False, (0.9, 0.95))]
     assert [type(value) for value in calls[0][1:]] == [int, float, bool, tuple]
+
+
+def flags_of(words):
+    """What a command gets from these words: a switch, a switch that may have a number, and two lists."""
+    calls = []
+
+    def train(*, shuffle: bool = True, fsdp: bool | int = False, input: list[str] | None = None,
+              stop: list[str] | None = None, n: int = 3):
+        calls.append(dict(shuffle=shuffle, fsdp=fsdp, input=input, stop=stop, n=n))
+    cli.run({"train": train}, "train", words)
+    [flags] = calls
+    return flags
+
+
+@pytest.mark.parametrize("words, value", [
+    (["--fsdp"], True), (["--fsdp", "--n", "4"], True), (["--fsdp", "true"], True), (["--fsdp=True"], True),
+    (["--fsdp", "4"], 4), (["--fsdp=4"], 4), (["--fsdp", "1"], 1), (["--fsdp", "0"], 0), (["--fsdp=-1"], -1),
+    (["--nofsdp"], False), (["--nofsdp", "--n", "4"], False), (["--fsdp=False"], False), ([], False)])
+def test_a_switch_may_have_a_number(words, value):
+    found = flags_of(words)["fsdp"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--fsdp", "four"], "unexpected word 'four'"), (["--fsdp=four"], "--fsdp four: expected bool or int"),
+    (["--fsdp", "1.5"], "unexpected word '1.5'"), (["--nofsdp", "4"], "unexpected word '4'"),
+    (["--nofsdp=4"], "unknown flag --nofsdp=4"), (["--fsdp", "--nofsdp"], "--fsdp is given twice"),
+    (["--shuffle", "4"], "unexpected word '4'"), (["--non", "4"], "unknown flag --non")])
+def test_what_no_switch_can_have_is_named(words, said):
+    with pytest.raises(SystemExit, match=said):
+        flags_of(words)
+
+
+@pytest.mark.parametrize("words, value", [
+    (["--shuffle"], True), (["--noshuffle"], False), (["--shuffle", "false"], False), ([], True)])
+def test_a_switch_is_turned_off_by_no(words, value):
+    assert flags_of(words)["shuffle"] is value
+
+
+@pytest.mark.parametrize("words, values", [
+    (["a"], ["a"]), (["a b", "c"], ["a b", "c"]), (["a", "--input", "a"], ["a", "a"]),
+    (["a", "--stop", "b", "--input", "c", "d"], ["a", "c", "d"]),
+    (["a", "--input=b"], ["a", "b"]), (["a", "--input=--b"], ["a", "--b"]),
+    (["-a", "-", "b", "-1"], ["-a", "-", "b", "-1"]), (["a=b", "c=d"], ["a=b", "c=d"]),
+    (["[1]", "{}", '"', "\\", "zoë\n", ""], ["[1]", "{}", '"', "\\", "zoë\n", ""])])
+def test_a_list_takes_several_words_and_may_be_given_twice(words, values):
+    found = flags_of(["--input", *words, "--n", "4"])
+    assert found["input"] == values and found["n"] == 4
+
+
+def test_a_list_given_with_equals_takes_that_word_alone():
+    flags = flags_of(["--input=a b", "--input=c=d", "--stop=--n"])
+    assert flags["input"] == ["a b", "c=d"] and flags["stop"] == ["--n"] and flags["n"] == 3
+    with pytest.raises(SystemExit, match="unexpected word 'b'"):
+        flags_of(["--input=a", "b"])
+    for words in (["--input"], ["--input", "--n", "4"]):
+        with pytest.raises(SystemExit, match="--input needs a value"):
+            flags_of(words)
+
+
+def test_a_list_that_is_required_goes_by_position_too():
+    calls = []
+
+    def text(input: list[str], n: int = 3):
+        calls.append((input, n))
+    for words in (["a=b", "c", "--n", "4"], ["--n", "4", "a=b", "c"], ["--input", "a=b", "c", "--n=4"]):
+        cli.run({"text": text}, "text", words)
+    assert calls == [(["a=b", "c"], 4)] * 3
 
 
 @pytest.mark.parametrize("words", [["a b", "c=d"], ["--src=a b", "--dst", "c=d"], ["a b", "--dst=c=d"]])
@@ -106,3 +179,21 @@ def test_a_command_has_to_be_named_where_there_is_no_default(capsys):
     with pytest.raises(SystemExit) as error:
         cli.run({"there": print, "back": print}, default=None, argv=["x"])
     assert error.value.code == "error: expected a command, there or back; COMMAND --help tells more"
+
+
+@pytest.mark.parametrize("script", ["llama31", "chat", "reference", "convert", "tiny_stories", "stories",
+                                    "bench"])
+def test_every_flag_of_every_command_has_a_line_of_help(script, monkeypatch, capsys):
+    commands = {}
+    monkeypatch.setattr(cli, "run", lambda functions, default, argv=None: commands.update(functions))
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert commands
+    for name, function in commands.items():
+        docstring = fire.docstrings.parse(inspect.getdoc(function))
+        explained = {arg.name: arg.description for arg in docstring.args}
+        assert list(explained) == list(inspect.signature(function).parameters)
+        cli.print_help(name, function)
+        out, _ = capsys.readouterr()
+        for flag, meaning in explained.items():
+            [line] = [line for line in out.splitlines() if line.startswith(f"  --{flag} ")]
+            assert meaning and f" {meaning} (" in line

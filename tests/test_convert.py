@@ -149,9 +149,9 @@ def test_files_hold_at_most_so_many_bytes_and_one_is_in_memory_at_a_time(tmp_pat
         written[:] = [weakref.ref(t) for name, t in tensors.items() if "q_proj" in name or "k_proj" in name]
         save_file(tensors, path, metadata)
 
-    def reordered(*args, real=convert.reordered):
+    def reordered(*args, real=convert.reordered, **settings):
         assert all(ref() is None for ref in written)
-        return real(*args)
+        return real(*args, **settings)
 
     monkeypatch.setattr(convert, "save_file", save)
     monkeypatch.setattr(convert, "reordered", reordered)

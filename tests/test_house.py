@@ -14,19 +14,21 @@ BUDGETS = {
     "tiny_stories.py": 420,
     "stories.py": 400,
     "reference.py": 270,
-    "convert.py": 330,  # 300 once config.json and names lie in plumbing/huggingface.py
-    "chat.py": 140,
+    "convert.py": 330,  # 300 once config.json, too, lies in plumbing/huggingface.py
+    "chat.py": 155,  # 140, and a line of help for each of its 14 flags
     "bench.py": 500,
     "peers.py": 155,  # 140 once convert.py writes llama.cpp's files
     "plumbing/fast.py": 470,  # 450, and the choice of a device and its types
     "plumbing/fast.cpp": 620,
     "plumbing/checkpoint.py": 260,
+    "plumbing/huggingface.py": 200,
     "plumbing/parallel.py": 180,
     "plumbing/run.py": 220,
     "plumbing/files.py": 195,  # 130, and the checks and messages of shards and manifests
     "plumbing/cli.py": 155,  # 110, and lists, switches with a number, checks of settings
     "plumbing/download.py": 160,
     "plumbing/documents.py": 300,
+    "plumbing/workers.py": 60,  # processes that share out jobs, out of tiny_stories.py
 }
 SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
            "peers"}

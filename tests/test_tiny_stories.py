@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tiny import WORDS, run, sentences, shard_bytes, shard_tokens
 
 import tiny_stories
-from plumbing import documents
+from plumbing import documents, workers
 from plumbing.files import sha256_of
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -89,7 +89,7 @@ def test_real_stories_with_the_real_vocabulary_give_the_originals_files(tmp_path
 def test_one_worker_starts_no_process(data_dir, tokenizer_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("a process was started")
-    monkeypatch.setattr(tiny_stories.concurrent.futures, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(workers.concurrent.futures, "ProcessPoolExecutor", refuse)
     tiny_stories.tokenize(str(data_dir), tokenizer_path, 1)
 
 
@@ -159,7 +159,7 @@ def test_a_pool_that_breaks_while_it_is_given_work_names_a_shard(tmp_path, token
 
     def submit(*_):
         raise OSError("handle is closed")
-    monkeypatch.setattr(tiny_stories.concurrent.futures.ProcessPoolExecutor, "submit", submit)
+    monkeypatch.setattr(workers.concurrent.futures.ProcessPoolExecutor, "submit", submit)
     with pytest.raises(OSError, match="data00.json: its worker.*killed.*num_workers"):
         tiny_stories.tokenize(str(tmp_path), tokenizer_path, 2)
 

@@ -1,0 +1,57 @@
+"""Jobs shared out to processes, with results in the order of the jobs."""
+
+import concurrent.futures
+import itertools
+import multiprocessing.resource_tracker
+import os
+import signal
+import threading
+
+
+def run_in_order(function, jobs, num_workers):
+    """Yields function(*job) for each job, in order; with one worker, all of it happens in this process.
+
+    jobs: tuples of arguments, of which the first is a path that errors can name. What the function raises is
+    raised here, and OSError if a worker was killed. However this ends, no worker is left.
+    """
+    if num_workers == 1:
+        yield from itertools.starmap(function, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # The caller may have threads (torch's), which fork breaks.
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, initializer=end_with_parent)
+    multiprocessing.resource_tracker.ensure_running()  # If it started later, it would lift the mask below.
+    # Workers inherit this mask, so that Ctrl-C interrupts this process alone, which then kills them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    path = None
+    try:
+        results = []
+        for job in jobs:
+            path = job[0]
+            try:
+                results.append(pool.submit(function, *job))
+            except OSError:  # A worker has died, and the pool is closing its pipes.
+                raise concurrent.futures.BrokenExecutor from None
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for job, result in zip(jobs, results, strict=True):
+            path = job[0]
+            yield result.result()
+    except concurrent.futures.BrokenExecutor:
+        raise OSError(f"{path}: its worker, or that of a later shard, was killed; if memory ran out, try "
+                      "fewer --num_workers") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        pool.shutdown()
+
+
+def end_with_parent():
+    """Ends this worker when its parent is killed; it would otherwise wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
