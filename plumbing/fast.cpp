@@ -70,12 +70,12 @@ static inline void add_up(const Floats* v, float* sums) {
         for (int i = 0; i < N; i++) sums[i] = sum(v[i]);
         return;
     }
-    Floats some[8];
-    for (int i = 0; i < 8; i++) some[i] = v[std::min(i, N - 1)];
+    Floats partial[8];
+    for (int i = 0; i < 8; i++) partial[i] = v[std::min(i, N - 1)];
     for (int n = 4; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) some[i] = add_neighbours(some[2 * i], some[2 * i + 1]);
-    some[0] = add_neighbours(some[0], some[0]);
-    memcpy(sums, some, N * sizeof *sums);
+        for (int i = 0; i < n; i++) partial[i] = add_neighbours(partial[2 * i], partial[2 * i + 1]);
+    partial[0] = add_neighbours(partial[0], partial[0]);
+    memcpy(sums, partial, N * sizeof *sums);
 }
 
 static float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
@@ -140,14 +140,14 @@ static void attend(int T, const From* q, const float* cos, const float* sin, con
                 add_up<8>(products, probs + s);
             }
             for (int s = 0; s < seen; s++) top[i] = std::max(top[i], probs[s]);
-            Floats some[D / LANES];  // of the sums, in registers
+            Floats partial[D / LANES];  // a query's sums, in registers
             float kept = exponential(before - top[i]);
-            for (int d = 0; d < D / LANES; d++) some[d] = sums[i][d] * kept;
+            for (int d = 0; d < D / LANES; d++) partial[d] = sums[i][d] * kept;
             total[i] *= kept;
             for (int s = 0; s < seen; s++) total[i] += probs[s] = exponential(probs[s] - top[i]);
             for (int s = 0; s < seen; s++)
-                for (int d = 0; d < D / LANES; d++) some[d] += probs[s] * load(value[s] + d * LANES);
-            memcpy(sums[i], some, sizeof some);
+                for (int d = 0; d < D / LANES; d++) partial[d] += probs[s] * load(value[s] + d * LANES);
+            memcpy(sums[i], partial, sizeof partial);
         }
     }
     for (int i = 0; i < T * G; i++)
@@ -202,13 +202,14 @@ static const Input* as_inputs(const From* w, float scale, Input* converted) {
     return converted;
 }
 
-// use(b * OUT + i, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the
+// store(b * OUT + i, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the
 // matrix. It is read in several places at once, which is faster. x has room for TILE - 1 rows more.
-template <int OUT, int IN, typename Use>
-static void multiply(int64_t B, const Input* x, Matrix matrix, Use use) {
+template <int OUT, int IN, typename Store>
+static void multiply(int64_t B, const Input* x, Matrix matrix, Store store) {
     constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
-    int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
-    int64_t begin = OUT * me / n, end = OUT * (me + 1) / n, rows = (end - begin + ROWS - 1) / ROWS;
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    int64_t begin = OUT * thread / threads, end = OUT * (thread + 1) / threads;
+    int64_t rows = (end - begin + ROWS - 1) / ROWS;
     for (int64_t i = begin; i < begin + rows; i++)
         for (int64_t tile = 0; tile < B; tile += TILE) {
             Floats sums[ROWS][TILE] = {};
@@ -228,7 +229,7 @@ static void multiply(int64_t B, const Input* x, Matrix matrix, Use use) {
             for (int r = 0; r < ROWS && i + r * rows < end; r++) {
                 float y[TILE];
                 add_up<TILE>(sums[r], y);
-                for (int b = 0; b < TILE && tile + b < B; b++) use((tile + b) * OUT + i + r * rows, y[b]);
+                for (int b = 0; b < TILE && tile + b < B; b++) store((tile + b) * OUT + i + r * rows, y[b]);
             }
         }
 }
@@ -242,30 +243,32 @@ extern "C" void read_token(int64_t B, float* x, const float* cos, const float* s
                            const int64_t* positions, const Layer* layers, const Cache* caches,
                            int64_t room) {
     auto lines = make_lines((B + TILE) * (2 * DIM + HIDDEN));
-    Input *n = lines[0].inputs, *attended = n + (B + TILE) * DIM, *h = attended + (B + TILE) * DIM;
+    Input* normed = lines[0].inputs;
+    Input* attended = normed + (B + TILE) * DIM;
+    Input* gated = attended + (B + TILE) * DIM;
     std::vector<float> q(B * DIM), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
     auto normalize = [&](const Value* weight) {
         #pragma omp for
-        for (int64_t b = 0; b < B; b++) norm(x + b * DIM, weight, n + b * DIM);
+        for (int64_t b = 0; b < B; b++) norm(x + b * DIM, weight, normed + b * DIM);
     };
     auto add_to_x = [&](int64_t i, float y) { x[i] += y; };
     #pragma omp parallel
     for (int l = 0; l < LAYERS; l++) {
         const Layer& layer = layers[l];
         normalize(layer.attention_norm);
-        multiply<DIM, DIM>(B, n, layer.wq, [&](int64_t i, float y) { q[i] = y; });
-        multiply<K * D, DIM>(B, n, layer.wk, [&](int64_t i, float y) { k[i] = y; });
-        multiply<K * D, DIM>(B, n, layer.wv, [&](int64_t i, float y) { v[i] = y; });
+        multiply<DIM, DIM>(B, normed, layer.wq, [&](int64_t i, float y) { q[i] = y; });
+        multiply<K * D, DIM>(B, normed, layer.wk, [&](int64_t i, float y) { k[i] = y; });
+        multiply<K * D, DIM>(B, normed, layer.wv, [&](int64_t i, float y) { v[i] = y; });
         #pragma omp barrier
         attention(B, 1, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room, attended);
         multiply<DIM, DIM>(B, attended, layer.wo, add_to_x);
         #pragma omp barrier
         normalize(layer.ffn_norm);
         // Without a barrier between: a thread has the same rows of w1 and w3.
-        multiply<HIDDEN, DIM>(B, n, layer.w1, [&](int64_t i, float y) { gate[i] = silu(y); });
-        multiply<HIDDEN, DIM>(B, n, layer.w3, [&](int64_t i, float y) { h[i] = gate[i] * y; });
+        multiply<HIDDEN, DIM>(B, normed, layer.w1, [&](int64_t i, float y) { gate[i] = silu(y); });
+        multiply<HIDDEN, DIM>(B, normed, layer.w3, [&](int64_t i, float y) { gated[i] = gate[i] * y; });
         #pragma omp barrier
-        multiply<DIM, HIDDEN>(B, h, layer.w2, add_to_x);
+        multiply<DIM, HIDDEN>(B, gated, layer.w2, add_to_x);
         #pragma omp barrier
     }
 }
