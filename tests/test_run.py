@@ -83,7 +83,15 @@ def test_only_the_master_writes_and_prints(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 
-def test_a_signal_is_noted_once_and_the_steps_end_when_it_is_heeded(tmp_path, capsys):
+@pytest.fixture
+def usual_ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where whoever started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_noted_once_and_the_steps_end_when_it_is_heeded(tmp_path, capsys, usual_ctrl_c):
     run, steps = begun(tmp_path, 1, 9)
     signal.raise_signal(signal.SIGINT)
     assert run.signals == ["SIGINT"] and next(steps) == 2
