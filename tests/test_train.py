@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny import random_tokens, read_log, read_weights, shard_bytes, shard_tokens, untimed
+from tiny import random_model, random_tokens, read_log, read_weights, shard_bytes, shard_tokens, untimed
 
 import llama31
 import reference
@@ -100,6 +100,28 @@ def test_accumulated_micro_batches_equal_one_large_batch(corpus, tmp_path, doc_m
     for a, b in zip(one, four, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.01])
+def test_a_step_is_adamws_on_the_gradient_of_the_mean_over_all_targets(grad_clip):
+    ours, plain = (random_model(n_layers=1) for _ in range(2))
+    batches = [tuple(random_tokens(2, 2, 9, seed=seed)) for seed in (1, 2, 3)]
+    batches[1][1][:, 2:] = -100  # micro-batches of 18, 4 and 18 targets
+    optimizers = [model.configure_optimizers(0.5) for model in (ours, plain)]
+    loss, norm = llama31.optimize(ours, optimizers[0], batches, 1e-2, None, grad_clip,
+                                  torch.autocast("cpu", enabled=False))
+    mean = sum(plain(x, y, reduction="sum") for x, y in batches) / 40
+    mean.backward()
+    expected = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+    assert loss == pytest.approx(float(mean), rel=1e-6) and norm == pytest.approx(float(expected), rel=1e-5)
+    for p in plain.parameters():
+        p.grad *= grad_clip / expected if grad_clip else 1
+    for group in optimizers[1].param_groups:
+        group["lr"] = 1e-2
+    optimizers[1].step()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert p.grad is None
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
