@@ -1093,12 +1093,11 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                                                              byte_lengths, autocast)
         run.log(record)  # before saving: a run killed in between cuts this line when it resumes
         [signals] = sum_over_ranks([len(run.signals)], place)
-        run.stopping = signals > 0  # A signal to one rank stops all.
+        run.stopping = signals > 0 and step < steps  # A signal to one rank stops all.
         if step == steps or run.stopping or (save_interval and step % save_interval == 0):
             progress = dict(step=step, order=order, loader=loader.state_dict())
-            path = run.out_dir / f"step_{step:06d}"
-            checkpoint.save_training(path, model, optimizer, tokenizer_copy, progress, keep)
-        if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp):  # FSDP: all ranks.
+            checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress, keep)
+        if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp) and not run.stopping:
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
@@ -1148,13 +1147,14 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
     steps = llama.steps(prompt_tokens, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
                         min_p=min_p, seed=seed)
-    print(prompts[0], end="", flush=True)
+    shown = prompts[0]  # printed with its first piece, as errors come before that
     later = [["\n", prompt] for prompt in prompts[1:]]
     for first, *others in llama.stream(watch.over(steps), [] if stop is None else stop):
-        print(first, end="", flush=True)
+        print(shown + first, end="", flush=True)
+        shown = ""
         for text, piece in zip(later, others, strict=True):
             text.append(piece)
-    print()
+    print(shown)
     for text in later:
         print("".join(text))
     sys.stdout.flush()
@@ -1186,7 +1186,7 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
                   out_dir=str(part), preset="demo", tokenizer_path=vocabulary, batch_size=6,
                   seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
                   eval_steps=0, save_interval=0, shuffle=True, dtype=fast.fast_dtype())
-            expect((part / "loss.png").exists(), "the demo", "interrupted", "a whole run: start it again")
+            expect((part / "loss.png").exists(), "the demo", "cut short", "a whole run; start it again")
     sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 
 

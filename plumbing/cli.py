@@ -30,6 +30,10 @@ def run(commands, default, argv=None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in commands else default
+    if command is None and argv in (["--help"], ["-h"]):
+        for name, function in commands.items():
+            print(f"{name}: {fire.docstrings.parse(inspect.getdoc(function) or '').summary}")
+        return
     if command is None:
         sys.exit(f"error: expected a command, {' or '.join(commands)}; COMMAND --help tells more")
     function = commands[command]

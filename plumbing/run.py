@@ -44,8 +44,8 @@ class Stopwatch:
 
     def report(self):
         """One line: tokens read and decoded, and how many per second."""
-        read_rate = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
-        decode_rate = self.decoded_tokens / max(self.decode_seconds, 1e-9)
+        read_rate = self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        decode_rate = self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
         return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode "
                 f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
 
@@ -81,6 +81,10 @@ class Run:
                              "new one")
         self.newest = saved[-1] if saved else None
 
+    def folder(self, step):
+        """The checkpoint directory of a step."""
+        return self.out_dir / f"step_{step:06d}"
+
     def load_progress(self, order, steps):
         """The progress that the newest checkpoint has saved, or that of a new run.
 
@@ -100,6 +104,8 @@ class Run:
         Returns the path of a copy of the tokenizer, as the checkpoint that has it may be dropped.
         """
         copy = self.out_dir / "tokenizer.model"
+        if dist.is_initialized():
+            dist.barrier()  # Every rank has looked at the folder before the master changes it.
         if self.is_master:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for part in self.out_dir.glob("*.part"):
@@ -196,6 +202,8 @@ class Run:
         import matplotlib.pyplot as plt
         records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
         evaluated = [record for record in records if "val_bpb" in record]
+        if not evaluated:  # Somebody has removed the log.
+            return
         last = evaluated[-1]
         best = min(record["val_bpb"] for record in evaluated)
         bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # of a loss of one nat per token

@@ -175,6 +175,15 @@ def test_any_other_error_keeps_its_traceback():
         cli.run({"fail": fail}, "fail", [])
 
 
+def test_help_without_a_command_names_them_where_there_is_no_default(capsys):
+    cli.run({"there": convert_there, "back": convert_there}, default=None, argv=["--help"])
+    assert capsys.readouterr().out == "there: Goes there.\nback: Goes there.\n"
+
+
+def convert_there(src: str):
+    """Goes there."""
+
+
 def test_a_command_has_to_be_named_where_there_is_no_default(capsys):
     with pytest.raises(SystemExit) as error:
         cli.run({"there": print, "back": print}, default=None, argv=["x"])

@@ -47,7 +47,7 @@ def be_interrupted(*, out_dir, **flags):
     Path(out_dir, "step_000001").mkdir()
 
 
-@pytest.mark.parametrize("train, said", [(fail, "no space left"), (be_interrupted, "interrupted")])
+@pytest.mark.parametrize("train, said", [(fail, "no space left"), (be_interrupted, "cut short")])
 def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkeypatch, train, said):
     out_dir = tmp_path / "demo"
     llama31.demo(out_dir=out_dir)

@@ -297,6 +297,15 @@ def test_sample_prints_each_prompt_with_its_completion(ckpt_dir, tokenizer, tmp_
     assert capsys.readouterr().out == expected[0].split(expected[0][8:10])[0] + "\n"
 
 
+def test_sample_prints_nothing_before_an_error(ckpt_dir, capsys):
+    for wrong in (dict(temperature=-1.0), dict(stop=""), dict(max_gen_len=-1), dict(prompt="a " * 200)):
+        with pytest.raises(ValueError):
+            sample(**{"ckpt_dir": ckpt_dir, "prompt": "a cat", "device": "cpu", **wrong})
+    assert capsys.readouterr().out == ""
+    sample(ckpt_dir=ckpt_dir, prompt="a cat", device="cpu", max_gen_len=0)
+    assert capsys.readouterr().out == "a cat\n"
+
+
 def test_a_reader_that_leaves_ends_the_program_quietly(ckpt_dir):
     words = f"{sys.executable} llama31.py --ckpt_dir {ckpt_dir} --device cpu --max_gen_len 60 | head -c 5"
     result = subprocess.run(["bash", "-c", f"{words}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, text=True,

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 import shutil
 import signal
@@ -250,6 +251,19 @@ def test_a_finished_run_that_is_resumed_only_draws_its_plot_again(corpus, tmp_pa
     (tmp_path / "loss.png").unlink()
     assert run(corpus, tmp_path, resume=True) == whole
     assert (tmp_path / "loss.png").exists()
+    (tmp_path / "log.jsonl").unlink()
+    assert run(corpus, tmp_path, resume=True) == []  # of nothing, no plot is drawn
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(corpus, tmp_path, monkeypatch, capsys):
+    evaluate = llama31.evaluate
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+    monkeypatch.setattr(llama31, "evaluate", signalled)
+    assert len(run(corpus, tmp_path, steps=2)) == 2
+    assert (tmp_path / "loss.png").exists() and "--resume" not in capsys.readouterr().out
 
 
 def test_a_failing_run_gives_the_signals_back(corpus, tmp_path):
