@@ -216,7 +216,7 @@ class KVCache:
     def seek(self, positions, columns):
         """Sets for one pass through the model: update writes at positions (B, T), returns columns (S,)."""
         self.positions = positions
-        self.columns = columns  # Only its length is used; a plain int would recompile blocks for every S.
+        self.columns = columns  # Only its length is used, which compiled blocks take as any.
 
     def update(self, k, v):
         """Writes k and v (B, T, K, D) where seek said; returns the first S columns, (B, S, K, D) each."""
