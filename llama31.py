@@ -993,7 +993,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         train_data: pattern of the .bin shards to train on
         val_data: pattern of the .bin shards to validate on
         out_dir: folder that takes log.jsonl, loss.png and the checkpoints
-        preset: shape of a model to train from scratch, such as demo or llama3.2-1b
+        preset: shape to train from scratch, such as demo or llama3.2-1b; needs --tokenizer_path
         ckpt_dir: checkpoint directory to finetune
         tokenizer_path: sets the vocabulary from scratch; None: the checkpoint's own tokenizer.model
         batch_size: windows that each process computes at once

@@ -48,7 +48,7 @@ def run(commands, default, argv=None):
         if "--help" in argv or argv == ["-h"]:
             print_help(command, function)
             print(f"\nCommands: {' '.join(commands)}" + (f"; without one: {default}" if default else "")
-                  + ". Help: COMMAND --help")
+                  + ". Help: COMMAND --help. A bool is turned off by --noNAME.")
         else:
             texts = read_words(argv, command, parameters)
             fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])

@@ -62,6 +62,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole_logits(
     expected = plain_loss(model, inputs, targets)
     expected.backward()
     expected_gradients = gradients(model)
+    # Times 3 and back: the gradient that comes into the function is not one.
     loss = 3 * chunked_loss(model, inputs, targets, **sizes) / 3
     loss.backward()
     assert_close(loss, expected)
