@@ -402,7 +402,7 @@ class Transformer(nn.Module):
         if targets is not None:
             return self.forward_loss(tokens, targets, bos_id, reduction=reduction)
         positions = torch.arange(tokens.size(1), device=tokens.device)[None]
-        return self.output(self.trunk(tokens, positions)).float()  # as bfloat16 has two or three digits
+        return self.output(self.trunk(tokens, positions)).float()  # bfloat16 has too few digits for a loss.
 
     def forward_loss(self, inputs: Tensor, targets: Tensor, bos_id: int | None = None, *,
                      reduction: str = "mean") -> Tensor:
@@ -548,7 +548,7 @@ class Sampler:
         probs, order = probs[ids].sort(descending=True, stable=True)
         kept = probs >= self.min_p * probs[0]
         if self.top_p < 1:
-            kept &= probs.cumsum(-1) - probs < self.top_p  # what the likelier tokens hold
+            kept &= probs.cumsum(-1) - probs < self.top_p  # The likelier tokens hold less.
         if self.top_k:
             kept[self.top_k:] = False
         kept[0] = True  # whatever the limits say, also where top_p is 0
@@ -639,7 +639,7 @@ class Llama:
         expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
-        lengths = [len(prompt) for prompt in prompt_tokens]  # of each row so far
+        lengths = [len(prompt) for prompt in prompt_tokens]  # They grow with the rows.
         if caches is None:
             caches = self.new_caches(B, min(self.max_seq_len, max(lengths) + max_gen_len))
         device = self.model.norm.weight.device
@@ -653,7 +653,7 @@ class Llama:
         generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
         for _ in range(max_gen_len):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
-            if not logits.isfinite().all():
+            if not torch.stack(torch.aminmax(logits)).isfinite().all():  # All are if the extremes are.
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
             drawn: list[int | None] = [None] * B
@@ -682,16 +682,17 @@ class Llama:
         logprobs: (tokens, log-probabilities), those of the raw logits, whatever the sampler's limits; a
         prompt's first token, which nothing predicts, has 0. The rest as in steps.
         """
-        self.check_prompts(prompt_tokens, [0] * len(prompt_tokens))
         rows = [list(prompt) if echo else [] for prompt in prompt_tokens]
-        with_prompt = echo and logprobs
-        row_logprobs = [self.prompt_logprobs(prompt) if with_prompt else [] for prompt in prompt_tokens]
+        row_logprobs = [[] for _ in prompt_tokens]
         for logits, drawn in self.steps(prompt_tokens, max_gen_len, stop_tokens, **sampling):
             for i, token in enumerate(drawn):
                 if token is not None:
                     rows[i].append(token)
                     if logprobs:
                         row_logprobs[i].append(float(logits[i].log_softmax(-1)[token]))
+        if echo and logprobs:  # The steps have checked the prompts.
+            for i, prompt in enumerate(prompt_tokens):
+                row_logprobs[i] = self.prompt_logprobs(prompt) + row_logprobs[i]
         return (rows, row_logprobs) if logprobs else rows
 
     @torch.inference_mode()
@@ -729,7 +730,7 @@ class Llama:
             if all(row.ended for row in rows):
                 return
         if rows:
-            yield [row.push(None) for row in rows]  # what was held back
+            yield [row.push(None) for row in rows]  # Nothing is held back any longer.
 
     def texts(self, prompt_tokens, max_gen_len, stop, settings):
         """The whole text that follows each prompt."""
@@ -788,7 +789,7 @@ class DistributedShardedDataLoader:
         self.versions = [header.version for header in headers]
         self.ntok_total = sum(header.num_tokens for header in headers)
         windows = [max(header.num_tokens - 1, 0) // T for header in headers]
-        self.first_windows = np.cumsum([0, *windows], dtype=np.int64)  # of each shard, and W
+        self.first_windows = np.cumsum([0, *windows], dtype=np.int64)  # The last entry is W.
         self.num_windows = int(self.first_windows[-1])
         if self.num_windows == 0:
             raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(headers)} files hold no "
@@ -827,8 +828,7 @@ class DistributedShardedDataLoader:
         if self.versions[shard] == files.VERSION:
             return stored[:-1], stored[1:]
         ids = stored % files.MASKED
-        targets = np.where(stored < files.MASKED, ids, -100)
-        return ids[:-1], targets[1:]
+        return ids[:-1], np.where(stored < files.MASKED, ids, -100)[1:]
 
     def next_batch(self, once: bool = False) -> tuple[Tensor, Tensor]:
         """x, y: int64 (B, T). once: windows of later epochs have no targets, so that each counts once."""
@@ -892,8 +892,8 @@ def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="t
     """
     device = batches[0][0].device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    # Every target weighs the same, in whatever micro-batch and on whatever rank it lies, so sums are divided
-    # by the number of all targets. (A mean of means would favour the targets of batches that have few.)
+    # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
+    # A mean of means would favour the targets of batches that have few.
     count = sum(int(target_mask(targets, bos_id).sum()) for _, targets in batches)
     [count] = sum_over_ranks([count], device)
     total = torch.zeros((), device=device)

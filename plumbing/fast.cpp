@@ -51,7 +51,7 @@ struct Layer {
 struct Cache { Value *k, *v; };  // (B, room, K, D) each
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
 static_assert(H * D == DIM && DIM % CHUNK == 0 && HIDDEN % CHUNK == 0);
-static_assert(sizeof(Layer) == 16 * sizeof(void*));  // as CompiledReader writes its addresses
+static_assert(sizeof(Layer) == 16 * sizeof(void*));  // CompiledReader writes 16 addresses a layer.
 static_assert(GROUP % CHUNK == 0 && CHUNK % LANES == 0 && D % LANES == 0 && TILE <= 8);
 
 static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }

@@ -236,7 +236,7 @@ def compile_inference(model):
         compile_blocks(model, dynamic=True)
         return model
     try:
-        find_compiler()
+        find_compiler()  # Kernels for one row may be at hand, but other sizes of batch will need it.
         return CompiledReader(model)
     except OSError as error:
         say_uncompiled(error)

@@ -78,7 +78,7 @@ def whole_weights(model):
     """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
     state = {}
     for name, p in model.state_dict().items():
-        p = whole(p).cpu() if hasattr(p, "full_tensor") else p
+        p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
         if not dist.is_initialized() or dist.get_rank() == 0:
             state[name] = p
     if state and model.args.tie_word_embeddings:

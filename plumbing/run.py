@@ -206,7 +206,7 @@ class Run:
             return
         last = evaluated[-1]
         best = min(record["val_bpb"] for record in evaluated)
-        bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # of a loss of one nat per token
+        bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # A nat per token is so many.
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         axes.plot([record["step"] for record in records],
                   [record["loss"] * bits_per_byte for record in records],
