@@ -94,7 +94,9 @@ def read_lines(path):
 MAGIC = 20240801
 VERSION = 7
 MASKING_VERSION = 8  # Bit 31 of a token marks a position that the model reads but isn't trained to predict.
+MARKING_VERSION = 9  # Bit 30, too: it marks a document's first token, which no id tells in every vocabulary.
 MASKED = 2**31
+START = 2**30
 HEADER_BYTES = 1024
 MAX_TOKENS = 2**31 - 1  # The header has the count as an int32.
 
@@ -115,9 +117,9 @@ def read_header(path):
         raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
     magic, version, count, num_documents = np.frombuffer(header, dtype="<i4")[:4].tolist()
     [num_bytes] = np.frombuffer(header, dtype="<i8")[2:3].tolist()
-    if magic != MAGIC or version not in (VERSION, MASKING_VERSION):
-        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION} or "
-                         f"{MASKING_VERSION}: tokenize again")
+    if magic != MAGIC or not VERSION <= version <= MARKING_VERSION:
+        raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION} to "
+                         f"{MARKING_VERSION}: tokenize again")
     if count < 0 or size != HEADER_BYTES + 4 * count:
         raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the "
                          f"file has {size} bytes: truncated or damaged, tokenize again")
