@@ -69,8 +69,7 @@ def test_bits_per_byte_are_counted_targets_nats_over_ordinary_bytes(corpus, tmp_
     tokenizer = llama.tokenizer
     tokens = shard_tokens(corpus / "val.bin").astype(np.int64)
     nats = count = num_bytes = 0
-    windows = (len(tokens) - 1) // 16 // 2 * 2  # whole batches of 2
-    for k in range(windows):
+    for k in range((len(tokens) - 1) // 16):
         window = torch.from_numpy(tokens[16 * k:16 * k + 17])[None]
         targets = window[0, 1:].tolist()
         kept = [t != tokenizer.bos_id or not doc_mask for t in targets]
@@ -106,12 +105,12 @@ def test_accumulated_micro_batches_equal_one_large_batch(corpus, tmp_path, doc_m
 @pytest.mark.parametrize("grad_clip", [0.0, 0.01])
 def test_a_step_is_adamws_on_the_gradient_of_the_mean_over_all_targets(grad_clip):
     ours, plain = (random_model(n_layers=1) for _ in range(2))
-    batches = [tuple(random_tokens(2, 2, 9, seed=seed)) for seed in (1, 2, 3)]
+    batches = [(*random_tokens(2, 2, 9, seed=seed), None) for seed in (1, 2, 3)]
     batches[1][1][:, 2:] = -100  # micro-batches of 18, 4 and 18 targets
     optimizers = [model.configure_optimizers(0.5) for model in (ours, plain)]
-    loss, norm = llama31.optimize(ours, optimizers[0], batches, 1e-2, None, grad_clip,
+    loss, norm = llama31.optimize(ours, optimizers[0], batches, 1e-2, grad_clip,
                                   torch.autocast("cpu", enabled=False))
-    mean = sum(plain(x, y, reduction="sum") for x, y in batches) / 40
+    mean = sum(plain(x, y, reduction="sum") for x, y, _ in batches) / 40
     mean.backward()
     expected = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
     assert loss == pytest.approx(float(mean), rel=1e-6) and norm == pytest.approx(float(expected), rel=1e-5)
@@ -162,7 +161,7 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
     (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
-    (dict(seq_len=10_000), "T \\+ 1 = 10001"), (dict(seed=-1), "seed is -1"),
+    (dict(seed=-1), "seed is -1"),
     (dict(seed=2**64), "seed is 1844"),
     (dict(betas=(0.9, 1.5)), r"betas is \(0.9, 1.5\); expected two numbers from 0 to below 1")])
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
@@ -238,10 +237,9 @@ def test_an_evaluation_counts_every_window_and_its_targets_bytes_once(tmp_path, 
     sums = []
     for rank in range(num_ranks):
         loader = llama31.DistributedShardedDataLoader(tmp_path / "val.bin", batch_size, 16, rank, num_ranks)
-        steps = math.ceil(10 / batch_size / num_ranks)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llama31, "sum_over_ranks", lambda values, _: sums.append(values) or values)
-            llama31.evaluate(model, loader, steps, None, byte_lengths, torch.autocast("cpu", enabled=False))
+            llama31.evaluate(model, loader, 10, False, byte_lengths, torch.autocast("cpu", enabled=False))
     expected = pytest.approx([nats, count, num_bytes], 1e-5)
     assert [sum(column) for column in zip(*sums, strict=True)] == expected
 
