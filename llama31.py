@@ -42,6 +42,7 @@ from plumbing import checkpoint, cli, fast, files, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.parallel import sum_over_ranks
+from plumbing.resume import locked, resumable
 from plumbing.run import Run, Stopwatch, entropy_floor
 from tokenizer import TextStream, Tokenizer, train_tokenizer
 
@@ -975,6 +976,7 @@ class DistributedShardedDataLoader:
 
 def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
     """The rate of one step of 1 … steps: up to lr while AdamW's averages fill, a cosine down to min_lr."""
+    step = min(step, steps)  # Steps that are added later keep the last rate.
     if step <= warmup_steps:
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / (steps - warmup_steps)
@@ -1129,6 +1131,7 @@ def check_data(loaders, tokenizer):
         loader.reset()
 
 
+@resumable
 def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           val_data: str | None = None, out_dir: str = "out/train",
           preset: str | None = None, ckpt_dir: str | None = None, tokenizer_path: str | None = None,
@@ -1140,6 +1143,9 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
           fsdp: bool = False, device: str | None = None, dtype: str = "bfloat16", compile: bool = False):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
+
+    Resuming takes each flag that isn't given from the run's own record, but for device. Steps that are added
+    keep the last rate. A signal saves, then ends with 128 + its number; Ctrl-C is KeyboardInterrupt.
 
     Args:
         train_data: pattern of the .bin shards to train on
@@ -1153,7 +1159,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         total_batch_tokens: tokens of a step, over processes and micro-batches; None: one micro-batch each
         steps: steps in all; None: as many as the epochs take
         epochs: how often every window is seen
-        lr: learning rate after the warm-up; 1e-5 suits finetuning, 1e-3 small models from scratch
+        lr: learning rate after the warm-up; 1e-5 suits finetuning, 1e-3 small models from scratch; another
+            one, given with more steps on resuming, begins a new schedule
         min_lr: learning rate at the end of the cosine; None: a tenth of lr
         warmup_steps: steps in which the learning rate rises
         weight_decay: pull of matrices towards zero (AdamW)
@@ -1162,8 +1169,9 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         eval_interval: steps from one evaluation to the next; the last step is always evaluated
         eval_steps: windows that an evaluation looks at, the first ones; 0: all
         sample_interval: steps from one set of printed samples to the next; 0: none
-        save_interval: steps from one checkpoint to the next; 0: only the last step, or one ended by a signal
-        keep: how many checkpoints stay, the newest ones
+        save_interval: steps from one checkpoint to the next; 0: only the last one, or one ended by a signal;
+            besides, each evaluation that is the best so far is saved
+        keep: how many checkpoints stay, the newest ones; beside them the best, which is OUT_DIR/best
         seed: draws the first weights and the shuffled orders
         resume: go on from out_dir's newest checkpoint, if there is one
         shuffle: a new order of the windows in each epoch
@@ -1174,6 +1182,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         dtype: type of the computation, bfloat16 or float32; weights, optimizer and sums are float32
         compile: compile the blocks with torch.compile
     """
+    flags = dict(locals())
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
                     steps=steps, epochs=epochs, eval_interval=eval_interval, keep=keep)
     expect_at_least(0, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
@@ -1205,15 +1214,17 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
 
     # The model, the optimizer, and where an earlier run stopped.
+    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens)
+    data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
+                vocabulary=[tokenizer.model_path])
+    progress = run.load_progress(flags, data)
     num_parameters = sum(p.numel() for p in model.parameters())
-    files.check_disk("a checkpoint", 12 * num_parameters, run.out_dir)  # weights and AdamW's two averages
+    run.check_disk(12 * num_parameters, progress["step"])  # weights and AdamW's two averages
     fill_model(model, pieces, seed, place, compute_dtype, fsdp)
     # Sampling may use what was trained: before the first step or in it.
     model.args.max_seq_len = max(model.args.max_seq_len, seq_len) if pieces else seq_len
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
-    order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # On resuming, these have to be the same.
-    progress = run.load_progress(order, steps)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer)
         loader.load_state_dict(progress["loader"])
@@ -1238,7 +1249,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         start = time.perf_counter()
         first_window = loader.counter
         batches = [batch_on(place, loader, tokenizer.n_words, doc_mask) for _ in range(micro_batches)]
-        lr_now = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
+        lr_now = learning_rate_at(*run.learning_rate_step(step), lr, min_lr, warmup_steps)
         loss, grad_norm = optimize(wrapped, optimizer, batches, lr_now, grad_clip, autocast,
                                    f"step {step} (windows {first_window} to {loader.counter - 1})")
         tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
@@ -1249,16 +1260,18 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_windows, doc_mask,
                                                              byte_lengths, autocast)
         run.log(record)  # before saving: a run killed in between cuts this line when it resumes
-        [signals] = sum_over_ranks([len(run.signals)], place)
-        run.stopping = signals > 0 and step < steps  # A signal to one rank stops all.
-        if step == steps or run.stopping or (save_interval and step % save_interval == 0):
-            progress = dict(step=step, order=order, loader=loader.state_dict())
-            checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress, keep)
+        run.heed_signals(place)
+        is_due = step == steps or (save_interval and step % save_interval == 0)
+        if is_due or run.stopping or run.improved:
+            progress = run.progress(step, loader.state_dict())
+            checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress, keep,
+                                     run.best_folder)
         if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp) and not run.stopping:
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
     parallel.leave_process_group()
+    run.leave()
 
 # -----------------------------------------------------------------------------
 # Commands
@@ -1333,7 +1346,8 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "entropy.json").exists():
         raise ValueError(f"{folder} holds no demo but other files; give another --out_dir")
     if retrain or not checkpoints_of_run(folder):
-        with files.complete_folder(folder, replace=True) as part:  # The old one stays until this is whole.
+        # The old one stays until this is whole.
+        with locked(f"{folder}.lock"), files.complete_folder(folder, replace=True) as part:
             data = part / "data"
             stories.write(str(data))
             shards = tiny_stories.find_shards(data / tiny_stories.SHARDS)  # the first one for validation

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from plumbing.cli import say
 from plumbing.files import complete_folder
 from plumbing.parallel import whole_weights
 
@@ -235,19 +237,50 @@ def checkpoints_of_run(out_dir):
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def drop_checkpoints(out_dir, keep):
-    """Removes a run's checkpoint directories but for the newest few; none is ever there in part."""
+def remove(path):
+    """Removes a file, a link or a folder, never in part under its name; says in a line what it can't."""
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            part = path.with_name(path.name.removesuffix(".part") + ".part")
+            os.replace(path, part)
+            shutil.rmtree(part)
+    except OSError as error:
+        say(f"{path} can't be removed, and stays: {error}", sys.stderr)
+
+
+def drop_checkpoints(out_dir, keep, best=None):
+    """Removes a run's checkpoint directories but for the newest few and the best."""
     for path in checkpoints_of_run(out_dir)[:-keep]:
-        part = f"{path}.part"
-        os.replace(path, part)
-        shutil.rmtree(part)
+        if path != best:
+            remove(path)
 
 
-def save_training(path, model, optimizer, tokenizer_path, progress, keep=None):
+def point_best(out_dir, best):
+    """Lets out_dir/best lead to the best checkpoint directory, or to nothing where that is None.
+
+    A symbolic link, which is replaced in one step; where there can be none, one line says so.
+    """
+    link = Path(out_dir, "best")
+    if best is None:
+        if link.is_symlink():
+            link.unlink()
+    elif not link.is_symlink() or os.readlink(link) != best.name:
+        part = link.with_name("best.part")
+        remove(part)
+        try:
+            os.symlink(best.name, part, target_is_directory=True)
+            os.replace(part, link)
+        except OSError as error:  # on Windows, on some file systems, or where best is a folder of the user's
+            say(f"{link} can't be a symbolic link ({error}); the best is {best}", sys.stderr)
+
+
+def save_training(path, model, optimizer, tokenizer_path, progress, keep=None, best=None):
     """Writes a checkpoint directory from which training resumes; every rank takes part.
 
     Each rank writes its own part of the optimizer's state. keep: how many of the run's newest directories
-    stay; None: all.
+    stay; None: all. best: the one that stays, too, and to which the link `best` leads; None: there is none.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -266,8 +299,9 @@ def save_training(path, model, optimizer, tokenizer_path, progress, keep=None):
     weights = whole_weights(model)
     if is_master:
         save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
+        point_best(path.parent, best)
         if keep is not None:
-            drop_checkpoints(path.parent, keep)
+            drop_checkpoints(path.parent, keep, best)
 
 
 def cause_of(error):

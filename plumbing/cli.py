@@ -6,6 +6,7 @@ function's signature; then fire converts them, as the annotations say, and calls
 of help is its line under "Args:" in the function's docstring.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -16,6 +17,7 @@ import types
 import typing
 
 import fire
+from tqdm import tqdm
 
 
 def run(commands, default, argv=None):
@@ -142,6 +144,20 @@ def convert(parameter, text):
             continue
     expected = " or ".join(inspect.formatannotation(kind) for kind in kinds(parameter))
     raise ValueError(f"--{parameter.name} {text}: expected {expected}")
+
+
+def say(text, stream=None):
+    """Prints a text above progress bars; an output that is gone, such as a lost terminal, ends nothing.
+
+    stream: None: standard output.
+    """
+    stream = stream or sys.stdout
+    try:
+        with tqdm.external_write_mode(file=stream):
+            print(text, file=stream, flush=True)
+    except (OSError, ValueError):  # A ValueError says that it is closed.
+        with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def expect(fits, name, value, expected):

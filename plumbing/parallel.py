@@ -9,13 +9,47 @@ import torch.distributed as dist
 from plumbing.fast import check_memory, choose_device
 
 
+def launched():
+    """(rank, world_size) as torchrun's variables say; (0, 1) where there are none.
+
+    ValueError where they are incomplete, or where another launcher has started several processes without
+    them, for each of which would take itself for the only one.
+    """
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    if not found:
+        refuse_other_launchers()
+        return 0, 1
+    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ValueError(f"found {found} in the environment; expected RANK and WORLD_SIZE, numbers, the "
+                         "first the smaller one: start with torchrun, or unset both")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(world_size) > 1 and missing:
+        raise ValueError(f"found WORLD_SIZE {world_size}, but no {missing[0]} in the environment; start "
+                         "with torchrun, which sets it")
+    return int(rank), int(world_size)
+
+
+def refuse_other_launchers():
+    """Raises ValueError in a process that is one of several of SLURM or MPI."""
+    tasks = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+    if "SLURM_PROCID" in os.environ:  # Only a task has it, a shell that salloc opened doesn't.
+        step = "SLURM_STEP_NUM_TASKS"  # A step may have fewer tasks than the job, SLURM_NTASKS.
+        tasks[step if step in os.environ else "SLURM_NTASKS"] = "srun"
+    for name, launcher in tasks.items():
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ValueError(f"found {name} {count}, but no variables of torchrun: each task would train by "
+                             f"itself; let {launcher} start a single one, or one a node that is "
+                             "`torchrun --nnodes NODES --nproc_per_node GPUS ...`")
+
+
 def join_process_group(device, needed=False):
     """(rank, world_size, device) of this process, in torchrun's group; without torchrun it is alone.
 
     A process that is alone joins a group only where needed. ValueError where there is no torchrun then.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = launched()
     device = choose_device(device)
     if device == torch.device("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # a GPU for each rank
@@ -43,6 +77,24 @@ def sum_over_ranks(values, device):
     sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def largest_over_ranks(number, device):
+    """The largest of all ranks' whole numbers."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_over_ranks(value):
+    """The list of every rank's value, a picklable one."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def check_memory_of_ranks(what, num_bytes, device, shared):

@@ -2,7 +2,7 @@
 
 import datetime
 import json
-import shutil
+import math
 import signal
 import sys
 import threading
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import checkpoints_of_run, load_file
-from plumbing.cli import expect
-from plumbing.files import complete
+from plumbing import resume
+from plumbing.checkpoint import checkpoints_of_run, point_best, remove
+from plumbing.cli import say
+from plumbing.files import check_disk, complete
+from plumbing.parallel import largest_over_ranks
 
 # -----------------------------------------------------------------------------
 # What is measured
@@ -59,20 +61,25 @@ def entropy_floor(folder):
 # The run
 
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers', terminals' and people's
+
+
 class Run:
     """The folder of one training run, and how the run looks from outside.
 
-    newest: the checkpoint to go on from, None if there is none. signals: the names of those received since
-    the steps began. stopping: whether this step is the last one; whoever trains sets it, as all ranks have
-    to agree. Only the master writes. ValueError if the folder holds a run and resume was not asked for.
+    newest: the checkpoint to go on from, None if there is none. best: the step with the lowest validation
+    loss, and that loss; None if there is none. improved: whether this step is the best. signals: the names
+    of those received since the steps began. stopping: whether this step is the last one. Only the master
+    writes. ValueError if the folder holds a run and resume was not asked for.
     """
 
     def __init__(self, out_dir, resume, is_master, floor=None):
         self.out_dir = Path(out_dir)
-        expect(not self.out_dir.is_file(), "out_dir", out_dir, "a folder, not a file")
         self.log_path = self.out_dir / "log.jsonl"
         self.is_master = is_master
         self.floor = floor
+        self.best = None
+        self.improved = False
         self.signals = []
         self.stopping = False
         saved = checkpoints_of_run(out_dir)
@@ -85,18 +92,43 @@ class Run:
         """The checkpoint directory of a step."""
         return self.out_dir / f"step_{step:06d}"
 
-    def load_progress(self, order, steps):
+    @property
+    def best_folder(self):
+        """The checkpoint directory of the best step, or None."""
+        return self.folder(self.best["step"]) if self.best else None
+
+    def load_progress(self, flags, data):
         """The progress that the newest checkpoint has saved, or that of a new run.
 
-        ValueError where its order of the windows is another, or it is beyond the steps asked for.
+        flags: those in effect. data: name -> the files that have to stay the same. ValueError where they are
+        others than before.
         """
-        if self.newest is None:
-            return {"step": 0}
-        progress = load_file(self.newest / "progress.pt")
-        if progress["order"] != order or progress["step"] > steps:
-            raise ValueError(f"{self.newest} has step {progress['step']} and {progress['order']}; found "
-                             f"steps {steps} and {order}: resume with the same, and no fewer steps")
+        progress, self.record = resume.load_record(self.newest, flags, data, self.is_master)
+        best = progress["best"]
+        if best and self.folder(best["step"]).is_dir():
+            self.best = best
         return progress
+
+    def progress(self, step, loader):
+        """What the checkpoint of a step says of the run."""
+        return dict(step=step, loader=loader, best=self.best, **self.record)
+
+    def learning_rate_step(self, step):
+        """(step, steps) of the schedule, which may have begun later than the run, and ended earlier."""
+        return step - self.record["schedule"]["begin"], self.record["schedule"]["steps"]
+
+    def check_disk(self, num_bytes, last_step):
+        """Raises OSError if there is no room for the checkpoints of num_bytes that will be there at once."""
+        flags = self.record["flags"]
+        steps = flags["steps"] - last_step
+        to_come = 1 + steps // flags["eval_interval"]
+        if flags["save_interval"]:
+            to_come += steps // flags["save_interval"]
+        at_once = flags["keep"] + 2  # the newest, the best, and the next as it is written
+        count = min(to_come, at_once - len(checkpoints_of_run(self.out_dir)))
+        check_disk("a checkpoint", num_bytes, self.out_dir)
+        check_disk(f"--keep {flags['keep']} with the best and the next, {count} checkpoints more,",
+                   count * num_bytes, self.out_dir)
 
     def prepare(self, last_step, tokenizer_path):
         """Makes the folder, or frees it of what a killed run left after last_step.
@@ -109,7 +141,8 @@ class Run:
         if self.is_master:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for part in self.out_dir.glob("*.part"):
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                remove(part)
+            point_best(self.out_dir, self.best_folder)
             with complete(copy) as file:
                 file.write(Path(tokenizer_path).read_bytes())
             self.cut_log(last_step)
@@ -129,22 +162,32 @@ class Run:
     def steps(self, first, last):
         """Yields the steps first to last, behind a progress bar; ends early when `stopping` is set.
 
-        Meanwhile SIGTERM and Ctrl-C are only noted, so that a step can be finished and saved. Without
-        torchrun, which passes some on twice, a second one acts as usual.
+        Meanwhile signals to end are only noted, so that a step can be finished and saved. Those that are
+        ignored stay so, as nohup has it for SIGHUP. A second one acts as usual; but bash and timeout send
+        theirs twice, so that within a second only Ctrl-C does, and torchrun passes some on twice, so that
+        under it none does.
         """
         usual = {}
+        noted = {}
 
         def note(number, frame):
+            repeated = number in noted
+            first = noted.setdefault(number, time.monotonic())
             self.signals.append(signal.Signals(number).name)
-            if not dist.is_initialized():
+            is_meant = number == signal.SIGINT or time.monotonic() - first > 1
+            if repeated and is_meant and not dist.is_initialized():
                 signal.signal(number, usual[number])
+                signal.raise_signal(number)
 
         if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread.
-            usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    usual[number] = signal.signal(number, note)
         # disable=None: no bar where there is no terminal.
         self.bar = tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step",
                         disable=None if self.is_master else True)
-        self.first, self.last = first, last
+        self.first = self.step = first
+        self.last = last
         self.began = time.monotonic()
         try:
             for step in self.bar:
@@ -157,22 +200,39 @@ class Run:
             for number, handler in usual.items():
                 signal.signal(number, handler)
 
+    def heed_signals(self, device):
+        """Ends the steps of all ranks if one of them has received a signal; the last step ends anyway."""
+        number = signal.Signals[self.signals[0]] if self.signals else 0
+        number = largest_over_ranks(number, device)
+        self.stopping = number > 0 and self.step < self.last
+        if self.stopping:
+            self.signals = [signal.Signals(number).name]
+
     def log(self, record):
-        """Writes a step's line to log.jsonl, and shows it beside the bar, or alone where there is none."""
+        """Writes a step's line to log.jsonl, and shows it beside the bar, or alone where there is none.
+
+        Every rank has to call it, as all note which step is the best.
+        """
+        val_loss = record.get("val_loss")
+        lowest = self.best["val_loss"] if self.best else math.inf
+        self.improved = val_loss is not None and val_loss < lowest
+        if self.improved:
+            self.best = {"step": self.step, "val_loss": val_loss}
         if not self.is_master:
             return
         with open(self.log_path, "a") as log:
             log.write(json.dumps(record) + "\n")
-        line = (f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, norm {record['grad_norm']:.2f}, "
+        loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"  # None: the step had no target.
+        line = (f"loss {loss}, lr {record['lr']:.1e}, norm {record['grad_norm']:.2f}, "
                 f"{record['tokens_per_s']:,} tokens/s, MFU {record['mfu']:.0%}, "
                 f"{record['memory'] / 1e9:.1f} GB")
         if self.bar.disable:
-            print(f"step {self.step}: {line}, {self.time_left()} left", file=sys.stderr)
+            say(f"step {self.step}: {line}, {self.time_left()} left", sys.stderr)
         else:
             self.bar.set_postfix_str(line)
-        if "val_bpb" in record:
+        if val_loss is not None:
             floor = f" (floor {self.floor:.3f})" if self.floor else ""
-            self.show(f"step {self.step}: loss {record['loss']:.3f}, validation {record['val_loss']:.3f} "
+            self.show(f"step {self.step}: loss {loss}, validation {val_loss:.3f} "
                       f"nats per token, {record['val_bpb']:.3f} bits per byte{floor}")
 
     def time_left(self):
@@ -183,40 +243,61 @@ class Run:
     def show(self, text):
         """Prints a text above the bar."""
         if self.is_master:
-            self.bar.write(text)
+            say(text)
 
     def close(self):
-        """Plots a finished run; says how an interrupted one goes on."""
+        """Plots a finished run; says which step was the best, and how an interrupted run goes on."""
         if not self.is_master:
             return
+        # A folder that appears under its name when it is complete is thrown away if it never is.
+        is_part = self.out_dir.suffix == ".part"
+        out_dir = str(self.out_dir).removesuffix(".part")
         if self.stopping:
-            cause = self.signals[0] if self.signals else "a signal"
-            print(f"{cause} after step {self.step}, which is saved; --resume goes on")
+            remedy = "cut short, start it again" if is_part else "which is saved; --resume goes on"
+            say(f"{self.signals[0]} after step {self.step}, {remedy}")
         else:
             self.plot()
+        if self.first > self.last:
+            say(f"{out_dir} has all its {self.last} steps; more --steps go on")
+        if self.best and not (self.stopping and is_part):
+            where = "best" if Path(self.out_dir, "best").is_symlink() else self.best_folder.name
+            say(f"best at step {self.best['step']}, validation {self.best['val_loss']:.3f} nats per token: "
+                f"{Path(out_dir, where)}")
+
+    def leave(self):
+        """Raises what the signal asks for that ended the steps: KeyboardInterrupt, or exit with 128 + n."""
+        if self.stopping and self.signals[0] == "SIGINT":
+            raise KeyboardInterrupt
+        if self.stopping:
+            raise SystemExit(128 + signal.Signals[self.signals[0]])
 
     def plot(self):
-        """Draws the losses of log.jsonl, and the entropy floor if there is one, as loss.png."""
+        """Draws the losses of log.jsonl as loss.png, in bits per byte; in nats without any validation."""
+        records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        trained = [record for record in records if record["loss"] is not None]
+        evaluated = [record for record in records if record.get("val_loss") is not None]
+        if not trained:  # Somebody has removed the log, or no step had a target.
+            return
         import matplotlib  # Nothing else needs it.
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
-        evaluated = [record for record in records if "val_bpb" in record]
-        if not evaluated:  # Somebody has removed the log.
-            return
-        last = evaluated[-1]
-        best = min(record["val_bpb"] for record in evaluated)
-        bits_per_byte = last["val_bpb"] / max(last["val_loss"], 1e-9)  # A nat per token is so many.
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        axes.plot([record["step"] for record in records],
-                  [record["loss"] * bits_per_byte for record in records],
+        scale = 1
+        best = min(record["loss"] for record in trained)
+        if evaluated:
+            last = evaluated[-1]
+            scale = last["val_bpb"] / max(last["val_loss"], 1e-9)  # so many bits per byte a nat per token
+            best = min(record["val_bpb"] for record in evaluated)
+        axes.plot([record["step"] for record in trained], [record["loss"] * scale for record in trained],
                   color="#9ecae1", linewidth=1, label="train")
-        axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
-                  color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
-        if self.floor is not None:
+        if evaluated:
+            axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
+                      color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
+        if evaluated and self.floor is not None:
             axes.axhline(self.floor, color="#d62728", linestyle="--",
                          label=f"entropy of the stories, {self.floor:.3f}")
-        axes.set(xlabel="step", ylabel="bits per byte", xlim=(0, last["step"]), ylim=(0, 4 * best))
+        axes.set(xlabel="step", ylabel="bits per byte" if evaluated else "nats per token",
+                 xlim=(0, records[-1]["step"]), ylim=(0, max(4 * best, 1e-9)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         with complete(self.out_dir / "loss.png") as file:

@@ -83,6 +83,24 @@ def test_only_the_master_writes_and_prints(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 
+def test_a_step_without_targets_and_a_log_without_validation_are_shown_and_drawn(tmp_path, capsys):
+    run, steps = begun(tmp_path, 1, 3)
+    for step, loss in ((1, 2.0), (2, None), (3, 1.0)):
+        run.log({**RECORD, "step": step, "loss": loss})
+    assert list(steps) == [2, 3]
+    run.close()
+    assert "step 1: loss -, lr" in capsys.readouterr().err
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_log_without_any_loss_is_not_drawn(tmp_path):
+    run, steps = begun(tmp_path, 1, 1)
+    run.log({**RECORD, "loss": None})
+    assert list(steps) == []
+    run.close()
+    assert not (tmp_path / "loss.png").exists()
+
+
 @pytest.fixture
 def usual_ctrl_c():
     """Ctrl-C raises KeyboardInterrupt, also where whoever started the tests has it ignored."""

@@ -54,7 +54,7 @@ def test_a_run_leaves_a_log_a_plot_and_checkpoints_that_all_programs_read(corpus
     assert records[0]["loss"] > records[-1]["loss"] + 1
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["log.jsonl", "loss.png", "step_000004", "step_000006", "tokenizer.model"]
+    assert names == ["best", "log.jsonl", "loss.png", "step_000004", "step_000006", "tokenizer.model"]
     folder = tmp_path / "step_000006"
     ours = Llama.build(folder, device="cpu").text_completion(["the cat"], max_gen_len=12, temperature=0)
     assert ours == reference.Llama.build(folder).text_completion(["the cat"], max_gen_len=12, temperature=0)
