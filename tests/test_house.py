@@ -10,7 +10,7 @@ from tiny import ROOT
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
     "llama31.py": 1200,
-    "tokenizer.py": 360,
+    "tokenizer.py": 410,  # 360, and the kinds of messages that files have
     "tiny_stories.py": 420,
     "stories.py": 400,
     "reference.py": 270,
