@@ -262,8 +262,6 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
     refuse_existing(dst)
     model, pieces = llama31.open_checkpoint(src)
     args = model.args
-    if "max_seq_len" not in read_json(src / "params.json"):  # Meta publishes it without.
-        args.max_seq_len = 131072 if args.use_scaled_rope else 8192  # Llama 3.1 and later; Llama 3
     # None has to be written out: transformers takes absent ids for 1 and 2.
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     with complete_folder(dst) as part:

@@ -20,8 +20,6 @@ dimension, V vocabulary.
 """
 
 import dataclasses
-import glob
-import json
 import math
 import os
 import sys
@@ -29,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,19 +106,13 @@ class ModelArgs:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "ModelArgs":
-        """Reads params.json; FileNotFoundError or ValueError names the file and the field at fault."""
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(fields, dict):
-                raise ValueError(f"found {json.dumps(fields):.40}; expected an object of ModelArgs' fields")
-            known = [field.name for field in dataclasses.fields(cls)]
-            if unknown := sorted(fields.keys() - known):
-                raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
-            args = cls(**fields)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        """Reads params.json and, for the fields that Meta's doesn't have, llama31.json beside it.
+
+        FileNotFoundError or ValueError names the file and the field at fault.
+        """
+        args, fields = checkpoint.read_params(path, cls)
+        if "max_seq_len" not in fields:  # Meta publishes none: of Llama 3.1 and later, of Llama 3.
+            args.max_seq_len = 131072 if args.use_scaled_rope else 8192
         # Llama 3.2's params.json says that RoPE is scaled, not by how much; by its shape we know it is 32.
         shape = args.dim, args.n_layers, args.n_heads, args.n_kv_heads
         is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))
@@ -299,26 +291,18 @@ class TransformerBlock(nn.Module):
 # Documents: several of them are packed into one row of a training batch
 
 
-def target_mask(targets, bos_id=None):
-    """Which targets (B, T) count: not -100 and, where bos_id begins documents, not a document's first token.
+def document_mask(starts):
+    """The attention mask that keeps documents from seeing each other.
 
-    Nothing before a document's first token foretells it, so learning to predict it would teach nothing.
+    starts (B, T), True where a document begins -> a BlockMask for flex attention on cuda; elsewhere, where
+    flex attention can't train, (B, 1, T, T), True where attended. None if each row is one document: causal
+    attention is enough.
     """
-    is_target = targets != -100
-    return is_target if bos_id is None else is_target & (targets != bos_id)
-
-
-def document_mask(tokens, bos_id):
-    """The attention mask that keeps documents, which begin at bos_id, from seeing each other.
-
-    tokens (B, T) -> a BlockMask for flex attention on cuda; elsewhere, where flex attention can't train,
-    (B, 1, T, T), True where attended. None if each row is one document: causal attention is enough.
-    """
-    document = (tokens == bos_id).cumsum(1)  # (B, T), the number of each token's document in its row
+    document = starts.cumsum(1)  # (B, T), the number of each token's document in its row
     if (document == document[:, :1]).all():
         return None
 
-    if tokens.is_cuda:
+    if starts.is_cuda:
         return fast.document_block_mask(document)
     same_document = document[:, :, None] == document[:, None, :]  # (B, T, T)
     return same_document.tril()[:, None]  # (B, 1, T, T); tril: nothing sees what comes after it
@@ -393,36 +377,42 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, bos_id: int | None = None, *,
-                reduction: str = "mean") -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, bos_id: int | None = None,
+                starts: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) float32, plain causal; with targets: forward_loss.
 
         The loss goes through forward, too, as the hooks of DDP and FSDP run only there.
         """
         if targets is not None:
-            return self.forward_loss(tokens, targets, bos_id, reduction=reduction)
+            return self.forward_loss(tokens, targets, bos_id, starts, reduction=reduction)
         positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         return self.output(self.trunk(tokens, positions)).float()  # bfloat16 has too few digits for a loss.
 
-    def forward_loss(self, inputs: Tensor, targets: Tensor, bos_id: int | None = None, *,
-                     reduction: str = "mean") -> Tensor:
+    def forward_loss(self, inputs: Tensor, targets: Tensor, bos_id: int | None = None,
+                     starts: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Cross entropy in nats, float32, of the targets (B, T) that count; 0 if none does.
 
-        bos_id: documents begin at this token and don't see each other; predicting it doesn't count, nor does
-        a target of -100. reduction: "mean", or "sum" for whoever divides by the targets of several batches.
+        A target of -100 doesn't count. Documents don't see each other where they begin at the token bos_id,
+        or where starts (B, T), bool, is true; nothing foretells a document's first token, so predicting it
+        doesn't count. reduction: "mean", or "sum" for whoever divides by the targets of several batches.
         """
+        mask = None
+        if bos_id is not None:
+            starts = inputs == bos_id
+            targets = targets.masked_fill(targets == bos_id, -100)
+        if starts is not None:
+            mask = document_mask(starts)
+            is_first = F.pad(starts[:, 1:], (0, 1))  # starts ends one token before the targets do.
+            targets = targets.masked_fill(is_first, -100)
         positions = torch.arange(inputs.size(1), device=inputs.device)[None]
-        mask = None if bos_id is None else document_mask(inputs, bos_id)
         x = self.trunk(inputs, positions, mask)
-        is_target = target_mask(targets, bos_id)
-        targets = targets.masked_fill(~is_target, -100)
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)  # An autograd.Function has to apply it itself.
         dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         # The same as F.cross_entropy(self.output(x).flatten(0, 1), targets.flatten(), reduction="sum"), but
         # the logits, by far the largest tensor here, never exist all at once.
         nats = fast.chunked_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), dtype)
-        return nats if reduction == "sum" else nats / is_target.sum().clamp(min=1)
+        return nats if reduction == "sum" else nats / (targets != -100).sum().clamp(min=1)
 
     def extend(self, tokens, start_pos, caches):
         """Extends the caches by tokens (B, T), row b from position start_pos[b]: (B, T, dim), normalized."""
@@ -761,16 +751,63 @@ class Llama:
 # Data loader
 
 
+class NoTargetError(ValueError):
+    """Token files hold dialogs, but no answer that could be learned."""
+
+
+class Dialogs(NamedTuple):
+    """What the windows of a shard with masked targets hold: segments, one after the other."""
+    begins: np.ndarray  # the first token of each segment
+    lengths: np.ndarray  # in tokens
+    windows: np.ndarray  # the number of each window's first segment, and at last how many segments there are
+    num_documents: int
+    num_cut: int  # dialogs that are longer than a window
+    num_dropped: int  # documents of which no window holds a target
+
+
+def pack_dialogs(path, bos_id, T):
+    """Packs a shard's dialogs into windows of T + 1 tokens; returns Dialogs, or None if nothing is masked.
+
+    In a window that begins within a dialog, answers would be learned without their questions. So a dialog
+    is one segment, cut at its end if it is longer than a window, and none if no target is left of it. A
+    document without masks may be several, each of which begins with the last token of the one before.
+    Segments fill a window, in order, until one doesn't fit; the rest is padding.
+    """
+    begins, lengths, first_targets, is_dialog = files.find_documents(path, bos_id)
+    if not is_dialog.any():
+        return None
+    has_target = first_targets < np.minimum(lengths, T + 1)
+    is_cut = is_dialog & has_target & (lengths > T + 1)
+    num_segments = np.where(is_dialog, 1, -(-(lengths - 1) // T)) * has_target  # -(-a // b) rounds up
+    first_segments = num_segments.cumsum() - num_segments
+    segment = np.arange(num_segments.sum()) - np.repeat(first_segments, num_segments)  # within its document
+    begins = np.repeat(begins, num_segments) + segment * T
+    lengths = np.minimum(np.repeat(lengths, num_segments) - segment * T, T + 1)
+    windows = []
+    room = 0  # in the window that is being filled
+    for i, length in enumerate(lengths.tolist()):
+        if length > room:
+            windows.append(i)
+            room = T + 1
+        room -= length
+    windows.append(len(lengths))
+    return Dialogs(begins, lengths, np.array(windows), len(is_dialog), is_cut.sum(), (~has_target).sum())
+
+
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
-    A shard of n tokens has (n-1)//T windows; those of all shards, by file name, are numbered 0 … W-1. Of N
-    ranks, rank r gets as row b of its call s the window ((s*N + r)*B + b) mod W; with shuffle, a permutation
-    of each epoch maps that number. The state is one counter, so a run resumes on any number of ranks.
+    A shard of n tokens has (n-1)//T windows, one with masked targets those of pack_dialogs; where no shard
+    has any, each is one, padded. The windows of all shards, by file name, are numbered 0 … W-1. Of N ranks,
+    rank r gets as row b of its call s the window ((s*N + r)*B + b) mod W; with shuffle, a permutation of
+    each epoch maps that number. The state is one counter, so a run resumes on any number of ranks.
+
+    bos_id: the token that begins documents in shards of versions 7 and 8; in those of version 9 marks do.
+    remark: one line on what is cut, left out and padded, "" if nothing is.
     """
 
     def __init__(self, filename_pattern: str | os.PathLike, B: int, T: int, process_rank: int,
-                 num_processes: int, shuffle: bool = False, seed: int = 0):
+                 num_processes: int, shuffle: bool = False, seed: int = 0, bos_id: int | None = None):
         if B < 1 or T < 1 or not 0 <= process_rank < num_processes:
             raise ValueError(f"B is {B}, T {T}, rank {process_rank} of {num_processes}; expected B and T of "
                              "at least 1, and a rank below the number of processes")
@@ -781,21 +818,50 @@ class DistributedShardedDataLoader:
         self.num_processes = num_processes
         self.shuffle = shuffle
         self.seed = seed
-        self.files = sorted(glob.glob(str(filename_pattern)))
+        self.bos_id = bos_id
+        self.files = files.matching(filename_pattern)
         if not self.files:
             raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct the "
                                     "pattern")
-        headers = [files.read_header(path) for path in self.files]
-        self.versions = [header.version for header in headers]
-        self.ntok_total = sum(header.num_tokens for header in headers)
-        windows = [max(header.num_tokens - 1, 0) // T for header in headers]
+        self.headers = [files.read_header(path) for path in self.files]
+        self.ntok_total = sum(header.num_tokens for header in self.headers)
+        self.dialogs = [pack_dialogs(path, bos_id, T) if self.has_marks(header) else None
+                        for path, header in zip(self.files, self.headers, strict=True)]
+        windows = [max(header.num_tokens - 1, 0) // T if dialogs is None else len(dialogs.windows) - 1
+                   for header, dialogs in zip(self.headers, self.dialogs, strict=True)]
+        if sum(windows) == 0 and any(self.dialogs):
+            raise NoTargetError(f"{filename_pattern}: no document has a target among its first T + 1 = "
+                                f"{T + 1} tokens; take a longer seq_len, or chats with an assistant's turn")
+        if sum(windows) == 0:  # A short text is better padded than lost.
+            windows = [int(header.num_tokens > 1) for header in self.headers]
         self.first_windows = np.cumsum([0, *windows], dtype=np.int64)  # The last entry is W.
         self.num_windows = int(self.first_windows[-1])
         if self.num_windows == 0:
-            raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(headers)} files hold no "
-                             f"window; expected a shard of at least T + 1 = {T + 1} tokens")
+            raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(self.files)} files hold "
+                             f"no window of T + 1 = {T + 1}; expected an input and its target at least")
+        self.remark = self.find_remark()
         self.permuted = None  # the epoch whose order is at hand
         self.reset()
+
+    def has_marks(self, header):
+        """Whether it can be known where a shard's documents begin, and some of its tokens may be masked."""
+        needs_bos = header.version == files.MASKING_VERSION
+        return header.version != files.VERSION and not (needs_bos and self.bos_id is None)
+
+    def find_remark(self):
+        """What is cut, left out and padded, in one line."""
+        packed = [dialogs for dialogs in self.dialogs if dialogs]
+        if packed:
+            documents, cut, dropped = (sum(column) for column in zip(*(d[3:] for d in packed), strict=True))
+            held = sum(int(dialogs.lengths.sum()) for dialogs in packed)
+            room = sum(len(dialogs.windows) - 1 for dialogs in packed) * (self.T + 1)
+            return (f"{self.filename_pattern}: of {documents:,} documents {cut:,} are cut at T + 1 = "
+                    f"{self.T + 1} tokens and {dropped:,} have no target left; {1 - held / room:.0%} of the "
+                    "windows is padding")
+        if max(header.num_tokens for header in self.headers) <= self.T:
+            return (f"{self.filename_pattern}: {self.ntok_total} tokens in {len(self.files)} files, each "
+                    f"padded to T + 1 = {self.T + 1}")
+        return ""
 
     def reset(self):
         self.counter = 0  # windows that all ranks together have given out
@@ -813,34 +879,64 @@ class DistributedShardedDataLoader:
             self.permuted = epoch
         return self.order
 
+    def read(self, shard, begin, length):
+        """The ids of a shard's tokens, whether they are targets, and whether they begin a document."""
+        # Read by position, as a memory map of a file that shrinks would kill the process.
+        stored = files.read_tokens(self.files[shard], begin, length)
+        if len(stored) != length:
+            raise ValueError(f"{self.files[shard]}: {len(stored)} tokens from token {begin} on, expected "
+                             f"{length}: the file has shrunk since it was opened")
+        return files.split_marks(stored, self.headers[shard].version, self.bos_id)
+
     def window(self, number):
-        """x, y of a window, int64 (T,): y is x one token later, -100 where that is no target."""
+        """T + 1 tokens: their ids, whether they are targets, and whether they begin a document.
+
+        Padding has id 0 and is no target; as it comes last, causality hides it from what is one.
+        """
         # The last shard that begins at or before this window; side="right" passes over empty shards.
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
-        start = (number - int(self.first_windows[shard])) * self.T
-        length = self.T + 1  # The last token is only a target; the next window begins with it.
-        # Read by position, as a memory map of a file that shrinks would kill the process.
-        stored = files.read_tokens(self.files[shard], start, length)
-        if len(stored) != length:
-            raise ValueError(f"{self.files[shard]}: {len(stored)} tokens from token {start} on, expected "
-                             f"{length}: the file has shrunk since it was opened")
-        stored = stored.astype(np.int64)
-        if self.versions[shard] == files.VERSION:
-            return stored[:-1], stored[1:]
-        ids = stored % files.MASKED
-        return ids[:-1], np.where(stored < files.MASKED, ids, -100)[1:]
+        index = number - int(self.first_windows[shard])
+        ids = np.zeros(self.T + 1, dtype=np.int64)
+        is_target = np.zeros(self.T + 1, dtype=bool)
+        starts = np.zeros(self.T + 1, dtype=bool)
+        dialogs = self.dialogs[shard]
+        if dialogs is None:
+            begin = index * self.T  # The last token is only a target; the next window begins with it.
+            length = min(self.T + 1, self.headers[shard].num_tokens - begin)
+            ids[:length], is_target[:length], starts[:length] = self.read(shard, begin, length)
+            return ids, is_target, starts
+        begin = 0
+        for i in range(dialogs.windows[index], dialogs.windows[index + 1]):
+            end = begin + dialogs.lengths[i]
+            ids[begin:end], is_target[begin:end], _ = self.read(shard, dialogs.begins[i], end - begin)
+            is_target[begin] = False
+            starts[begin] = True  # also of a later segment of a long document
+            begin = end
+        return ids, is_target, starts
 
-    def next_batch(self, once: bool = False) -> tuple[Tensor, Tensor]:
-        """x, y: int64 (B, T). once: windows of later epochs have no targets, so that each counts once."""
+    def next_batch(self, starts: bool = False, end: int | None = None) -> tuple[Tensor, ...]:
+        """x, y: int64 (B, T), y one token later than x and -100 where that is no target.
+
+        starts: also which tokens of x begin a document, bool (B, T); then those of y that do are no targets.
+        end: windows numbered so or more, such as those of later epochs, have no targets.
+        """
         first = self.counter + self.rank * self.B
         self.counter += self.num_processes * self.B
-        rows = []
+        x, y, marks = [], [], []
         for number in range(first, first + self.B):
             epoch, index = divmod(number, self.num_windows)
-            x, y = self.window(int(self.permutation(epoch)[index]) if self.shuffle else index)
-            rows.append((x, np.full_like(y, -100) if once and epoch else y))
-        x, y = zip(*rows, strict=True)
-        return torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y))
+            if self.shuffle:
+                index = int(self.permutation(epoch)[index])
+            ids, is_target, is_start = self.window(index)
+            if starts:
+                is_target &= ~is_start
+            if end is not None and number >= end:
+                is_target[:] = False
+            x.append(ids[:-1])
+            y.append(np.where(is_target, ids, -100)[1:])
+            marks.append(is_start[:-1])
+        batch = (x, y, marks) if starts else (x, y)
+        return tuple(torch.from_numpy(np.stack(rows)) for rows in batch)
 
 # -----------------------------------------------------------------------------
 # Training
@@ -854,54 +950,61 @@ def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2  # lr at progress 0, min_lr at 1
 
 
-def batch_on(device, loader, vocab_size, once=False):
-    """The loader's next inputs and targets on a device; ValueError for an id outside the vocabulary."""
-    inputs, targets = loader.next_batch(once)
+def batch_on(device, loader, vocab_size, doc_mask, end=None):
+    """The loader's next inputs, targets and, with doc_mask, starts, on a device; see next_batch.
+
+    ValueError for an id outside the vocabulary.
+    """
+    inputs, targets, *starts = loader.next_batch(starts=doc_mask, end=end)
     largest = max(int(inputs.max()), int(targets.max()))
     if largest >= vocab_size:
         raise ValueError(f"{loader.filename_pattern} holds token {largest}, the vocabulary ends at "
                          f"{vocab_size - 1}; tokenize with the tokenizer.model of this training")
-    return inputs.to(device), targets.to(device)
+    return inputs.to(device), targets.to(device), starts[0].to(device) if doc_mask else None
 
 
 @torch.no_grad()
-def evaluate(model, loader, steps, bos_id, byte_lengths, autocast):
-    """(nats per counted target, bits per UTF-8 byte) over the first batches of every rank, no window twice.
+def evaluate(model, loader, num_windows, doc_mask, byte_lengths, autocast):
+    """(nats per counted target, bits per UTF-8 byte) over the first windows, which all ranks share out.
 
     Bits per byte don't depend on the vocabulary, so that models of different ones can be compared.
     byte_lengths: (V,) the UTF-8 bytes of each id, 0 for special tokens.
     """
     nats = count = num_bytes = 0
     loader.reset()
-    for _ in range(steps):
-        inputs, targets = batch_on(byte_lengths.device, loader, len(byte_lengths), once=True)
+    while loader.counter < num_windows:  # It counts for all ranks, so they make the same number of steps.
+        inputs, targets, starts = batch_on(byte_lengths.device, loader, len(byte_lengths), doc_mask,
+                                           end=num_windows)
         with autocast:
-            nats += float(model(inputs, targets, bos_id, reduction="sum"))
-        counted = targets[target_mask(targets, bos_id)]
+            nats += float(model(inputs, targets, starts=starts, reduction="sum"))
+        counted = targets[targets != -100]
         count += len(counted)
         num_bytes += int(byte_lengths[counted].sum())
     nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
     return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)  # a bit is log(2) nats
 
 
-def optimize(model, optimizer, batches, lr, bos_id, grad_clip, autocast, what="the step"):
+def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"):
     """One step of training on this rank's micro-batches: the loss over all ranks and the gradient's norm.
 
-    model: may be wrapped by DDP or sharded by FSDP. batches: (inputs, targets), (B, T) each. ValueError if
-    the loss or the norm of `what` is not finite, before any weight has changed.
+    model: may be wrapped by DDP or sharded by FSDP. batches: (inputs, targets, starts), (B, T) each, starts
+    may be None. If no target counts there is no loss, None, and nothing changes. ValueError if the loss or
+    the norm of `what` is not finite, before any weight has changed.
     """
     device = batches[0][0].device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
     # A mean of means would favour the targets of batches that have few.
-    count = sum(int(target_mask(targets, bos_id).sum()) for _, targets in batches)
+    count = sum(int((targets != -100).sum()) for _, targets, _ in batches)
     [count] = sum_over_ranks([count], device)
+    if count == 0:  # A step would still decay the weights, and move them by the averages of earlier steps.
+        return None, 0.0
     total = torch.zeros((), device=device)
-    for i, (inputs, targets) in enumerate(batches, start=1):
+    for i, (inputs, targets, starts) in enumerate(batches, start=1):
         # DDP: all-reduce the gradients after the last micro-batch only.
         model.require_backward_grad_sync = i == len(batches)
         with autocast:
-            share = model(inputs, targets, bos_id, reduction="sum") / max(count, 1)
+            share = model(inputs, targets, starts=starts, reduction="sum") / count
         # DDP and FSDP average gradients over the ranks; the shares have to be added, hence world_size.
         (share * world_size).backward()
         total += share.detach()
@@ -968,22 +1071,40 @@ def fill_model(model, pieces, seed, device, dtype, fsdp):
     checkpoint.load_weights(model, tensors, device, torch.float32)
 
 
-def check_data(loader, val_loader, tokenizer):
-    """Raises ValueError if training and validation share a file, or hold another tokenizer's tokens."""
-    files.check_apart(loader.files, val_loader.files)
-    files.check_manifests(loader.files + val_loader.files, tokenizer.model_path)
-    for each in (loader, val_loader):
-        batch_on("cpu", each, tokenizer.n_words)  # the first batches, as there may be no manifest
-        each.reset()
+def open_validation(val_data, train_data, *layout, bos_id):
+    """(loader, None where there is nothing to validate on; one line on that, or the loader's remark).
+
+    val_data None: what is named as train_data is, with val for train, where there is such a file. layout:
+    the loader's B, T, process_rank, num_processes.
+    """
+    folder, name = os.path.split(train_data)
+    pattern = os.path.join(folder, name.replace("train", "val")) if val_data is None else val_data
+    if val_data is None and (pattern == train_data or not files.matching(pattern)):
+        return None, (f"no validation: --val_data is not given, and no file is named as {train_data} is, "
+                      "with val for train")
+    try:
+        loader = DistributedShardedDataLoader(pattern, *layout, bos_id=bos_id)
+    except NoTargetError as error:
+        return None, f"no validation: {error}"
+    return loader, loader.remark
+
+
+def check_data(loaders, tokenizer):
+    """Raises ValueError if loaders, of training and validation, share a file or have other token ids."""
+    files.check_apart(*(loader.files for loader in loaders))
+    for loader in loaders:
+        files.check_manifests(loader.files, tokenizer.model_path)
+        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # the first: there may be no manifest
+        loader.reset()
 
 
 def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
-          val_data: str = "tinystories/TinyStories_val.bin", out_dir: str = "out/train",
+          val_data: str | None = None, out_dir: str = "out/train",
           preset: str | None = None, ckpt_dir: str | None = None, tokenizer_path: str | None = None,
           batch_size: int = 4, seq_len: int = 1024, total_batch_tokens: int | None = None,
           steps: int | None = None, epochs: int = 1, lr: float = 1e-5, min_lr: float | None = None,
           warmup_steps: int = 10, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
-          grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 20, sample_interval: int = 0,
+          grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80, sample_interval: int = 0,
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
           fsdp: bool = False, device: str | None = None, dtype: str = "bfloat16", compile: bool = False):
@@ -991,7 +1112,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     Args:
         train_data: pattern of the .bin shards to train on
-        val_data: pattern of the .bin shards to validate on
+        val_data: pattern of the .bin shards to validate on; None: train_data's with val for train, if there
         out_dir: folder that takes log.jsonl, loss.png and the checkpoints
         preset: shape to train from scratch, such as demo or llama3.2-1b; needs --tokenizer_path
         ckpt_dir: checkpoint directory to finetune
@@ -1008,7 +1129,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         betas: how slowly AdamW's averages of gradients and of their squares change
         grad_clip: largest norm of the gradient; 0: any
         eval_interval: steps from one evaluation to the next; the last step is always evaluated
-        eval_steps: batches of an evaluation; 0: all
+        eval_steps: windows that an evaluation looks at, the first ones; 0: all
         sample_interval: steps from one set of printed samples to the next; 0: none
         save_interval: steps from one checkpoint to the next; 0: only the last step, or one ended by a signal
         keep: how many checkpoints stay, the newest ones
@@ -1035,25 +1156,29 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     fast.keep_freed_memory(place)
 
     # What to train on, and where.
-    loader = DistributedShardedDataLoader(train_data, batch_size, seq_len, rank, world_size, shuffle, seed)
-    val_loader = DistributedShardedDataLoader(val_data, batch_size, seq_len, rank, world_size)
-    run = Run(out_dir, resume, rank == 0, floor=entropy_floor(Path(val_loader.files[0]).parent))
+    run = Run(out_dir, resume, rank == 0)
     tokenizer, model, pieces = training_source(run.newest, ckpt_dir, preset, tokenizer_path)
-    check_data(loader, val_loader, tokenizer)
+    layout = batch_size, seq_len, rank, world_size
+    loader = DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.bos_id)
+    val_loader, val_remark = open_validation(val_data, train_data, *layout, bos_id=tokenizer.bos_id)
+    check_data([loader, val_loader] if val_loader else [loader], tokenizer)
+    eval_windows = 0
+    if val_loader:
+        run.floor = entropy_floor(Path(val_loader.files[0]).parent)
+        eval_windows = min(eval_steps or val_loader.num_windows, val_loader.num_windows)
     micro_batch_tokens = batch_size * seq_len * world_size
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
     expect(total_batch_tokens % micro_batch_tokens == 0, "total_batch_tokens", total_batch_tokens,
            f"a multiple of batch_size * seq_len * processes = {micro_batch_tokens}")
     micro_batches = total_batch_tokens // micro_batch_tokens
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
-    val_batches = math.ceil(val_loader.num_windows / (batch_size * world_size))
-    eval_steps = min(eval_steps or val_batches, val_batches)
 
     # The model, the optimizer, and where an earlier run stopped.
     num_parameters = sum(p.numel() for p in model.parameters())
     files.check_disk("a checkpoint", 12 * num_parameters, run.out_dir)  # weights and AdamW's two averages
     fill_model(model, pieces, seed, place, compute_dtype, fsdp)
-    model.args.max_seq_len = max(model.args.max_seq_len, seq_len)  # Sampling may use what was trained.
+    # Sampling may use what was trained: before the first step or in it.
+    model.args.max_seq_len = max(model.args.max_seq_len, seq_len) if pieces else seq_len
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     order = dict(seq_len=seq_len, shuffle=shuffle, seed=seed)  # On resuming, these have to be the same.
@@ -1068,28 +1193,29 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
     autocast = torch.autocast(place.type, compute_dtype, enabled=dtype != "float32" and not fsdp)
 
-    bos_id = tokenizer.bos_id if doc_mask else None  # the token at which documents begin
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
     min_lr = lr / 10 if min_lr is None else min_lr
     peak_flops = fast.measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
+        for remark in filter(None, (loader.remark, val_remark)):
+            print(remark)
         print(f"{num_parameters:,} parameters on {world_size} x {place} in {compute_dtype}, {steps:,} steps "
               f"of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
 
     for step in run.steps(progress["step"] + 1, steps):
         start = time.perf_counter()
         first_window = loader.counter
-        batches = [batch_on(place, loader, tokenizer.n_words) for _ in range(micro_batches)]
+        batches = [batch_on(place, loader, tokenizer.n_words, doc_mask) for _ in range(micro_batches)]
         lr_now = learning_rate_at(step, steps, lr, min_lr, warmup_steps)
-        loss, grad_norm = optimize(wrapped, optimizer, batches, lr_now, bos_id, grad_clip, autocast,
+        loss, grad_norm = optimize(wrapped, optimizer, batches, lr_now, grad_clip, autocast,
                                    f"step {step} (windows {first_window} to {loader.counter - 1})")
         tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
         record = dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
                       mfu=model.flops_per_token(seq_len) * tokens_per_s / peak_flops,
                       memory=fast.used_memory(place))
-        if step == steps or step % eval_interval == 0:
-            record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_steps, bos_id,
+        if val_loader and (step == steps or step % eval_interval == 0):
+            record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_windows, doc_mask,
                                                              byte_lengths, autocast)
         run.log(record)  # before saving: a run killed in between cuts this line when it resumes
         [signals] = sum_over_ranks([len(run.signals)], place)
@@ -1181,11 +1307,11 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
             texts = (story for shard in shards[1:] for story in tiny_stories.read_stories(shard))
             vocabulary = train_tokenizer(texts, 2048, data / "tokenizer.model").model_path
             tiny_stories.tokenize(str(data), vocabulary, num_workers=1)  # 1 s; workers start slower
-            bins = glob.escape(str(data))  # The folder's own name may have a * or [.
-            train(train_data=f"{bins}/TinyStories_train*.bin", val_data=f"{bins}/TinyStories_val.bin",
-                  out_dir=str(part), preset="demo", tokenizer_path=vocabulary, batch_size=6,
-                  seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30, eval_interval=300,
-                  eval_steps=0, save_interval=0, shuffle=True, dtype=fast.fast_dtype())
+            train(train_data=str(data / "TinyStories_train*.bin"),
+                  val_data=str(data / "TinyStories_val.bin"), out_dir=str(part), preset="demo",
+                  tokenizer_path=vocabulary, batch_size=6, seq_len=256, steps=1200, lr=3e-3, min_lr=0.0,
+                  warmup_steps=30, eval_interval=300, eval_steps=0, save_interval=0, shuffle=True,
+                  dtype=fast.fast_dtype())
             expect((part / "loss.png").exists(), "the demo", "cut short", "a whole run; start it again")
     sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 

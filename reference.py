@@ -180,7 +180,11 @@ class Llama:
     def build(ckpt_dir, tokenizer_path=None, max_seq_len=None):
         """Reads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another."""
         try:
-            args = json.loads(Path(ckpt_dir, "params.json").read_text())
+            args = {}
+            for path in (Path(ckpt_dir, "params.json"), Path(ckpt_dir, "llama31.json")):
+                if path.name == "params.json" or path.is_file():  # Meta's folders have no llama31.json.
+                    args |= json.loads(path.read_text(encoding="utf-8-sig"))
+            context = 131072 if args.get("use_scaled_rope") else 8192  # of Llama 3.1 and later, of Llama 3
             weights = read_weights(ckpt_dir)
             forward(weights, args, [0])  # fails if a tensor is missing or has a size that doesn't fit
             # A layer has seven matrices and two norms; the embedding, the last norm and the output follow.
@@ -196,7 +200,7 @@ class Llama:
         tokenizer = Tokenizer(path) if tokenizer_path or path.is_file() else None
         if tokenizer and tokenizer.n_words != len(weights["tok_embeddings.weight"]):
             raise ValueError(f"{path}: {tokenizer.n_words} tokens, not as many as the model of {ckpt_dir}")
-        return Llama(weights, args, tokenizer, max_seq_len or args.get("max_seq_len", 2048))
+        return Llama(weights, args, tokenizer, max_seq_len or args.get("max_seq_len", context))
 
     @torch.no_grad()
     def generate(self, prompt_tokens, max_gen_len, seed=1337, echo=False, stop_tokens=None, **settings):

@@ -1,7 +1,8 @@
 """Checkpoint directories in and out, strict, and what a training run keeps in them.
 
 A directory is Meta's: params.json, tokenizer.model, and the weights in one or several consolidated.NN.pth.
-Only the names of tensors and how Meta splits them are known here: a model is a value with parameters.
+What Meta's loader doesn't take from params.json lies in llama31.json beside it. Only the names of tensors
+and how Meta splits them are known here: a model is a value with parameters.
 """
 
 import dataclasses
@@ -18,8 +19,37 @@ import torch.distributed as dist
 from plumbing.files import complete_folder
 from plumbing.parallel import whole_weights
 
+OUR_PARAMS = "llama31.json"
+OUR_FIELDS = ("rope_scale_factor", "tie_word_embeddings", "max_seq_len")
+
 # -----------------------------------------------------------------------------
 # Reading
+
+
+def read_params(path, shape):
+    """(shape(**fields), fields): a dataclass out of params.json and of llama31.json beside it, if there.
+
+    FileNotFoundError, or ValueError that names the file and the field at fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
+    known = [field.name for field in dataclasses.fields(shape)]
+    fields = {}
+    for file in (path, path.with_name(OUR_PARAMS)):
+        if not file.exists():  # Meta's folders have no llama31.json.
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8-sig"))
+            if not isinstance(found, dict):
+                raise ValueError(f"found {json.dumps(found):.40}; expected an object of fields")
+            if unknown := sorted(found.keys() - known):
+                raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
+            fields |= found
+            args = shape(**fields)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return args, fields
 
 
 def split_dim(name):
@@ -166,13 +196,16 @@ def load_weights(model, tensors, device, dtype):
 def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, optimizer_dir=None):
     """Writes a checkpoint directory, Meta's, which appears under its name when complete.
 
-    params: of params.json, a dictionary or a dataclass such as ModelArgs. state: name -> tensor. progress,
+    params: the shape, a dictionary or a dataclass such as ModelArgs. state: name -> tensor. progress,
     optimizer_dir: what resuming needs, a dictionary that is written and a folder that is moved inside.
     """
     if dataclasses.is_dataclass(params):
         params = dataclasses.asdict(params)
     with complete_folder(path) as part:
-        (part / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+        ours = {name: value for name, value in params.items() if name in OUR_FIELDS}
+        metas = {name: value for name, value in params.items() if name not in OUR_FIELDS}
+        for name, fields in (("params.json", metas), (OUR_PARAMS, ours)):
+            (part / name).write_text(json.dumps(fields, indent=2) + "\n")
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, part / "tokenizer.model")
         for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):

@@ -5,6 +5,7 @@ text as int64, zeros), then the tokens as little-endian uint32: the format of ka
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -81,6 +82,15 @@ def check_disk(what, num_bytes, folder):
                       "room or choose a folder on another disk")
 
 
+def matching(pattern):
+    """The files that a pattern matches, by name; names that exist may have *, ? and [ in them."""
+    parts = Path(pattern).parts
+    known = 0  # so many parts, taken as they are, lead to something that exists
+    while known < len(parts) and os.path.exists(os.path.join(*parts[:known + 1])):
+        known += 1
+    return sorted(glob.glob(os.path.join("", *map(glob.escape, parts[:known]), *parts[known:])))
+
+
 def read_lines(path):
     """The lines of a text file; ValueError if it isn't in UTF-8."""
     try:
@@ -131,7 +141,48 @@ def read_tokens(path, first=0, count=-1):
     return np.fromfile(path, dtype="<u4", count=count, offset=HEADER_BYTES + 4 * first)
 
 
-def check_apart(train_files, val_files):
+def split_marks(stored, version, bos_id=None):
+    """Stored tokens as ids, whether they are targets, and whether they begin a document.
+
+    bos_id: the id that begins documents in versions 7 and 8, None if none does.
+    """
+    if version == MARKING_VERSION:
+        return stored % START, stored < MASKED, (stored & START) > 0
+    ids = stored % MASKED if version == MASKING_VERSION else stored
+    is_target = (stored < MASKED) | (version == VERSION)
+    return ids, is_target, ids == bos_id
+
+
+def find_documents(path, bos_id=None, block=2**22):
+    """Where the documents of a shard lie and what of them is learned, as arrays with an entry for each.
+
+    The number of its first token; its length; how many tokens into it the first target comes, its length if
+    there is none; whether any of it is masked. A document's first token, which nothing foretells, counts as
+    neither target nor masked. bos_id: as in split_marks. block: tokens that are read at once.
+    """
+    header = read_header(path)
+    nothing = np.empty(0, dtype=np.int64)
+    begins, targets, masks = [nothing], [nothing], [nothing]
+
+    def run_begins(flags):
+        return np.flatnonzero(flags & np.diff(flags, prepend=False))
+
+    for offset in range(0, header.num_tokens, block):
+        _, is_target, starts = split_marks(read_tokens(path, offset, block), header.version, bos_id)
+        starts[0] |= offset == 0  # whatever a file begins with
+        begins.append(offset + np.flatnonzero(starts))
+        # Where runs of targets and of masked tokens begin: the first one of a document begins a run.
+        targets.append(offset + run_begins(is_target & ~starts))
+        masks.append(offset + run_begins(~is_target & ~starts))
+    begins = np.concatenate(begins)
+    ends = np.append(begins[1:], header.num_tokens)
+    first_target, first_mask = (
+        np.append(found, header.num_tokens)[np.searchsorted(found, begins)]
+        for found in map(np.concatenate, (targets, masks)))
+    return begins, ends - begins, np.minimum(first_target, ends) - begins, first_mask < ends
+
+
+def check_apart(train_files, val_files=()):
     """Raises ValueError if a shard is among both."""
     shared = set(map(os.path.realpath, train_files)) & set(map(os.path.realpath, val_files))
     if shared:

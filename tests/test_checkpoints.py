@@ -126,7 +126,7 @@ def test_a_saved_checkpoint_carries_the_detected_rope_scale_factor(tmp_path, cap
     args = ModelArgs.from_json(path)
     assert args.rope_scale_factor == 32 and capsys.readouterr().err.count("rope_scale_factor is 32") == 1
     save_checkpoint(tmp_path / "saved", args, {})
-    assert json.loads((tmp_path / "saved" / "params.json").read_text())["rope_scale_factor"] == 32
+    assert json.loads((tmp_path / "saved" / "llama31.json").read_text())["rope_scale_factor"] == 32
     assert ModelArgs.from_json(tmp_path / "saved" / "params.json").rope_scale_factor == 32
     assert capsys.readouterr().err == ""
 

@@ -19,6 +19,7 @@ from tiny import SCALED, assert_close, random_model, random_tokens, write_checkp
 
 import convert
 import llama31
+import reference
 from plumbing import cli
 from plumbing.checkpoint import merge_pieces
 from tokenizer import Tokenizer
@@ -477,6 +478,7 @@ def test_metas_params_without_a_context_length_get_the_published_one(tmp_path):
         params = json.loads((tmp_path / "meta" / "params.json").read_text())
         del params["max_seq_len"]
         (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
+        assert reference.Llama.build(tmp_path / "meta").max_seq_len == length
         convert.to_hf(tmp_path / "meta", tmp_path / "hf")
         assert load_hf(tmp_path / "hf").config.max_position_embeddings == length
         shutil.rmtree(tmp_path / "meta")

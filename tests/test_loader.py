@@ -250,7 +250,7 @@ def assert_names(message, *said):
 
 
 @pytest.mark.parametrize("damage, said", [
-    (dict(magic=3), [3, 20240801]), (dict(version=6), [6, 7]), (dict(version=9), [9, 7, 8]),
+    (dict(magic=3), [3, 20240801]), (dict(version=6), [6, 7]), (dict(version=10), [10, 7, 9]),
     (dict(count=40), [40, HEADER + 160, HEADER + 36]), (dict(count=8), [8, HEADER + 32, HEADER + 36]),
     (dict(count=0), [0, HEADER + 36]), (dict(count=-1), ["-1", HEADER + 36]),
     (dict(count=-2**31), ["-2147483648", HEADER + 36])])
@@ -276,7 +276,7 @@ def test_a_file_with_too_much_is_named_with_its_size(tmp_path):
     assert_names(error_of(tmp_path / "*.bin"), tmp_path / "a.bin", 9, HEADER + 36, HEADER + 39)
 
 
-@pytest.mark.parametrize("sizes", [[0], [1], [4], [4, 4, 4, 0]])
+@pytest.mark.parametrize("sizes", [[0], [1], [1, 0, 1]])
 def test_too_little_data_for_one_window_is_named_with_its_numbers(tmp_path, sizes):
     write_shards(tmp_path, sizes)
     assert_names(error_of(tmp_path / "*.bin"), tmp_path / "*.bin", sum(sizes), 5)

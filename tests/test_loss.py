@@ -176,7 +176,7 @@ def test_flex_attention_has_the_logits_of_the_boolean_mask():
     tokens = torch.cat([packed(70, 60, 20), packed(1, 140, 9)])
     positions = torch.arange(150)[None]
     with torch.no_grad():
-        expected = model.trunk(tokens, positions, document_mask(tokens, BOS))
+        expected = model.trunk(tokens, positions, document_mask(tokens == BOS))
         assert_close(model.trunk(tokens, positions, flex_mask(tokens)), expected)
 
 
