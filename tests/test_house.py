@@ -10,8 +10,8 @@ from tiny import ROOT
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
     "llama31.py": 1200,
-    "tokenizer.py": 410,  # 360, and the kinds of messages that files have
-    "tiny_stories.py": 420,
+    "tokenizer.py": 415,  # 360, and the kinds of messages that files have
+    "tiny_stories.py": 430,  # 420, and what text() says of its splits
     "stories.py": 400,
     "reference.py": 270,
     "convert.py": 330,  # 300 once config.json, too, lies in plumbing/huggingface.py
@@ -27,7 +27,8 @@ BUDGETS = {
     "plumbing/files.py": 195,  # 130, and the checks and messages of shards and manifests
     "plumbing/cli.py": 170,  # 110, and lists, switches with a number, checks of settings, escapes
     "plumbing/download.py": 160,
-    "plumbing/documents.py": 300,
+    "plumbing/documents.py": 385,  # 300, and rows of every kind, folders, patterns, encodings
+    "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
     "plumbing/workers.py": 60,  # processes that share out jobs, out of tiny_stories.py
 }
 SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
