@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import assert_close, output, random_model, read_log, sentences, shard_tokens
+from tiny import ROOT, assert_close, output, random_model, read_log, sentences, shard_tokens
 
 import llama31
 import tiny_stories
@@ -372,3 +372,24 @@ def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokeniz
             llama31.train(out_dir=str(tmp_path / "no"), tokenizer_path=tokenizer_path, **flags)
     (data / "manifest.json").unlink()
     llama31.train(out_dir=str(tmp_path / "free"), tokenizer_path=str(other), **flags)
+
+
+# ---------------------------------------------------------------- scripts
+
+UNGUARDED = """
+import sys
+from tiny_stories import text
+print("once")
+text(input=[sys.argv[1]], data_dir=sys.argv[2], tokenizer_path=sys.argv[3], num_workers=2)
+"""
+
+
+def test_text_works_in_a_script_without_a_main_guard(tmp_path, tokenizer_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    expected = prepare(tmp_path, [path], tokenizer_path, data_dir=str(tmp_path / "expected"))
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    said = output(tmp_path / "script.py", path, tmp_path / "data", tokenizer_path,
+                  env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert said.count("once") == 1
+    for name in "train.bin", "val.bin":
+        assert (tmp_path / "data" / name).read_bytes() == (expected / name).read_bytes()
