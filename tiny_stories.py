@@ -333,12 +333,13 @@ def split_documents(paths, field, separator, val_fraction, folder):
         if "messages" in record and not any(map(is_learned, record["messages"])):
             seen["unlearned"] += 1
             continue
-        if not any(map(str.strip, texts_of(record))):
+        texts = texts_of(record)
+        if not any(map(str.strip, texts)):
             seen["empty"] += 1
             continue
-        spelled = sum(len(SPELLED.findall(text)) for text in texts_of(record))
-        seen["spelled"] += spelled
-        seen["spelling"] += spelled > 0
+        if spelled := sum(len(SPELLED.findall(text)) for text in texts):
+            seen["spelled"] += spelled
+            seen["spelling"] += 1
         line = json.dumps(record)
         place = int.from_bytes(hashlib.sha256(line.encode()).digest()[:6]) / 2**48
         least = min(least, place)

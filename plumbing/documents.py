@@ -15,7 +15,7 @@ import shlex
 import zlib
 
 from plumbing.cli import unescape
-from plumbing.files import MANIFEST
+from plumbing.files import MANIFEST, matching
 from tokenizer import read_dialog
 
 BLOCK = 2**20  # characters that are read at once
@@ -54,7 +54,7 @@ def find_inputs(inputs):
     paths = []
     left_out = 0
     for name in map(os.fspath, inputs):
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        matches = [name] if os.path.exists(name) else matching(name)
         if not matches:
             missing = "file that matches" if glob.has_magic(name) else "such file"
             raise FileNotFoundError(f"{name}: found no {missing}, expected --input PATH...")
@@ -115,15 +115,17 @@ def read_documents(path, field, separator, block=BLOCK):
     check_kind(path)
     open_text = gzip.open if path.lower().endswith(".gz") else open
     with open_text(path, "rt", encoding="utf-8-sig") as file:
+        expected = (f'expected {{"{field}": text}}, see --field, or messages, conversations, prompt and '
+                    "completion, or instruction and output")
         if KINDS[kind_of(path)] == "UTF-8 text":
+            field = FIELD
             rows = ({field: check_zeros(piece)} for piece in split_at(file, separator, block))
+            expected = "expected that"
         elif kind_of(path) == ".parquet":
             rows = read_parquet(path, field)
         else:
             # No line at all is JSON Lines of no document, but no JSON.
             rows = read_json(file, block, may_be_empty=kind_of(path) != ".json")
-        expected = (f'expected {{"{field}": text}}, see --field, or messages, conversations, prompt and '
-                    "completion, or instruction and output")
         yield from read_records(path, "document", rows, field, expected)
 
 
@@ -150,12 +152,22 @@ def fault(error, path):
         return str(error)
     why = str(error)
     if isinstance(error, UnicodeDecodeError):
-        encoding = "UTF-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
-        why = (f"byte {error.object[error.start]:#x}; if it is {encoding}, iconv -f {encoding} -t UTF-8 "
-               f"{shlex.quote(path)} > NEW makes it UTF-8")
+        name = likely_encoding(error.object)
+        why = (f"byte {error.object[error.start]:#04x}, perhaps {name}: iconv -f "
+               f"{name.replace('Latin-', 'latin')} -t UTF-8 {shlex.quote(path)} > NEW converts it")
     elif isinstance(error, json.JSONDecodeError):
         why = error.msg  # Its line and column count from the beginning of a block.
     return f"found no {KINDS[kind_of(path)]} ({why})"
+
+
+def likely_encoding(data):
+    """The encoding that bytes which aren't UTF-8 text are likely to be in."""
+    head = data[:64]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    if head.count(0) * 3 > len(head):
+        return "UTF-16LE" if head[1] == 0 else "UTF-16BE"
+    return "Latin-1"
 
 # -----------------------------------------------------------------------------
 # Records
@@ -171,19 +183,19 @@ def record_of(row, field, expected) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"found {shown(row)}, {expected}")
     has = {key for key, value in row.items() if value is not None}
-    if field in has and field != FIELD:
+    if field in has and field not in (FIELD, "messages", "conversations"):
         return {"story": text_under(row, field, expected)}
     if "messages" in has:
         return {"messages": read_dialog(row["messages"])}
     if "conversations" in has:
-        return {"messages": read_dialog(system_of(row) + turns_of(row["conversations"]))}
+        return {"messages": system_of(row) + read_dialog(turns_of(row["conversations"]))}
     if {"prompt", "completion"} <= has:
         return completion_of(row["prompt"], row["completion"])
     if {"instruction", "output"} <= has:
-        return {"messages": read_dialog(system_of(row) + exchange_of(row))}
+        return {"messages": system_of(row) + exchange_of(row)}
     if field in has:
         return {"story": text_under(row, field, expected)}
-    raise ValueError(f"found values of {', '.join(map(str, row)) or 'nothing':.60}, {expected}")
+    raise ValueError(f"found keys {shown(list(row))}, {expected}")
 
 
 def shown(value):
@@ -279,10 +291,9 @@ def split_at(file, separator, block=BLOCK):
 
 def check_zeros(text):
     """Returns a text; ValueError if it is UTF-16 without a byte order mark, which reads as UTF-8, too."""
-    head = text[:64]
-    if head.count("\0") * 3 > len(head):
-        encoding = "UTF-16LE" if head[1] == "\0" else "UTF-16BE"
-        raise ValueError(f"found zeros between characters, as in {encoding}; iconv -f {encoding} -t UTF-8")
+    head = text[:64].encode()
+    if likely_encoding(head) != "Latin-1":
+        raise UnicodeDecodeError("utf-8", head, head.index(0), head.index(0) + 1, "zeros between characters")
     return text
 
 

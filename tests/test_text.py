@@ -185,7 +185,7 @@ def test_an_interrupted_run_tokenizes_only_what_is_unfinished(tmp_path, tokenize
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "document 1: found no"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "document 1: found text 3"),
     ("a.jsonl", b'{"text": "a"}\n["b"]', "document 1: found .\"b\""),
-    ("a.jsonl", b'{"text": null, "id": 7}', "document 0: found values of text, id"),
+    ("a.jsonl", b'{"text": null, "id": 7}', "document 0: found keys .\"text\", \"id\""),
     ("a.json", b'[{"text": "a"}, 3]', "document 1: found 3"), ("a.json", b"", "document 0: found nothing"),
     ("a.jsonl.gz", b"plain", "document 0: .*[Nn]ot a gzipped"), ("a.csv", b"a,b", "found .csv"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 900, mtime=0)[:-12], "found no"),
