@@ -219,7 +219,8 @@ def read_content(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"content: expected one str, found {type(content).__name__} {content!r:.60}")
+        raise ValueError(f"content: expected one str, found {type(content).__name__} {content!r:.60}; give "
+                         "text, or a list of parts of text")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else part

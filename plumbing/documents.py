@@ -387,6 +387,8 @@ def read_parquet(path, field):
     def rows():
         file = parquet.ParquetFile(path)
         columns = [name for name in (*COLUMNS, field) if name in file.schema_arrow.names]
+        if not columns:
+            raise ValueError(f"found columns {shown(file.schema_arrow.names)}")
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             yield from batch.to_pylist()
     return rows()

@@ -374,6 +374,19 @@ def test_rows_that_are_not_utf_8_are_called_so(tmp_path):
             list(documents.read_documents(str(tmp_path / "a.jsonl"), "text", None))
 
 
+def test_parquet_has_the_rows_that_json_has(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    rows = [{"messages": [USER | {"weight": None}, ANSWER | {"weight": 0}], "text": None}, {"text": "flat"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert list(documents.read_documents(path, "text", None)) == [
+        {"messages": [USER, ANSWER | {"weight": 0}]}, {"story": "flat"}]
+    parquet.write_table(pyarrow.table({"body": ["a"]}), path)
+    with pytest.raises(ValueError, match=r'document 0: found columns \["body"\], expected .*--field'):
+        list(documents.read_documents(path, "text", None))
+
+
 # ---------------------------------------------------------------- what the splits are good for
 
 
