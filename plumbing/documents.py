@@ -153,8 +153,9 @@ def fault(error, path):
     why = str(error)
     if isinstance(error, UnicodeDecodeError):
         name = likely_encoding(error.object)
-        why = (f"byte {error.object[error.start]:#04x}, perhaps {name}: iconv -f "
-               f"{name.replace('Latin-', 'latin')} -t UTF-8 {shlex.quote(path)} > NEW converts it")
+        unpack = "gzip -dc" if path.lower().endswith(".gz") else "cat"
+        why = (f"byte {error.object[error.start]:#04x}, perhaps {name}: {unpack} {shlex.quote(path)} | "
+               f"iconv -f {name.replace('Latin-', 'latin')} -t UTF-8 > NEW converts it")
     elif isinstance(error, json.JSONDecodeError):
         why = error.msg  # Its line and column count from the beginning of a block.
     return f"found no {KINDS[kind_of(path)]} ({why})"

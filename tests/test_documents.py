@@ -3,6 +3,9 @@
 import gzip
 import io
 import json
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -355,15 +358,18 @@ def test_a_path_that_exists_is_no_pattern(tmp_path):
     assert documents.find_inputs([tmp_path / "run[1]/a*"]) == ([str(tmp_path / "run[1]/a[0-9].txt")], 0)
 
 
+@pytest.mark.skipif(not shutil.which("iconv"), reason="there is no iconv to try the command that is said")
 @pytest.mark.parametrize("encoding, said", [
-    ("latin1", "Latin-1: iconv -f latin1"), ("utf-16", "UTF-16: iconv -f UTF-16"),
-    ("utf-16-le", "UTF-16LE: iconv -f UTF-16LE"), ("utf-16-be", "UTF-16BE: iconv -f UTF-16BE")])
+    ("latin1", "latin1"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")])
 @pytest.mark.parametrize("text", ["früher und später", "plain letters alone é"])
 def test_text_that_is_not_utf_8_is_called_so_and_how_to_convert_it(tmp_path, encoding, said, text):
-    (tmp_path / "notes.txt").write_bytes(text.encode(encoding))
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match="notes.txt, document 0: found no UTF-8 text .*, expected") as error:
-        list(documents.read_documents(str(tmp_path / "notes.txt"), "text", None))
-    assert f"perhaps {said} -t UTF-8 {tmp_path}/notes.txt > NEW" in str(error.value)
+        list(documents.read_documents(str(path), "text", None))
+    [command] = re.findall(": (cat .*) > NEW converts it", str(error.value))
+    assert subprocess.check_output(command, shell=True, text=True).lstrip("\ufeff") == text
+    assert f"iconv -f {said} -t UTF-8" in command
     assert "JSON" not in str(error.value) and "\n" not in str(error.value)
 
 

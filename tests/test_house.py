@@ -27,7 +27,7 @@ BUDGETS = {
     "plumbing/files.py": 195,  # 130, and the checks and messages of shards and manifests
     "plumbing/cli.py": 170,  # 110, and lists, switches with a number, checks of settings, escapes
     "plumbing/download.py": 160,
-    "plumbing/documents.py": 385,  # 300, and rows of every kind, folders, patterns, encodings
+    "plumbing/documents.py": 400,  # 300, and rows of every kind, folders, patterns, encodings
     "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
     "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
 }
