@@ -82,7 +82,8 @@ def note(text):
 def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None = None,
          max_seq_len: int | None = None, max_gen_len: int = 256,
          temperature: float = Sampler.temperature, top_p: float = Sampler.top_p, top_k: int = Sampler.top_k,
-         min_p: float = Sampler.min_p, seed: int = Sampler.seed, device: str | None = None,
+         min_p: float = Sampler.min_p, repetition_penalty: float = Sampler.repetition_penalty,
+         seed: int = Sampler.seed, device: str | None = None,
          dtype: str | None = None, compile: bool = False, quantize: str | None = None):
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
@@ -99,6 +100,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         top_p: draw only from the fewest tokens that together have this probability
         top_k: draw only from so many of the likeliest tokens; 0: all
         min_p: draw only from tokens at least this fraction as likely as the likeliest
+        repetition_penalty: above 1 makes tokens that the dialog has so far less likely
         seed: the same seed and messages give the same answers
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
@@ -113,7 +115,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     if llama.tokenizer is None:
         raise ValueError(f"{ckpt_dir} has no tokenizer.model; put it there or give --tokenizer_path")
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
-                                top_k=top_k, min_p=min_p)
+                                top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
     if sys.stdin is None:  # Whoever started this process has closed it.
         return
     terminal = sys.stdin.isatty()

@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -519,34 +519,64 @@ class Sampler:
     top_p: float = 0.9  # only the fewest tokens that hold this probability (Holtzman et al., 2020)
     top_k: int = 0  # only so many of the likeliest; 0: all
     min_p: float = 0.0  # only tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens that the text has so far less likely
     seed: int = 1337  # row i of a batch draws with seed + i, so that its text doesn't depend on the others
 
     def __post_init__(self):
         expect_at_least(0, temperature=self.temperature, top_k=self.top_k)
         expect(0 <= self.top_p <= 1, "top_p", self.top_p, "0 to 1")
         expect(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        expect(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty,
+               "a number above 0")
         expect(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
 
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> int:
-        """One token id drawn from logits (V,)."""
+    def __call__(self, logits: Tensor, generator: torch.Generator | None = None,
+                 text: Collection[int] = ()) -> int:
+        """One token id drawn from logits (V,), to stand behind the ids of a text.
+
+        One uniform number is taken from the generator, and applied by inverse CDF over the tokens that are
+        kept, in the order of their ids. At temperature 0 none is taken, and the first of equals wins.
+        ValueError if the largest logit isn't finite.
+        """
+        # NumPy's operations begin within a microsecond: on arrays of this size they are twice as fast.
+        scores = logits.float().cpu().numpy()
+        if self.repetition_penalty != 1:
+            scores = self.penalized(scores, text)
+        if not math.isfinite(scores.max()):
+            raise ValueError(f"found {scores.max()} as the largest logit; expected a finite one")
         if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
-            return int(logits.argmax())
-        logits = logits.float().cpu()
-        probs = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
+            return int(scores.argmax())
+        weights = np.exp((scores - scores.max()) / np.float32(self.temperature))  # 1 for the likeliest token
+        ids = self.kept(weights)
+        cdf = weights[ids].cumsum(dtype=np.float64)
+        uniform = float(torch.rand((), dtype=torch.float64, generator=generator)) * cdf[-1]
+        return int(ids[cdf.searchsorted(uniform, side="right")])
+
+    def penalized(self, scores, text):
+        """The logits with a text's tokens made less likely, each once (Keskar et al., 2019)."""
+        ids = np.fromiter(set(text), dtype=np.int64)
+        scores = scores.copy()
+        held = scores[ids]
+        # Dividing a negative logit would make its token likelier.
+        scores[ids] = np.where(held < 0, held * self.repetition_penalty, held / self.repetition_penalty)
+        return scores
+
+    def kept(self, weights):
+        """The ids that the limits leave, ascending; weights (V,) are probabilities times a constant."""
+        total = weights.sum(dtype=np.float64)
         # Sorting all of V is slow: those rarer than this hold less than 1 - top_p together (0.9: rounding).
-        ids = (probs >= 0.9 * (1 - self.top_p) / len(probs)).nonzero()[:, 0]
-        probs, order = probs[ids].sort(descending=True, stable=True)
-        kept = probs >= self.min_p * probs[0]
+        rare = 0.9 * (1 - self.top_p) / len(weights) * total
+        ids = np.flatnonzero(weights >= max(rare, self.min_p))
+        if self.top_p == 1 and self.top_k == 0:
+            return ids
+        ids = ids[np.argsort(-weights[ids], kind="stable")]  # the likeliest first; of equals, the lower id
+        count = len(ids)
         if self.top_p < 1:
-            kept &= probs.cumsum(-1) - probs < self.top_p  # The likelier tokens hold less.
+            likelier = weights[ids].cumsum(dtype=np.float64) - weights[ids]  # what the tokens before hold
+            count = np.count_nonzero(likelier < self.top_p * total)
         if self.top_k:
-            kept[self.top_k:] = False
-        kept[0] = True  # whatever the limits say, also where top_p is 0
-        # argmax(probs / exponential noise) draws with these probabilities, like torch.multinomial. V numbers
-        # are taken, whatever is kept, so that a row's later draws don't depend on its limits.
-        noise = torch.empty_like(logits).exponential_(generator=generator)
-        choice = (probs * kept / noise[:len(ids)]).argmax()  # a place in the sorted order
-        return int(ids[order[choice]])
+            count = min(count, self.top_k)
+        return np.sort(ids[:max(count, 1)])  # one, also where top_p is 0
 
 # -----------------------------------------------------------------------------
 # Generation
@@ -629,15 +659,15 @@ class Llama:
         expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
-        lengths = [len(prompt) for prompt in prompt_tokens]  # They grow with the rows.
+        texts = [list(prompt) for prompt in prompt_tokens]  # each with what has been drawn behind it
         if caches is None:
-            caches = self.new_caches(B, min(self.max_seq_len, max(lengths) + max_gen_len))
+            room = max(map(len, texts)) + max_gen_len
+            caches = self.new_caches(B, min(self.max_seq_len, room))
         device = self.model.norm.weight.device
         unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
         width = max(len(row) for row in unread)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)  # (B, T)
         last = [len(row) - 1 for row in unread]  # the column of each row's last token
-        newest = [prompt[-1] for prompt in prompt_tokens]
         ended = [False] * B
         # On the CPU, so that a seed's text is the same on every device.
         generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
@@ -646,23 +676,24 @@ class Llama:
             if not torch.stack(torch.aminmax(logits)).isfinite().all():  # All are if the extremes are.
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
+            scores = logits.cpu()  # one copy for all rows
             drawn: list[int | None] = [None] * B
             for i in range(B):
                 if ended[i]:
                     continue
-                token = sampler(logits[i], generators[i])
+                token = sampler(scores[i], generators[i], texts[i])
                 if token in stop_tokens:  # It is not part of the text.
                     ended[i] = True
                     continue
-                drawn[i] = newest[i] = token
-                lengths[i] += 1
-                ended[i] = lengths[i] >= self.max_seq_len
+                drawn[i] = token
+                texts[i].append(token)
+                ended[i] = len(texts[i]) >= self.max_seq_len
             yield logits, drawn
             if all(ended):
                 return
             # A row that has ended feeds its last token to its last position again: it doesn't grow.
-            tokens = torch.tensor(newest, device=device)[:, None]
-            start_pos = [n - 1 for n in lengths]
+            tokens = torch.tensor([[text[-1]] for text in texts], device=device)  # (B, 1)
+            start_pos = [len(text) - 1 for text in texts]
             last = [0] * B
 
     def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, *, echo: bool = False,
@@ -1236,7 +1267,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
            prompt_file: str | None = None, max_gen_len: int = 256,
            temperature: float = Sampler.temperature, top_p: float = Sampler.top_p,
-           top_k: int = Sampler.top_k, min_p: float = Sampler.min_p, stop: str | None = None,
+           top_k: int = Sampler.top_k, min_p: float = Sampler.min_p,
+           repetition_penalty: float = Sampler.repetition_penalty, stop: str | None = None,
            seed: int = Sampler.seed, device: str | None = None, dtype: str | None = None,
            compile: bool = False, quantize: str | None = None):
     """Prints completions of a prompt, of every line of a file, or of four default prompts.
@@ -1253,6 +1285,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         top_p: draw only from the fewest tokens that together have this probability
         top_k: draw only from so many of the likeliest tokens; 0: all
         min_p: draw only from tokens at least this fraction as likely as the likeliest
+        repetition_penalty: above 1 makes tokens that prompt and text have so far less likely
         stop: text before which to end
         seed: the same seed gives the same text, in every batch
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
@@ -1272,7 +1305,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     prompt_tokens = llama.encode(prompts)
     watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
     steps = llama.steps(prompt_tokens, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
-                        min_p=min_p, seed=seed)
+                        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     shown = prompts[0]  # printed with its first piece, as errors come before that
     later = [["\n", prompt] for prompt in prompts[1:]]
     for first, *others in llama.stream(watch.over(steps), [] if stop is None else stop):

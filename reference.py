@@ -127,22 +127,33 @@ def loss(weights, args, inputs, targets):
 # Checkpoint and text
 
 
-def sample(logits, generator, temperature=0.0, top_p=0.9, top_k=0, min_p=0.0):
+def sample(logits, generator, tokens=(), temperature=0.0, top_p=0.9, top_k=0, min_p=0.0,
+           repetition_penalty=1.0):
     """The next token's id from logits (V): the likeliest at temperature 0, otherwise drawn at random.
 
-    Only tokens that top_p, top_k and min_p all keep can be drawn; main explains these settings.
+    tokens: the ids so far, on which there is a penalty. Only tokens that top_p, top_k and min_p all keep can
+    be drawn; main explains these settings. A uniform number from 0 to the sum of the kept probabilities
+    falls on the token, in the order of ids, at which their running sum exceeds it.
     """
+    logits = logits.clone()
+    for i in set(tokens):
+        logits[i] *= repetition_penalty if logits[i] < 0 else 1 / repetition_penalty
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits / temperature, dim=0).sort(descending=True, stable=True)
-    kept = probabilities >= min_p * probabilities[0]
+    probabilities = torch.softmax(logits.double() / temperature, dim=0)
+    likeliest, ids = probabilities.sort(descending=True, stable=True)
+    number = len(ids)
     if top_p < 1:
-        too_few = int((probabilities.cumsum(dim=0) < top_p).sum())  # With one token more, they reach top_p.
-        kept[too_few + 1:] = False
+        number = int((likeliest.cumsum(dim=0) < top_p).sum()) + 1  # With the last one, they reach top_p.
     if top_k > 0:
-        kept[top_k:] = False
-    drawn = torch.multinomial(probabilities * kept, 1, generator=generator)
-    return int(ids[drawn])
+        number = min(number, top_k)
+    kept = [i for i in sorted(ids[:number].tolist()) if probabilities[i] >= min_p * likeliest[0]]
+    left = torch.rand((), dtype=torch.float64, generator=generator) * sum(probabilities[i] for i in kept)
+    for i in kept:
+        left -= probabilities[i]
+        if left < 0:
+            return i
+    return kept[-1]  # where the sum was rounded down
 
 
 def read_weights(folder):
@@ -218,7 +229,7 @@ class Llama:
             generator = torch.Generator().manual_seed(seed + i)
             tokens = list(prompt)
             while len(tokens) < min(len(prompt) + max_gen_len, self.max_seq_len):
-                token = sample(forward(self.weights, self.args, tokens)[-1], generator, **settings)
+                token = sample(forward(self.weights, self.args, tokens)[-1], generator, tokens, **settings)
                 if token in stop_tokens:
                     break
                 tokens.append(token)
@@ -239,7 +250,8 @@ PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "
 
 def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None,
          prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.0,
-         top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, seed: int = 1337):
+         top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+         seed: int = 1337):
     """Prints completions of a prompt, of each line of a prompt_file, or of four default prompts.
 
     Args:
@@ -252,11 +264,13 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
         top_p: draw only from the fewest tokens that together have this probability
         top_k: draw only from so many of the likeliest tokens; 0: all
         min_p: draw only from tokens at least this fraction as likely as the likeliest
-        seed: the same seed gives the same text; llama31.py draws another one from the same seed
+        repetition_penalty: above 1 makes tokens that prompt and text have so far less likely
+        seed: the same seed gives the same text, here and of llama31.py
     """
-    if not temperature >= 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1:
-        raise ValueError("expected a temperature of at least 0, and top_p and min_p from 0 to 1; found "
-                         f"{temperature}, {top_p} and {min_p}")
+    if not temperature >= 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1 or not repetition_penalty > 0:
+        raise ValueError("expected a temperature of at least 0, top_p and min_p from 0 to 1, and a "
+                         "repetition_penalty above 0; found "
+                         f"{temperature}, {top_p}, {min_p} and {repetition_penalty}")
     if prompt is not None and prompt_file is not None:
         raise ValueError("found --prompt and --prompt_file; expected one of them")
     llama = Llama.build(ckpt_dir, tokenizer_path)
@@ -265,7 +279,8 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
         prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     for i, text in enumerate(prompts):
         [completion] = llama.text_completion([text], max_gen_len, seed=seed + i, temperature=temperature,
-                                             top_p=top_p, top_k=top_k, min_p=min_p)
+                                             top_p=top_p, top_k=top_k, min_p=min_p,
+                                             repetition_penalty=repetition_penalty)
         print(("\n" if i else "") + text + completion["generation"], flush=True)
 
 

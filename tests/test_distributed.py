@@ -21,10 +21,10 @@ pytestmark = pytest.mark.slow
 def words(folder, processes, out_dir, *flags, script="llama31.py"):
     """What python runs to train in so many processes."""
     given = {flag.partition("=")[0] for flag in flags}
-    defaults = ("--steps=20", "--eval_interval=10")
+    defaults = ("--steps=20", "--eval_interval=10", "--eval_steps=0")
     return torchrun(processes, script, "train", f"--train_data={folder}/train.bin",
                     f"--val_data={folder}/val.bin", f"--ckpt_dir={folder}/ckpt", f"--out_dir={out_dir}",
-                    "--seq_len=16", "--device=cpu", "--eval_steps=0",
+                    "--seq_len=16", "--device=cpu",
                     *(flag for flag in defaults if flag.partition("=")[0] not in given), *flags)
 
 
@@ -64,6 +64,20 @@ def test_several_processes_have_the_losses_of_one(corpus, tmp_path, one_process,
     assert result.stdout.count("Once upon a time") == 2
     assert Llama.build(out_dir / "step_000020", device="cpu").tokenizer.n_words == 560
     assert reference.Llama.build(out_dir / "step_000020").tokenizer.n_words == 560
+
+
+def test_an_evaluation_is_the_same_on_any_number_of_ranks(corpus, tmp_path):
+    """It has 7 windows, which 3 ranks don't share out evenly."""
+    records = []
+    for processes in (1, 3):
+        result, out_dir = train(corpus, processes, tmp_path / str(processes), "--batch_size=2",
+                                "--eval_steps=7", "--total_batch_tokens=192", "--steps=2",
+                                "--eval_interval=1", "--dtype=float32")
+        assert result.returncode == 0, result.stderr[-6000:]
+        records.append(read_log(out_dir))
+    for one, three in zip(*records, strict=True):
+        for field in ("loss", "val_loss", "val_bpb"):
+            assert one[field] == pytest.approx(three[field], rel=1e-7), field
 
 
 @pytest.mark.parametrize("before, after", [

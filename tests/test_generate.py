@@ -1,13 +1,15 @@
 """Generation: the sampler's limits, ragged batches, stop tokens, streamed text and the sample command."""
 
+import math
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import ROOT, assert_close, random_llama, run, write_checkpoint
+from tiny import ROOT, assert_close, random_llama, random_model, run, write_checkpoint
 
+import reference
 from llama31 import Llama, Sampler, sample
 from tokenizer import split_at_stop, train_tokenizer
 
@@ -40,17 +42,81 @@ def test_limits_keep_the_likeliest_tokens_in_their_proportions(limits, kept):
     assert (frequencies[expected == 0] == 0).all() and (frequencies - expected).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 0.999, 1.0])
+def plain_draw(logits, uniform, top_p=1.0, top_k=0, min_p=0.0):
+    """The token that one uniform number falls on, by the contract: all sorted, kept ones in order of ids."""
+    probs, ids = logits.double().softmax(-1).sort(descending=True, stable=True)
+    kept = (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[0])
+    if top_k:
+        kept[top_k:] = False
+    kept[0] = True
+    chosen = torch.zeros(len(ids), dtype=torch.float64)
+    chosen[ids[kept]] = probs[kept]
+    return int((chosen.cumsum(-1) <= uniform * chosen.sum()).sum())
+
+
+@pytest.mark.parametrize("limits", [
+    dict(), dict(top_p=0.0), dict(top_p=0.5), dict(top_p=0.9001), dict(top_p=0.9991), dict(top_k=1),
+    dict(top_k=40), dict(min_p=0.3), dict(min_p=1.0), dict(top_p=0.7, top_k=100, min_p=0.01)])
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
-def test_the_tokens_that_are_not_sorted_could_not_have_been_drawn(spread, top_p):
+def test_a_uniform_number_picks_among_the_kept_tokens_in_order_of_ids(spread, limits):
     for seed in range(10):
         logits = spread * torch.randn(3000, generator=torch.Generator().manual_seed(seed))
-        probs, ids = logits.softmax(-1).sort(descending=True, stable=True)
-        probs[1:][(probs.cumsum(-1) - probs)[1:] >= top_p] = 0
         generator, same = (torch.Generator().manual_seed(seed) for _ in range(2))
-        for _ in range(2):  # the second shows that the first took as many random numbers
-            expected = ids[torch.multinomial(probs, 1, generator=generator)]
-            assert Sampler(temperature=1.0, top_p=top_p)(logits, same) == expected
+        sampler = Sampler(**{"temperature": 1.0, "top_p": 1.0, **limits})
+        for _ in range(2):  # the second shows that the first took one random number
+            uniform = float(torch.rand((), dtype=torch.float64, generator=generator))
+            assert sampler(logits, same) == plain_draw(logits, uniform, **limits)
+
+
+def test_of_equal_tokens_limits_keep_those_of_lower_ids():
+    logits = torch.zeros(10)
+    assert set(drawn(logits, top_k=3).nonzero()[:, 0].tolist()) == {0, 1, 2}
+    assert set(drawn(logits, top_p=0.35).nonzero()[:, 0].tolist()) == {0, 1, 2, 3}
+    assert len(drawn(logits, min_p=1.0).nonzero()) == 10  # All of them are as likely as the likeliest.
+    assert Sampler(temperature=0)(logits) == 0
+
+
+def test_impossible_tokens_are_never_drawn_and_logits_of_no_sense_are_named():
+    logits = torch.full((50,), -math.inf)
+    logits[[7, 31]] = torch.tensor([1.0, 1.0])
+    assert drawn(logits, n=400).nonzero()[:, 0].tolist() == [7, 31]
+    for wrong in (math.nan, math.inf):
+        for temperature in (0.0, 1.0):
+            logits[3] = wrong
+            with pytest.raises(ValueError, match=f"found {wrong} as the largest logit"):
+                Sampler(temperature=temperature)(logits)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_penalized_logits_are_those_of_transformers(penalty):
+    process = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(penalty)
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(1))
+    text = [3, 9, 9, 41, 3]
+    expected = process(torch.tensor([text]), logits[None])[0]
+    assert torch.equal(torch.from_numpy(Sampler(repetition_penalty=penalty).penalized(logits.numpy(), text)),
+                       expected)
+
+
+def test_prompt_and_text_are_penalized_in_every_row_alone():
+    llama = random_llama()
+    prompts = [[1, 2, 3], [9]]
+    settings = dict(temperature=0, repetition_penalty=1e9)  # Nothing comes twice.
+    rows = llama.generate(prompts, 40, **settings)
+    assert all(len({*prompt, *row}) == len(prompt) + 40 for prompt, row in zip(prompts, rows, strict=True))
+    assert [llama.generate([prompt], 40, **settings)[0] for prompt in prompts] == rows
+    assert rows != llama.generate(prompts, 40, temperature=0)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(temperature=1.0), dict(temperature=0.7, top_p=0.8, repetition_penalty=1.2),
+    dict(temperature=1.5, top_k=12, min_p=0.05), dict(temperature=0, repetition_penalty=1.5)])
+def test_the_reference_draws_the_same_tokens_of_a_seed(tmp_path, settings):
+    model = random_model()
+    folder = write_checkpoint(tmp_path / "ckpt", model)
+    prompts = [[1, 2, 3], [4], [50, 60, 7, 8]]
+    settings = dict(settings, seed=11)
+    assert (reference.Llama.build(folder).generate(prompts, 25, **settings)
+            == Llama(model, None).generate(prompts, 25, **settings))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])

@@ -160,7 +160,7 @@ def test_flops_of_training_are_six_per_weight_and_causal_attentions():
 # -----------------------------------------------------------------------------
 # Defaults
 
-SAMPLING = dict(temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, seed=1337)
+SAMPLING = dict(temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=1337)
 DEFAULTS = {
     llama31.sample: dict(
         ckpt_dir=None, tokenizer_path=None, prompt=None, prompt_file=None, max_gen_len=256, **SAMPLING,
