@@ -46,14 +46,14 @@ def kind_of(path):
 def find_inputs(inputs):
     """Returns (paths of the files that inputs name, number of files in their folders that are left out).
 
-    inputs: files; folders, for every file below them of one of KINDS; patterns, for shells that don't expand
-    them. A path that exists is never taken for a pattern. In folders, hidden files and what text() writes
+    inputs: one or several: files; folders, for every file below them of one of KINDS; patterns, for shells
+    that don't expand them. A path that exists is never taken for a pattern. In folders, hidden files and what text() writes
     beside its shards are left out. FileNotFoundError: an input names no file. ValueError: a file that is
     named is of another kind.
     """
     paths = []
     left_out = 0
-    for name in map(os.fspath, inputs):
+    for name in map(os.fspath, [inputs] if isinstance(inputs, str | os.PathLike) else inputs):
         matches = [name] if os.path.exists(name) else matching(name)
         if not matches:
             missing = "file that matches" if glob.has_magic(name) else "such file"

@@ -9,6 +9,8 @@ import subprocess
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import sentences, shard_tokens
 
 import tiny_stories
@@ -283,6 +285,18 @@ def test_json_is_read_by_what_a_file_holds(tmp_path, content):
             assert [record["story"] for record in found] == TEXTS
 
 
+VALUES = st.dictionaries(st.text(max_size=3), st.text(max_size=9) | st.integers() | st.lists(st.booleans()))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(VALUES, max_size=5), st.sampled_from([2, 3, 64]), st.booleans(), st.sampled_from([None, 1]))
+def test_json_in_blocks_is_what_json_reads(values, block, ascii, indent):
+    def dump(value):
+        return json.dumps(value, ensure_ascii=ascii, indent=indent)
+    for content in dump(values), "\n".join(map(dump, values)), "".join(f"{dump(v)} \n\n" for v in values):
+        assert list(documents.read_json(io.StringIO(content), block)) == values
+
+
 def test_of_a_large_broken_file_no_more_is_read_than_the_fault_needs():
     class Counted(io.StringIO):
         amount = 0
@@ -328,6 +342,7 @@ def notes(tmp_path):
 
 def test_a_folder_gives_every_readable_file_below_it(notes, tokenizer, tmp_path, capsys):
     assert documents.find_inputs([notes]) == ([str(notes / name) for name in READABLE], 3)
+    assert documents.find_inputs(str(notes)) == documents.find_inputs(notes) == documents.find_inputs([notes])
     data = prepare(tmp_path, [notes], tokenizer.model_path)
     assert texts_in(data, tokenizer) == READABLE
     assert "Reading 4 files, not 3 others beside them...\n" in capsys.readouterr().out
