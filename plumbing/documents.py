@@ -47,9 +47,9 @@ def find_inputs(inputs):
     """Returns (paths of the files that inputs name, number of files in their folders that are left out).
 
     inputs: one or several: files; folders, for every file below them of one of KINDS; patterns, for shells
-    that don't expand them. A path that exists is never taken for a pattern. In folders, hidden files and what text() writes
-    beside its shards are left out. FileNotFoundError: an input names no file. ValueError: a file that is
-    named is of another kind.
+    that don't expand them. A path that exists is never taken for a pattern. In folders, hidden files and
+    what text() writes beside its shards are left out. FileNotFoundError: an input names no file. ValueError:
+    a file that is named is of another kind.
     """
     paths = []
     left_out = 0
