@@ -14,7 +14,7 @@ The stories are those of "TinyStories: How Small Can Language Models Be and Stil
 (Eldan & Li, 2023). They need room on the disk for an archive of 1.5 GB, for the JSON unpacked from it, and
 for 3.7 GB of tokens, which lie there twice while shards are joined.
 
-    python tiny_stories.py text --input notes/*.txt chats.jsonl.gz --data_dir mine --vocab_size 4096
+    python tiny_stories.py text --input notes chats.jsonl.gz --data_dir mine --vocab_size 4096
 
 writes mine/val.bin and mine/train.bin, with a vocabulary trained on these texts.
 
@@ -38,10 +38,20 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing import cli, files
-from plumbing.documents import SHARDS, find_shards, read_documents, read_shard, texts_of
+from plumbing.documents import (
+    FIELD,
+    SHARDS,
+    find_inputs,
+    find_shards,
+    is_learned,
+    read_documents,
+    read_shard,
+    texts_of,
+)
 from plumbing.download import check_archive, fetch, unpack
+from plumbing.words import Words, with_start
 from plumbing.workers import run_in_order
-from tokenizer import MAX_CHARS, Tokenizer, train_tokenizer
+from tokenizer import SPELLED, Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 ARCHIVE = "TinyStories_all_data.tar.gz"
@@ -117,9 +127,14 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
         print(f"The counts of the full dataset {matching}.")
 
 
-def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_tokens=files.MAX_TOKENS):
-    """Tokenizes splits, name -> shards, to data_dir/PREFIXname.bin; returns name -> number of tokens."""
-    Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
+def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_tokens=files.MAX_TOKENS,
+                 special=False):
+    """Tokenizes splits, name -> shards, to data_dir/PREFIXname.bin; returns name -> number of tokens.
+
+    special: as in Words.
+    """
+    tokenizer = Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
+    assert tokenizer.n_words <= files.START  # The bits above are for marks.
     num_workers = os.cpu_count() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
@@ -128,7 +143,7 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
     digest = files.sha256_of(tokenizer_path)
     jobs = []
     for split in splits.values():
-        jobs += [(shard, i, finished, tokenizer_path, digest) for i, shard in enumerate(split)]
+        jobs += [(shard, i, finished, tokenizer_path, digest, special) for i, shard in enumerate(split)]
     # The tokens lie on the disk twice, by shard and joined, which takes about as much room as the JSON does.
     json_bytes = sum(os.path.getsize(shard) for shard, *_ in jobs)
     done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
@@ -139,7 +154,8 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
         for name, split in splits.items():
             print(f"Tokenizing {name} split...")
             done = list(tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard"))
-            made |= write_split(os.path.join(data_dir, prefix + name), done, digest, max_tokens)
+            stem = os.path.join(data_dir, prefix + name)
+            made |= write_split(stem, done, digest, max_tokens, tokenizer.bos_id)
             counts[name] = sum(about["tokens"] for *_, about in done)
     files.write_manifest(data_dir, files={})  # While files are replaced, the manifest describes none.
     for path in made:
@@ -153,7 +169,7 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
     return counts
 
 
-def write_split(stem, finished, tokenizer_digest, max_tokens):
+def write_split(stem, finished, tokenizer_digest, max_tokens, bos_id):
     """Joins finished shards, each kept whole, in as few files as hold them, each written as PATH.new.
 
     Returns path -> what the manifest says about that file.
@@ -173,21 +189,30 @@ def write_split(stem, finished, tokenizer_digest, max_tokens):
         parts, versions, shards = zip(*group, strict=True)
         about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
         print(f"writing {about['tokens']:,} tokens to {path}")
-        files.write_tokens(f"{path}.new", map(files.read_tokens, parts), max(versions))
+        files.write_tokens(f"{path}.new", read_parts(parts, versions, bos_id), max(versions))
         made[path] = about | {"version": max(versions), "tokenizer": tokenizer_digest, "shards": shards}
     return made
 
 
-def finish_shard(shard, index, folder, tokenizer_path, tokenizer_digest):
+def read_parts(parts, versions, bos_id):
+    """Yields the tokens of each part, stored as the highest of their versions stores them."""
+    for path, version in zip(parts, versions, strict=True):
+        tokens = files.read_tokens(path)
+        if version < max(versions):  # In a part without marks BOS alone begins a document.
+            tokens[tokens == bos_id] |= files.START
+        yield tokens
+
+
+def finish_shard(shard, index, folder, tokenizer_path, tokenizer_digest, special):
     """Writes a shard's tokens to a .bin in folder, or finds it there; returns path, version and counts."""
     name = os.path.basename(shard)
     digest = files.sha256_of(shard)
     # The name depends on all that the content depends on, so that no file is taken for another one.
-    key = hashlib.sha256(f"{name} {digest} {index} {tokenizer_digest}".encode()).hexdigest()
+    key = hashlib.sha256(f"{name} {digest} {index} {tokenizer_digest} {special}".encode()).hexdigest()
     path = os.path.join(folder, f"{key[:32]}.bin")
     if not os.path.exists(path):
         try:
-            chunks, *about = encode_shard(index, shard, words_of(tokenizer_path, tokenizer_digest))
+            chunks, *about = encode_shard(index, shard, words_of(tokenizer_path, tokenizer_digest, special))
         except (ValueError, OSError):
             raise
         except Exception as error:
@@ -210,121 +235,65 @@ def process_shard(shard_index, shard_filename, tokenizer_path):
 def encode_shard(shard_index, shard, words):
     """Returns (bytes of each record's tokens, shuffled; version of the .bin; records; bytes of text)."""
     chunks = []
-    version = files.VERSION
+    has_marks = False
     num_bytes = 0
     for record in read_shard(shard):
         chunks.append(words.encode(record))
-        if "messages" in record:
-            version = files.MASKING_VERSION
+        has_marks = has_marks or "story" not in record or words.reads_special(record["story"])
         num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts_of(record))
     random.Random(1337 + shard_index).shuffle(chunks)  # shard_index counts within a split, from 0.
-    return chunks, version, len(chunks), num_bytes
-
-
-BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # a space that touches no other white space
-
-
-class Words:
-    """Encodes records to the bytes of uint32 tokens, quickly, because it remembers the tokens of each word.
-
-    A text may be cut before every space that touches no other white space, because Llama 3's pattern joins
-    such a space to what follows and never to what precedes. Only a text's first word has no such space.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.first = {}  # word -> bytes of its tokens
-        self.later = {}  # word -> bytes of the tokens of a space and the word
-
-    def encode(self, record):
-        """<BOS> story <EOS>; or a dialog, in which only the assistant's words and <|eot_id|> are targets."""
-        if "messages" in record:
-            return self.encode_chat(record["messages"])
-        [text] = texts_of(record)
-        if not text or len(text) > MAX_CHARS:  # The tokenizer cuts a longer text, even within a word.
-            tokens = [as_bytes(self.tokenizer.encode(text))]
-        else:  # The regular expression is slower and needed only for texts with double spaces and the like.
-            tokens = self.look_up(text.split(" ")) or self.look_up(BETWEEN_WORDS.split(text))
-        return b"".join([as_bytes([self.tokenizer.bos_id]), *tokens, as_bytes([self.tokenizer.eos_id])])
-
-    def look_up(self, words):
-        """The bytes of each word's tokens; None if the text must not be cut there."""
-        tokens = [self.first.get(words[0]), *map(self.later.get, words[1:])]
-        if all(tokens):
-            return tokens
-        for i, word in enumerate(words):
-            if tokens[i]:
-                continue
-            if not word or word[0].isspace() or word[-1].isspace():
-                return None
-            memory = self.later if i else self.first
-            tokens[i] = memory.get(word)  # The loop has learned it if the text has it twice.
-            if not tokens[i]:
-                tokens[i] = as_bytes(self.tokenizer.encode(f" {word}" if i else word))
-                if len(word) < 32 and len(self.first) + len(self.later) < 2**17:  # at most 30 MB
-                    memory[word] = tokens[i]
-        return tokens
-
-    def encode_chat(self, messages):
-        tokens = [self.tokenizer.bos_id | files.MASKED]
-        header = self.tokenizer.encode_header("assistant")
-        for message in messages:
-            ids = self.tokenizer.encode_message(message)
-            num_masked = len(header) if message["role"] == "assistant" else len(ids)
-            tokens += [i | files.MASKED for i in ids[:num_masked]]
-            tokens += ids[num_masked:]
-        return as_bytes(tokens)
+    if not has_marks:
+        return chunks, files.VERSION, len(chunks), num_bytes
+    return list(map(with_start, chunks)), files.MARKING_VERSION, len(chunks), num_bytes
 
 
 @functools.lru_cache(maxsize=1)
-def words_of(tokenizer_path, digest):
+def words_of(tokenizer_path, digest, special):
     """The Words that a process keeps from shard to shard; a file that has changed has another digest."""
-    return Words(Tokenizer(tokenizer_path))
-
-
-def as_bytes(tokens):
-    return np.array(tokens, dtype="<u4").tobytes()
+    return Words(Tokenizer(tokenizer_path), special)
 
 # -----------------------------------------------------------------------------
 # Your own text
 
 
 def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None = None,
-         vocab_size: int | None = None, field: str = "text", separator: str | None = None,
-         val_fraction: float = 0.01, num_workers: int | None = None):
+         vocab_size: int | None = None, field: str = FIELD, separator: str | None = None,
+         special: bool = False, val_fraction: float = 0.01, num_workers: int | None = None):
     """Tokenizes your own texts and chats to data_dir/val.bin and data_dir/train.bin.
 
-    A .txt holds a document, or several between separators. A .jsonl holds an object in each line, a .json a
-    list of them, a .parquet (which needs pyarrow) rows. Each has its text under field, or is a chat,
-    "messages": [{"role": …, "content": …}], in which only the assistant's turns are learned. ValueError
-    names the file and the document that can't be read.
+    A .txt or .md holds a document, or several between separators. A .json, .jsonl or .ndjson holds objects,
+    as an array or one after another, a .parquet (which needs pyarrow) rows. Of a row the first of these is
+    read: another field than "text", if you name one; the chat "messages": [{"role": …, "content": …}], or
+    ShareGPT's "conversations"; "prompt" and "completion"; Alpaca's "instruction", "input" and "output"; the
+    field. Of chats only the assistant's turns are learned, unless their "weight" is 0, of prompts only the
+    completion. ValueError names the file, the document and the message that can't be read.
 
     Args:
-        input: files, one or several, also gzipped (.gz)
+        input: files, folders or patterns, one or several; files also gzipped (.gz)
         data_dir: folder that takes val.bin, train.bin and the trained vocabulary
         tokenizer_path: tokenizer.model that gives the vocabulary; None: Meta's, where tokenize expects it
         vocab_size: train a vocabulary of so many tokens on the texts, data_dir/tokenizer.model; None: don't
-        field: name of the text in objects and rows
+        field: name of the text in objects and rows; another than text comes before chats and prompts
         separator: text between a .txt's documents, with \\n for a line break; None: each file is one
+        special: read <|eot_id|> and the like in texts and prompts as special tokens, in chats never
         val_fraction: share of documents for validation, chosen by their hash, one at least
         num_workers: processes, which don't change the result; None: one per core
     """
-    paths = [os.fspath(path) for path in input]
     if vocab_size is not None and tokenizer_path is not None:
         raise ValueError("found --vocab_size and --tokenizer_path, expected one of them")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}, expected at least 0 and less than 1")
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: found no such file, expected --input PATH...")
+    paths, left_out = find_inputs(input)
     if vocab_size is None:
         tokenizer_path = tokenizer_path or TOKENIZER_PATH
         Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
     folder = os.path.join(data_dir, "documents.part")  # It is quick to write, so every run writes it again.
-    print(f"Reading {len(paths):,} files...")
-    least = split_documents(paths, field, separator, val_fraction, folder)
+    others = f", not {left_out:,} others beside them" if left_out else ""
+    print(f"Reading {len(paths):,} files{others}...")
+    least, seen = split_documents(paths, field, separator, val_fraction, folder)
     if least >= val_fraction:  # Validation got no document. Now it gets the one with the least hash.
-        split_documents(paths, field, separator, math.nextafter(least, 2), folder)
+        _, seen = split_documents(paths, field, separator, math.nextafter(least, 2), folder)
+    print_seen(seen, special)
     splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
     if not splits["train"]:
         shutil.rmtree(folder)
@@ -332,20 +301,22 @@ def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None
                          "--separator cuts .txt files, --val_fraction is the share of validation")
     if vocab_size is not None:
         tokenizer_path = os.path.join(data_dir, "tokenizer.model")
-        train_tokenizer(sample_texts(splits["train"]), vocab_size, tokenizer_path)
-    write_splits(data_dir, "", splits, tokenizer_path, num_workers)
+        train_tokenizer(sample_texts(splits["train"], special), vocab_size, tokenizer_path)
+    write_splits(data_dir, "", splits, tokenizer_path, num_workers, special=special)
     shutil.rmtree(folder)
+    print_splits(data_dir, val_fraction)
 
 
 def split_documents(paths, field, separator, val_fraction, folder):
     """Writes each document to a shard in folder/val if its hash is below val_fraction, else in folder/train.
 
-    A hash is a number from 0 to 1; the least one is returned.
+    A hash is a number from 0 to 1. Returns the least one, and a Counter of what print_seen tells.
     """
     shutil.rmtree(folder, ignore_errors=True)
     lines = {"val": [], "train": []}  # split -> documents of the shard that is being filled, as JSON
     sizes = collections.Counter()  # split -> characters in these lines
     numbers = collections.Counter()  # split -> shards that are written
+    seen = collections.Counter()
     least = 1.0
 
     def flush(split):
@@ -359,8 +330,16 @@ def split_documents(paths, field, separator, val_fraction, folder):
     for split in lines:
         os.makedirs(os.path.join(folder, split))
     for record in itertools.chain.from_iterable(read_documents(path, field, separator) for path in paths):
-        if not any(map(str.strip, texts_of(record))):
-            continue  # An empty document teaches nothing.
+        if "messages" in record and not any(map(is_learned, record["messages"])):
+            seen["unlearned"] += 1
+            continue
+        texts = texts_of(record)
+        if not any(map(str.strip, texts)):
+            seen["empty"] += 1
+            continue
+        if spelled := sum(len(SPELLED.findall(text)) for text in texts):
+            seen["spelled"] += spelled
+            seen["spelling"] += 1
         line = json.dumps(record)
         place = int.from_bytes(hashlib.sha256(line.encode()).digest()[:6]) / 2**48
         least = min(least, place)
@@ -372,15 +351,56 @@ def split_documents(paths, field, separator, val_fraction, folder):
     for split in lines:
         if lines[split]:
             flush(split)
-    return least
+    return least, seen
 
 
-def sample_texts(shards):
-    """Yields texts from the beginning of every shard, about SAMPLE_CHARS in all."""
+def print_seen(seen, special):
+    """Says what of the documents was left out, and which special tokens their texts spell."""
+    if seen["unlearned"]:
+        print(f"Left out: chats without an assistant's turn to learn: {seen['unlearned']:,}")
+    if seen["empty"]:
+        print(f"Left out: documents without text: {seen['empty']:,}")
+    if seen["spelled"]:
+        how = "tokens" if special else "characters; --special reads them as tokens"
+        print(f"{seen['spelling']:,} documents spell special tokens such as <|eot_id|>, {seen['spelled']:,} "
+              f"in all, encoded as {how}; in chats always as characters")
+
+
+def print_splits(data_dir, val_fraction):
+    """Says how large the splits are, and which --seq_len and --val_fraction suit them."""
+    manifest = files.read_manifest(data_dir)["files"]
+    sizes = []
+    windows = []  # the most tokens that a file of a split has
+    longest = 0  # in tokens, of the dialogs and prompts
+    documents = {}
+    for split in "val", "train":
+        names = [name for name in manifest if re.fullmatch(split + r"(_\d\d\d)?\.bin", name)]
+        documents[split] = sum(manifest[name]["stories"] for name in names)
+        tokens = sum(manifest[name]["tokens"] for name in names)
+        windows.append(max(manifest[name]["tokens"] for name in names))
+        sizes.append(f"{split}: documents {documents[split]:,}, tokens {tokens:,}")
+        for name in names:
+            if manifest[name]["version"] == files.MARKING_VERSION:
+                _, lengths, _, is_masked = files.find_documents(os.path.join(data_dir, name))
+                longest = max(longest, lengths[is_masked].max(initial=0))
+    if longest:
+        hint = f"--seq_len {longest - 1:,} or more cuts no chat"
+    else:
+        hint = f"each fills a window up to --seq_len {min(windows) - 1:,}"
+    print(f"{'; '.join(sizes)}; {hint}")
+    if documents["val"] < 10 <= documents["train"] and val_fraction < 0.1:
+        print("Validation is small; --val_fraction 0.1 gives it a tenth of the documents")
+
+
+def sample_texts(shards, special):
+    """Yields texts from the beginning of every shard, about SAMPLE_CHARS in all.
+
+    special: whether special tokens that they spell are left out, because they are no text to be learned.
+    """
     for shard in shards:
         left = SAMPLE_CHARS / len(shards)
         for text in itertools.chain.from_iterable(map(texts_of, read_shard(shard))):
-            yield text
+            yield SPELLED.sub("\n", text) if special else text
             left -= len(text)
             if left < 0:
                 break

@@ -8,6 +8,9 @@ last rank.
 
 import base64
 import codecs
+import contextlib
+import itertools
+import json
 import operator
 import os
 import re
@@ -30,8 +33,15 @@ SPLIT_PATTERN = "|".join([            # Llama 3's pattern, one alternative a lin
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetune_right_pad_id|>", None,
                   "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
                   *[None] * 245]
-# A message's role -> what the header of the message says.
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython"}
+RESERVED = (f"<|reserved_special_token_{i}|>" for i in itertools.count())
+SPECIAL_NAMES = [name or next(RESERVED) for name in SPECIAL_TOKENS]
+SPELLED = re.compile("|".join(map(re.escape, SPECIAL_NAMES)))  # the name of a special token in a text
+# A message's role -> what the header of the message says. Files have two names for a tool's answer and,
+# since newer models of OpenAI, two for the system prompt.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython",
+         "ipython": "ipython", "developer": "system"}
+LEARNED = "weight", "train", "training"  # Keys by which 0 or false keeps a message from being learned.
+BESIDE_TEXT = "function_call", "image", "images", "audio", "video", "videos"  # Keys of what would be lost.
 
 # Meta cuts longer texts, as we do: tiktoken fails on much longer ones, and is slow on longer unbroken runs.
 MAX_CHARS = 400_000
@@ -58,8 +68,7 @@ class Tokenizer:
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         self.model_path = os.fspath(model_path)
         base = read_vocabulary(self.model_path)
-        reserved = (f"<|reserved_special_token_{i}|>" for i in range(len(SPECIAL_TOKENS)))
-        self.special_tokens = {name or next(reserved): i for i, name in enumerate(SPECIAL_TOKENS, len(base))}
+        self.special_tokens = {name: i for i, name in enumerate(SPECIAL_NAMES, len(base))}
         self.n_words = len(base) + len(self.special_tokens)
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
@@ -106,34 +115,28 @@ class Tokenizer:
             tokens.append(self.eos_id)
         return tokens
 
-    def encode_dialog(self, dialog: list[dict[str, str]] | tuple[dict[str, str], ...],
-                      generation_prompt: bool = True) -> list[int]:
+    def encode_dialog(self, dialog: Sequence[dict], generation_prompt: bool = True) -> list[int]:
         """Token ids of a dialog in Llama 3's chat format, the same as Meta's ChatFormat.
 
-        dialog: messages {"role": one of ROLES, "content": str} in any order; the content stays as it is, and
-        nothing in it becomes a special token. generation_prompt: whether the header of an answer follows.
-        ValueError: this is no such dialog.
+        dialog: messages {"role": one of ROLES, "content": str} in any order, or as read_message takes them;
+        the content stays as it is, and nothing in it becomes a special token. generation_prompt: whether
+        the header of an answer follows. ValueError: this is no such dialog.
         """
-        if not isinstance(dialog, list | tuple):
-            raise ValueError(f"found {type(dialog).__name__} {dialog!r:.60}, expected a list of messages")
         tokens = [self.bos_id]
-        for message in dialog:
+        for message in read_dialog(dialog):
             tokens += self.encode_message(message)
         if generation_prompt:
             tokens += self.encode_header("assistant")
         return tokens
 
-    def encode_message(self, message: dict[str, str]) -> list[int]:
-        """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: see encode_dialog."""
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            found = list(message) if isinstance(message, dict) else message
-            raise ValueError(f"found message {found!r:.60}, expected a dict of role and content")
+    def encode_message(self, message: dict) -> list[int]:
+        """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: see read_message."""
+        message = read_message(message)
         return self.encode_header(message["role"]) + self.encode(message["content"]) + [self.eot_id]
 
     def encode_header(self, role: str) -> list[int]:
         """Token ids of the header that begins a message of a role. ValueError: there is no such role."""
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"found role {role!r:.60}, expected one of {', '.join(ROLES)}")
+        check_role(role)
         return [self.special_tokens["<|start_header_id|>"], *self.encode(ROLES[role]),
                 self.special_tokens["<|end_header_id|>"], *self.encode("\n\n")]
 
@@ -157,6 +160,96 @@ class Tokenizer:
             if not 0 <= i < self.n_words:
                 raise ValueError(f"found token id {i}, {self.model_path} has 0 .. {self.n_words - 1}")
         return b"".join([self._bytes[i] for i in ids])
+
+
+def read_dialog(dialog: Sequence[dict]) -> list[dict]:
+    """The messages of a dialog, each as in read_message; ValueError names the message and its key."""
+    if not isinstance(dialog, list | tuple):
+        raise ValueError(f"found {type(dialog).__name__} {dialog!r:.60}, expected a list of messages")
+    messages = []
+    for number, message in enumerate(dialog):
+        try:
+            messages.append(read_message(message))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    return messages
+
+
+def read_message(message: dict) -> dict:
+    """A message as {"role": one of ROLES, "content": str}, with "weight": 0 if it is not to be learned.
+
+    content: text, or a list of {"type": "text", "text": str}, which are joined. An assistant's tool_calls
+    follow it as in read_tool_call, and then it may be None. One of LEARNED that is 0 keeps an assistant's
+    message from being learned. Other keys are ignored. ValueError names the key.
+    """
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or "role" not in message or not ("content" in message or calls):
+        found = list(message) if isinstance(message, dict) else message
+        raise ValueError(f"found message {found!r:.60}, expected a dict of role and content")
+    role = message["role"]
+    check_role(role)
+    for key in BESIDE_TEXT:
+        if message.get(key):
+            raise ValueError(f"found {key} {message[key]!r:.60}, expected a message of text alone")
+    content = message.get("content")
+    if not (content is None and calls):
+        content = read_content(content)
+    if calls:
+        if role != "assistant":
+            raise ValueError(f"found tool_calls of role {role!r}, expected them of the assistant alone")
+        content = (content or "") + read_tool_call(calls)
+    read = {"role": role, "content": content}
+    for key in LEARNED if role == "assistant" else ():
+        weight = message.get(key)
+        if weight is not None and weight not in (0, 1):
+            raise ValueError(f"found {key} {weight!r:.60}, expected 0 or 1")
+        if weight == 0:
+            read["weight"] = 0
+    return read
+
+
+def check_role(role: object) -> None:
+    """Raises ValueError unless a role, of any type as files have them, is one of ROLES."""
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"found role {role!r:.60}, expected one of {', '.join(ROLES)}")
+
+
+def read_content(content: object) -> str:
+    """The text of a message's content; ValueError if it isn't text, or parts of text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"content: expected one str, found {type(content).__name__} {content!r:.60}; give "
+                         "text, or a list of parts of text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(text, str):
+            raise ValueError(f"content: found a part of type {kind!r:.60}, expected parts of type 'text', "
+                             "each with its text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def read_tool_call(calls: object) -> str:
+    """The text with which Llama 3.1 calls a tool, as in its chat template; ValueError unless it is one call.
+
+    calls: [{"function": {"name": str, "arguments": dict, or that as JSON}}], or the inner dict itself.
+    """
+    if not isinstance(calls, list) or len(calls) != 1:
+        found = f"{len(calls)} calls" if isinstance(calls, list) else f"{calls!r:.60}"
+        raise ValueError(f"tool_calls: found {found}, expected a list of one: Llama 3.1 calls one at a time")
+    [call] = calls
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # Text that is no JSON is named below.
+            arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"tool_calls: found {call!r:.60}, expected a function with a name and arguments")
+    return json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False)
 
 
 def split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, str, bool]:

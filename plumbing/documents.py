@@ -1,33 +1,106 @@
-"""Texts and chats from files: shards of stories, and .txt, .jsonl, .json and .parquet, also gzipped (.gz).
+"""Texts and chats from files: shards of stories, and your own text, JSON and Parquet, also gzipped (.gz).
 
-A record is the part of a document that training needs: {"story": text}, or {"messages": dialog}, where a
-dialog is a list of {"role": one of ROLES, "content": text}. Files are read in blocks, so that they may be
-larger than memory.
+A record is the part of a document that training needs: {"story": text}, {"messages": dialog}, where a dialog
+is a list of messages as read_message gives them, or {"prompt": text, "completion": text}, of which only the
+completion is learned. Files are read in blocks, so that they may be larger than memory.
 """
 
 import glob
 import gzip
+import itertools
 import json
 import os
 import re
+import shlex
 import zlib
 
-from tokenizer import ROLES
+from plumbing.cli import unescape
+from plumbing.files import MANIFEST, matching
+from tokenizer import read_dialog
 
 BLOCK = 2**20  # characters that are read at once
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
+KINDS = {".txt": "UTF-8 text", ".md": "UTF-8 text", ".json": "JSON in UTF-8", ".jsonl": "JSON in UTF-8",
+         ".ndjson": "JSON in UTF-8", ".parquet": "Parquet"}  # suffix -> what such a file holds
+FIELD = "text"  # the usual name of a row's text
+COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
+           "history")  # what a row may have besides a text
+# Who speaks in a turn of ShareGPT's conversations -> the role of that message.
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+            "system": "system", "tool": "tool", "observation": "tool"}
+
+# -----------------------------------------------------------------------------
+# Files
 
 
 def find_shards(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "data*.json")))
 
 
+def kind_of(path):
+    """The suffix that says what a file holds: in lower case, without .gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def find_inputs(inputs):
+    """Returns (paths of the files that inputs name, number of files in their folders that are left out).
+
+    inputs: one or several: files; folders, for every file below them of one of KINDS; patterns, for shells
+    that don't expand them. A path that exists is never taken for a pattern. In folders, hidden files and
+    what text() writes beside its shards are left out. FileNotFoundError: an input names no file. ValueError:
+    a file that is named is of another kind.
+    """
+    paths = []
+    left_out = 0
+    for name in map(os.fspath, [inputs] if isinstance(inputs, str | os.PathLike) else inputs):
+        matches = [name] if os.path.exists(name) else matching(name)
+        if not matches:
+            missing = "file that matches" if glob.has_magic(name) else "such file"
+            raise FileNotFoundError(f"{name}: found no {missing}, expected --input PATH...")
+        for match in matches:
+            if os.path.isdir(match):
+                readable, others = files_below(match)
+                paths += readable
+                left_out += others
+            else:
+                check_kind(match)
+                paths.append(match)
+    return paths, left_out
+
+
+def check_kind(path):
+    kind = kind_of(path)
+    if kind not in KINDS:
+        raise ValueError(f"{path}: found {kind or 'no'} suffix, expected one of {' '.join(KINDS)}, with or "
+                         "without .gz")
+
+
+def files_below(folder):
+    """Returns (sorted paths of the files below a folder that can be read, number of the others)."""
+    def fail(error):
+        raise error
+
+    readable = []
+    num_others = 0
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".") and not name.endswith(".part")]
+        for name in names:
+            if kind_of(name) in KINDS and not name.startswith(".") and name != MANIFEST:
+                readable.append(os.path.join(parent, name))
+            else:
+                num_others += 1
+    if not readable:
+        raise FileNotFoundError(f"{folder}: found no file in this folder that ends in {' '.join(KINDS)}, "
+                                "expected one at least")
+    return sorted(readable), num_others
+
+
 def read_shard(path, block=BLOCK):
     """Yields the records of a shard, a JSON list of {"story": text}; ValueError names the file and story."""
     record = None
     with open(path, encoding="utf-8") as file:
-        for record in read_records(f"{path}, story", read_array(file, block), "story", EXPECTED):
+        for record in read_records(os.fspath(path), "story", read_array(file, block), "story", EXPECTED):
             yield record
     if record is None:
         raise ValueError(f"{path}: found [], {EXPECTED}")
@@ -36,76 +109,179 @@ def read_shard(path, block=BLOCK):
 def read_documents(path, field, separator, block=BLOCK):
     """Yields the records of a file; ValueError names the file and the document.
 
-    The suffix says which kind of file it is. field: the name of the text in objects and rows. separator: as
-    in split_at.
+    The suffix says whether a file holds text, JSON or Parquet. field: as in record_of. separator: as in
+    split_at.
     """
-    kind = os.path.splitext(path.removesuffix(".gz"))[1]
-    if kind not in (".txt", ".jsonl", ".json", ".parquet"):
-        raise ValueError(f"{path}: found {kind or 'no'} suffix, expected .txt, .jsonl, .json or .parquet")
-    open_text = gzip.open if path.endswith(".gz") else open
+    check_kind(path)
+    open_text = gzip.open if path.lower().endswith(".gz") else open
     with open_text(path, "rt", encoding="utf-8-sig") as file:
-        if kind == ".txt":
-            rows = ({field: piece} for piece in split_at(file, separator, block))
-        elif kind == ".jsonl":
-            rows = (json.loads(line) for line in file if not line.isspace())
-        elif kind == ".json":
-            rows = read_array(file, block)
-        else:
+        expected = (f'expected {{"{field}": text}}, see --field, or messages, conversations, prompt and '
+                    "completion, or instruction and output")
+        if KINDS[kind_of(path)] == "UTF-8 text":
+            field = FIELD
+            rows = ({field: check_zeros(piece)} for piece in split_at(file, separator, block))
+            expected = "expected that"
+        elif kind_of(path) == ".parquet":
             rows = read_parquet(path, field)
-        expected = f'expected {{"{field}": text}}, see --field, or {{"messages": [{{"role", "content"}}]}}'
-        yield from read_records(f"{path}, document", rows, field, expected)
+        else:
+            # No line at all is JSON Lines of no document, but no JSON.
+            rows = read_json(file, block, may_be_empty=kind_of(path) != ".json")
+        yield from read_records(path, "document", rows, field, expected)
 
 
-def read_records(name, rows, field, expected):
-    """Yields the record of each row, whose text is under field; ValueError says name, number, expected."""
-    number = 0  # enumerate would not give the number of a row whose reading fails.
-    try:
-        for row in rows:
-            yield record_of(row, field)
-            number += 1
-    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        found = error if str(error).startswith("found") else f"found no JSON in UTF-8 ({error})"
-        raise ValueError(f"{name} {number}: {found}, {expected}") from error
+def read_records(path, unit, rows, field, expected):
+    """Yields the record of each row; ValueError says path, unit, number, what was found and expected."""
+    rows = iter(rows)
+    for number in itertools.count():
+        try:
+            row = next(rows, rows)
+        except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}, {unit} {number}: {fault(error, path)}, {expected}") from error
+        if row is rows:
+            return
+        try:
+            record = record_of(row, field, expected)
+        except ValueError as error:
+            raise ValueError(f"{path}, {unit} {number}: {error}") from None
+        yield record
 
 
-def record_of(row, field):
-    """The record of a row, whose text is under field; ValueError begins with "found"."""
-    if isinstance(row, dict) and is_dialog(row.get("messages")):
-        return {"messages": row["messages"]}
-    if isinstance(row, dict) and isinstance(row.get(field), str):
-        return {"story": row[field]}
-    raise ValueError(f"found {json.dumps(row, default=str):.60}")
+def fault(error, path):
+    """What was found in a file, by the exception that reading it has raised."""
+    if str(error).startswith("found"):
+        return str(error)
+    why = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        name = likely_encoding(error.object)
+        unpack = "gzip -dc" if path.lower().endswith(".gz") else "cat"
+        why = (f"byte {error.object[error.start]:#04x}, perhaps {name}: {unpack} {shlex.quote(path)} | "
+               f"iconv -f {name.replace('Latin-', 'latin')} -t UTF-8 > NEW converts it")
+    elif isinstance(error, json.JSONDecodeError):
+        why = error.msg  # Its line and column count from the beginning of a block.
+    return f"found no {KINDS[kind_of(path)]} ({why})"
 
 
-def is_dialog(messages):
-    """Whether a value is a list of at least one {"role": one of ROLES, "content": text}."""
-    if not isinstance(messages, list) or not messages:
-        return False
-    for message in messages:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            return False
-        # The role in a file may be a list or an object, which a dict such as ROLES can't be searched for.
-        if not isinstance(message["content"], str) or message["role"] not in list(ROLES):
-            return False
-    return True
+def likely_encoding(data):
+    """The encoding that bytes which aren't UTF-8 text are likely to be in."""
+    head = data[:64]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    if head.count(0) * 3 > len(head):
+        return "UTF-16LE" if head[1] == 0 else "UTF-16BE"
+    return "Latin-1"
+
+# -----------------------------------------------------------------------------
+# Records
+
+
+def record_of(row, field, expected) -> dict:
+    """The record of a row, an object of JSON; ValueError says what was found and expected.
+
+    The first of these that it has, and that isn't null, is read: the text under field, if that is not FIELD;
+    messages; conversations, as in ShareGPT's files; prompt and completion, as texts or lists of messages;
+    instruction, input and output, as in Alpaca's; the text under field.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"found {shown(row)}, {expected}")
+    has = {key for key, value in row.items() if value is not None}
+    if field in has and field not in (FIELD, "messages", "conversations"):
+        return {"story": text_under(row, field, expected)}
+    if "messages" in has:
+        return {"messages": read_dialog(row["messages"])}
+    if "conversations" in has:
+        return {"messages": system_of(row) + read_dialog(turns_of(row["conversations"]))}
+    if {"prompt", "completion"} <= has:
+        return completion_of(row["prompt"], row["completion"])
+    if {"instruction", "output"} <= has:
+        return {"messages": system_of(row) + exchange_of(row)}
+    if field in has:
+        return {"story": text_under(row, field, expected)}
+    raise ValueError(f"found keys {shown(list(row))}, {expected}")
+
+
+def shown(value):
+    """The beginning of a value of a row, for an error."""
+    return json.dumps(value, default=str)[:60]
+
+
+def text_under(row, key, expected="expected text"):
+    """The text of a row under a key; ValueError if it is something else."""
+    if not isinstance(row[key], str):
+        raise ValueError(f"found {key} {shown(row[key])}, {expected}")
+    return row[key]
+
+
+def system_of(row):
+    """The message of a system prompt that a row has beside its turns, as a list of none or one."""
+    return [{"role": "system", "content": text_under(row, "system")}] if row.get("system") else []
+
+
+def turns_of(turns):
+    """ShareGPT's turns, {"from": one of SPEAKERS, "value": text}, as messages; others stay as they are."""
+    if not isinstance(turns, list):
+        raise ValueError(f"found conversations {shown(turns)}, expected a list of turns")
+    messages = []
+    for number, turn in enumerate(turns):
+        if isinstance(turn, dict) and "from" in turn:
+            # The speaker in a file may be a list, which a dict can't be searched for.
+            if turn["from"] not in list(SPEAKERS):
+                raise ValueError(f"message {number}: found from {shown(turn['from'])}, expected one of "
+                                 f"{', '.join(SPEAKERS)}")
+            if not isinstance(turn.get("value"), str):
+                raise ValueError(f"message {number}: found value {shown(turn.get('value'))}, expected text")
+            turn = turn | {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
+        messages.append(turn)
+    return messages
+
+
+def exchange_of(row):
+    """The two messages of an Alpaca row: instruction and input, with an empty line between, and output."""
+    if row.get("history"):
+        raise ValueError("found history beside instruction, expected such turns as messages")
+    question = text_under(row, "instruction")
+    if row.get("input"):
+        question = f"{question}\n\n{text_under(row, 'input')}"
+    return [{"role": "user", "content": question},
+            {"role": "assistant", "content": text_under(row, "output")}]
+
+
+def completion_of(prompt, completion):
+    """The record of a prompt and its completion, two texts or, for a dialog, two lists of messages."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "completion": completion}
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        found = f"prompt of {type(prompt).__name__}, completion of {type(completion).__name__}"
+        raise ValueError(f"found {found}, expected two texts or two lists of messages")
+    dialog = read_dialog(prompt + completion)
+    for message in dialog[:len(prompt)]:
+        if message["role"] == "assistant":
+            message["weight"] = 0  # Only the completion is learned.
+    return {"messages": dialog}
 
 
 def texts_of(record):
-    """The texts of a record: its stripped story, or the contents of its messages as they are."""
+    """The texts of a record: its stripped story, or those of its messages or its two parts as they are."""
     if "messages" in record:
         return [message["content"] for message in record["messages"]]
+    if "completion" in record:
+        return [record["prompt"], record["completion"]]
     return [record["story"].strip()]
 
 
-def split_at(file, separator, block=BLOCK):
-    r"""Yields the pieces of a text file between separators; None: the whole text as one piece.
+def is_learned(message):
+    """Whether a message of a record is to be learned: the assistant's are, unless their weight is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
-    A separator may have \n, a backslash and an n, for a line break.
-    """
+# -----------------------------------------------------------------------------
+# Texts, JSON and Parquet in blocks
+
+
+def split_at(file, separator, block=BLOCK):
+    """Yields the pieces of a text file between separators, as unescape reads them; None: one whole piece."""
     if separator is None:
         yield file.read()
         return
-    separator = separator.replace("\\n", "\n")
+    separator = unescape(separator)
     rest = ""
     # Each read at least doubles the rest, so that the time for a long piece is linear in its length.
     while text := file.read(max(block, len(rest))):
@@ -114,21 +290,61 @@ def split_at(file, separator, block=BLOCK):
     yield rest
 
 
+def check_zeros(text):
+    """Returns a text; ValueError if it is UTF-16 without a byte order mark, which reads as UTF-8, too."""
+    head = text[:64].encode()
+    if likely_encoding(head) != "Latin-1":
+        raise UnicodeDecodeError("utf-8", head, head.index(0), head.index(0) + 1, "zeros between characters")
+    return text
+
+
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space, which is less than Python's \s
 COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
+OPENING = re.compile(r"[ \t\n\r]*\[")
 CLOSING = re.compile(r"[ \t\n\r]*\]")
+END = re.compile(r"[ \t\n\r]*\Z")
 
 
-def read_array(file, block=BLOCK):
-    """Yields the values of a JSON array while it is read; ValueError or RecursionError if it isn't one."""
-    decode = json.JSONDecoder().raw_decode
+def read_json(file, block=BLOCK, may_be_empty=True):
+    """Yields the values of a JSON array, or those that stand one after another, as in JSON Lines.
+
+    may_be_empty: whether a file may hold nothing. Errors: see read_array.
+    """
     text = file.read(block)
-    opening = re.match(r"[ \t\n\r]*\[", text)
+    while text and END.match(text):
+        text = file.read(block)
+    if not text and not may_be_empty:
+        raise ValueError("found nothing")
+    if OPENING.match(text):
+        yield from read_array(file, block, text)
+        return
+    while text:
+        yield from read_values(file, text, 0, SPACE, END, block)
+        text = file.read(block)
+
+
+def read_array(file, block=BLOCK, text=""):
+    """Yields the values of a JSON array while it is read; ValueError or RecursionError if it isn't one.
+
+    text: what has been read of the file.
+    """
+    text = text or file.read(block)
+    opening = OPENING.match(text)
     if not opening:
         raise ValueError(f"found {' '.join(text[:60].split()) or 'nothing'}")
-    at = opening.end()
-    separator = SPACE  # No comma comes before the first value.
-    while not (closing := CLOSING.match(text, at)):
+    rest = yield from read_values(file, text, opening.end(), COMMA, CLOSING, block)
+    if (rest + file.read()).strip(" \t\n\r"):
+        raise json.JSONDecodeError("Extra data", rest, 0)
+
+
+def read_values(file, text, at, between, ending, block):
+    """Yields the JSON values from text[at] on until ending matches; returns the text after that.
+
+    between: what matches between two values. More of the file is read where text ends within a value.
+    """
+    decode = json.JSONDecoder().raw_decode
+    separator = SPACE  # Nothing but space comes before the first value.
+    while not (end_of_values := ending.match(text, at)):
         wrong = None
         try:
             begin = separator.match(text, at)
@@ -139,7 +355,7 @@ def read_array(file, block=BLOCK):
             wrong = error
             end = len(text)
         more = ""
-        if end > len(text) - 3:
+        if end > len(text) - 3 and not is_final(wrong, text):
             # The block may end within the value, even if it looks whole, as 1 does where 1.5 or 1e+5 stands.
             # Each read at least doubles the text, so that the time for a long value is linear in its length.
             more = file.read(max(block, end - at))
@@ -151,18 +367,29 @@ def read_array(file, block=BLOCK):
         else:
             yield value
             at = end
-            separator = COMMA
-    if (text[closing.end():] + file.read()).strip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", text, closing.end())
+            separator = between
+    return text[end_of_values.end():]
+
+
+def is_final(error, text):
+    """Whether text that follows can't mend an error, which spares reading the rest of a large file."""
+    if not isinstance(error, json.JSONDecodeError) or error.msg.startswith("Unterminated"):
+        return False
+    return error.pos < len(text) - 20  # Literals and escapes that are cut off are shorter.
 
 
 def read_parquet(path, field):
-    """Yields the rows of a .parquet file as dicts of the columns "messages" and field."""
+    """The rows of a .parquet file, which are read one by one, as dicts of field and COLUMNS."""
     try:
         import pyarrow.parquet as parquet  # It is large and few need it, so it is imported only here.
     except ImportError as error:
         raise ValueError(f"{path}: found no pyarrow to read it with; pip install pyarrow") from error
-    file = parquet.ParquetFile(path)
-    columns = [name for name in ("messages", field) if name in file.schema_arrow.names]
-    for batch in file.iter_batches(batch_size=1000, columns=columns):
-        yield from batch.to_pylist()
+
+    def rows():
+        file = parquet.ParquetFile(path)
+        columns = [name for name in (*COLUMNS, field) if name in file.schema_arrow.names]
+        if not columns:
+            raise ValueError(f"found columns {shown(file.schema_arrow.names)}")
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            yield from batch.to_pylist()
+    return rows()

@@ -1,7 +1,14 @@
 """Files that appear whole, room on the disk, the .bin shard of tokens and the manifest beside it.
 
 A shard is 256 little-endian int32 of header (magic, version, number of tokens, number of documents, bytes of
-text as int64, zeros), then the tokens as little-endian uint32: the format of karpathy's llm.c.
+text as int64, zeros), then the tokens as little-endian uint32: the format of karpathy's llm.c. Its version
+says which bits a token may have besides its id:
+
+    7   none: every token is a target, and <|begin_of_text|> alone begins a document
+    8   MASKED: the token is read, but no target. Older programs of ours wrote it; it is only read now
+    9   MASKED, and START: the token is the first of a document, whatever its id
+
+text() writes 9 where a chat, a prompt or a special token was read, and 7 otherwise.
 """
 
 import contextlib
@@ -103,10 +110,10 @@ def read_lines(path):
 
 MAGIC = 20240801
 VERSION = 7
-MASKING_VERSION = 8  # Bit 31 of a token marks a position that the model reads but isn't trained to predict.
-MARKING_VERSION = 9  # Bit 30, too: it marks a document's first token, which no id tells in every vocabulary.
-MASKED = 2**31
-START = 2**30
+MASKING_VERSION = 8
+MARKING_VERSION = 9
+MASKED = 2**31  # a position that the model reads but isn't trained to predict
+START = 2**30  # a document's first token, which no id tells in every vocabulary
 HEADER_BYTES = 1024
 MAX_TOKENS = 2**31 - 1  # The header has the count as an int32.
 

@@ -1,11 +1,14 @@
 """Jobs shared out to processes, with results in the order of the jobs."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
+import types
 
 
 def run_in_order(function, jobs, num_workers):
@@ -29,7 +32,8 @@ def run_in_order(function, jobs, num_workers):
         for job in jobs:
             path = job[0]
             try:
-                results.append(pool.submit(function, *job))
+                with script_hidden(function):  # The pool starts workers as jobs come.
+                    results.append(pool.submit(function, *job))
             except OSError:  # A worker has died, and the pool is closing its pipes.
                 raise concurrent.futures.BrokenExecutor from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -44,6 +48,21 @@ def run_in_order(function, jobs, num_workers):
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
         pool.shutdown()
+
+
+@contextlib.contextmanager
+def script_hidden(function):
+    """Keeps workers that start here from running the caller's script, unless the function stands in it.
+
+    A script that isn't guarded by `if __name__ == "__main__":` would do everything again in every worker.
+    """
+    script = sys.modules["__main__"]
+    if function.__module__ != "__main__":
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def end_with_parent():

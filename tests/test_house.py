@@ -9,9 +9,9 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1215,  # 1200, and train's help on what resuming takes and keeps
-    "tokenizer.py": 360,
-    "tiny_stories.py": 420,
+    "llama31.py": 1300,
+    "tokenizer.py": 415,  # 360, and the kinds of messages that files have
+    "tiny_stories.py": 430,  # 420, and what text() says of its splits
     "stories.py": 400,
     "reference.py": 270,
     "convert.py": 330,  # 300 once config.json, too, lies in plumbing/huggingface.py
@@ -26,10 +26,11 @@ BUDGETS = {
     "plumbing/resume.py": 225,  # a run's lock and record, out of run.py
     "plumbing/run.py": 310,  # 220, and the stopwatch of sampling, five signals, the best step
     "plumbing/files.py": 195,  # 130, and the checks and messages of shards and manifests
-    "plumbing/cli.py": 175,  # 110, and lists, switches with a number, checks of settings, lost output
+    "plumbing/cli.py": 190,  # 110, and lists, switches with a number, checks, escapes, lost output
     "plumbing/download.py": 160,
-    "plumbing/documents.py": 300,
-    "plumbing/workers.py": 60,  # processes that share out jobs, out of tiny_stories.py
+    "plumbing/documents.py": 400,  # 300, and rows of every kind, folders, patterns, encodings
+    "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
+    "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
 }
 SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
            "peers"}

@@ -203,7 +203,7 @@ DEFAULTS = {
     tiny_stories.tokenize: dict(
         data_dir="tinystories", tokenizer_path="Meta-Llama-3.1-8B/tokenizer.model", num_workers=None),
     tiny_stories.text: dict(
-        data_dir="text", tokenizer_path=None, vocab_size=None, field="text", separator=None,
+        data_dir="text", tokenizer_path=None, vocab_size=None, field="text", separator=None, special=False,
         val_fraction=0.01, num_workers=None),
     stories.write: dict(data_dir="data", num_stories=22_000),
     convert.from_hf: {},

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import assert_close, output, random_model, read_log, sentences, shard_tokens
+from tiny import ROOT, assert_close, output, random_model, read_log, sentences, shard_tokens
 
 import llama31
 import tiny_stories
@@ -36,7 +36,7 @@ def prepare(tmp_path, paths, tokenizer_path, **flags):
 
 def documents_of(path, tokenizer_path):
     tokenizer = Tokenizer(tokenizer_path)
-    text = tokenizer.decode((shard_tokens(path) & 0x7fffffff).tolist())
+    text = tokenizer.decode((shard_tokens(path) & 0x3fffffff).tolist())
     begin, *documents = text.split("<|begin_of_text|>")
     assert begin == "" and all(document.endswith("<|end_of_text|>") for document in documents)
     return [document.removesuffix("<|end_of_text|>") for document in documents]
@@ -181,19 +181,20 @@ def test_an_interrupted_run_tokenizes_only_what_is_unfinished(tmp_path, tokenize
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("a.txt", b"\xff", "document 0: found no"),
+    ("a.txt", b"\xff", "document 0: found no UTF-8 text"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "document 1: found no"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 3}', 'document 1: found {"text": 3}'),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "document 1: found text 3"),
     ("a.jsonl", b'{"text": "a"}\n["b"]', "document 1: found .\"b\""),
-    ("a.json", b'{"text": "a"}', "document 0: found {"),
+    ("a.jsonl", b'{"text": null, "id": 7}', "document 0: found keys .\"text\", \"id\""),
     ("a.json", b'[{"text": "a"}, 3]', "document 1: found 3"), ("a.json", b"", "document 0: found nothing"),
     ("a.jsonl.gz", b"plain", "document 0: .*[Nn]ot a gzipped"), ("a.csv", b"a,b", "found .csv"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 900, mtime=0)[:-12], "found no"),
-    ("noname", b"a", "found no suffix"), ("a.jsonl", b'{"messages": []}', "document 0"),
-    ("a.jsonl", b'{"messages": [{"role": "user"}]}', "document 0"),
-    ("a.jsonl", b'{"messages": [{"role": "bot", "content": "a"}]}', "document 0"),
+    ("noname", b"a", "found no suffix"), ("a.jsonl", b'{"messages": 3}', "document 0: found int 3"),
+    ("a.jsonl", b'{"messages": [{"role": "user"}]}', "document 0: message 0: found message .'role'"),
+    ("a.jsonl", b'{"messages": [{"role": "bot", "content": "a"}]}', "0: message 0: found role 'bot'"),
     ("a.jsonl", b"[" * 100_000, "document 0"),
-    ("a.jsonl", b'{"messages": [{"role": "user", "content": null}]}', 'document 0: found {"messages"')])
+    ("a.jsonl", b'{"text": "flat", "messages": [{"role": "user", "content": null}]}',
+     "document 0: message 0: content")])
 def test_broken_input_is_named_and_finished_files_stay(tmp_path, tokenizer_path, name, content, said):
     good = write(tmp_path / "good.jsonl", TEXTS)
     data = prepare(tmp_path, [good], tokenizer_path)
@@ -241,9 +242,9 @@ def test_of_a_chat_the_assistants_words_and_ends_of_turn_alone_are_targets(tmp_p
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     stored = np.concatenate([shard_tokens(data / f"{name}.bin") for name in ("val", "train")])
-    tokens, learned = stored & 0x7fffffff, stored >> 31 == 0
-    chats = np.split(np.arange(len(tokens)), np.flatnonzero(tokens == tokenizer.bos_id)[1:])
-    assert len(chats) == 30
+    tokens, learned, starts = stored & 0x3fffffff, stored >> 31 == 0, stored >> 30 & 1 == 1
+    chats = np.split(np.arange(len(tokens)), np.flatnonzero(starts)[1:])
+    assert len(chats) == 30 and np.array_equal(starts, tokens == tokenizer.bos_id)
     for chat in chats:
         last = tokenizer.decode(tokens[chat]).split("<|end_header_id|>\n\n")[-1].removesuffix("<|eot_id|>")
         dialog = [*DIALOG, {"role": "user", "content": last}]
@@ -259,13 +260,13 @@ def test_of_a_chat_the_assistants_words_and_ends_of_turn_alone_are_targets(tmp_p
         assert at == len(chat) and not learned[chat][0]
 
 
-def test_files_with_a_chat_are_version_8_and_others_7(tmp_path, tokenizer_path):
+def test_files_with_a_chat_are_version_9_and_others_7(tmp_path, tokenizer_path):
     records = [{"text": text} for text in TEXTS] + [{"messages": DIALOG}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
     versions = {name: int(np.fromfile(data / name, "<i4", 3)[1]) for name in ("val.bin", "train.bin")}
     masked = {name: bool((shard_tokens(data / name) >> 31).any()) for name in versions}
-    assert sorted(versions.values()) == [7, 8] and {n: v == 8 for n, v in versions.items()} == masked
+    assert sorted(versions.values()) == [7, 9] and {n: v == 9 for n, v in versions.items()} == masked
     manifest = json.loads((data / "manifest.json").read_text())["files"]
     assert {name: about["version"] for name, about in manifest.items()} == versions
 
@@ -320,7 +321,7 @@ def test_the_gradient_of_a_chat_is_that_of_the_assistants_tokens_alone(tmp_path,
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": d}) for d in some_dialogs(6)))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
-    ids = (shard_tokens(data / "train.bin") & 0x7fffffff).astype(np.int64)
+    ids = (shard_tokens(data / "train.bin") & 0x3fffffff).astype(np.int64)
     said, assistants = [], False  # by the text alone: from the assistant's header to the end of its turn
     pieces = [tokenizer.decode([i]) for i in ids]
     for i, piece in enumerate(pieces):
@@ -350,7 +351,7 @@ def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokeniz
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": d}) for d in some_dialogs(40)))
     data = prepare(tmp_path, [tmp_path / "a.jsonl"], tokenizer_path, val_fraction=0.2)
     flags = dict(train_data=str(data / "train.bin"), val_data=str(data / "val.bin"), preset="tiny",
-                 batch_size=4, seq_len=32, steps=12, lr=3e-3, device="cpu", dtype="float32",
+                 batch_size=4, seq_len=128, steps=12, lr=3e-3, device="cpu", dtype="float32",
                  eval_interval=12)
     llama31.train(out_dir=str(tmp_path / "out"), tokenizer_path=tokenizer_path, **flags)
     records = read_log(tmp_path / "out")
@@ -371,3 +372,24 @@ def test_training_learns_a_chat_and_refuses_another_vocabulary(tmp_path, tokeniz
             llama31.train(out_dir=str(tmp_path / "no"), tokenizer_path=tokenizer_path, **flags)
     (data / "manifest.json").unlink()
     llama31.train(out_dir=str(tmp_path / "free"), tokenizer_path=str(other), **flags)
+
+
+# ---------------------------------------------------------------- scripts
+
+UNGUARDED = """
+import sys
+from tiny_stories import text
+print("once")
+text(input=[sys.argv[1]], data_dir=sys.argv[2], tokenizer_path=sys.argv[3], num_workers=2)
+"""
+
+
+def test_text_works_in_a_script_without_a_main_guard(tmp_path, tokenizer_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    expected = prepare(tmp_path, [path], tokenizer_path, data_dir=str(tmp_path / "expected"))
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    said = output(tmp_path / "script.py", path, tmp_path / "data", tokenizer_path,
+                  env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert said.count("once") == 1
+    for name in "train.bin", "val.bin":
+        assert (tmp_path / "data" / name).read_bytes() == (expected / name).read_bytes()

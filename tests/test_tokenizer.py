@@ -138,15 +138,73 @@ HI = {"role": "user", "content": "Hi"}
     ("Hi", "found str 'Hi', expected a list of messages"), (HI, "found dict .*expected a list of messages"),
     (None, "found NoneType"), ([HI, "Hi"], "found message 'Hi', expected a dict of role and content"),
     ([[HI]], r"found message \[{'role"), ([HI, {"role": "user"}], r"found message \['role'\], expected"),
-    ([{"content": "Hi"}], r"found message \['content'\]"), ([{**HI, "tool_calls": []}], "'tool_calls'"),
+    ([{"content": "Hi"}], r"found message \['content'\]"),
     ([{**HI, "role": "bot"}], "found role 'bot', expected one of system, user, assistant, tool"),
     ([{**HI, "role": "User"}], "found role 'User'"), ([{**HI, "role": ["user"]}], r"found role \['user'\]"),
-    ([{**HI, "content": None}], "expected one str, found NoneType"),
-    ([{**HI, "content": [{"type": "text", "text": "a\nb"}]}], "expected one str, found list")])
+    ([{**HI, "content": None}], "message 0: content: expected one str, found NoneType"),
+    ([HI, {**HI, "content": [{"type": "image", "text": None}]}], "message 1: content: .* type 'image'"),
+    ([{**HI, "content": [{"type": "text", "text": 3}]}], "content: found a part of type 'text'"),
+    ([{**HI, "content": ["a\nb"]}], r"content: found a part of type 'a\\nb'"),
+    ([{**HI, "images": ["cat.png"]}], "found images .*expected a message of text alone"),
+    ([{**HI, "function_call": {"name": "f"}}], "found function_call"),
+    ([{**HI, "tool_calls": [{"name": "f", "arguments": {}}]}], "found tool_calls of role 'user'"),
+    ([{"role": "assistant", "tool_calls": [{}, {}]}], "tool_calls: found 2 calls, expected a list of one"),
+    ([{"role": "assistant", "tool_calls": "f()"}], "tool_calls: found 'f\\(\\)', expected a list of one"),
+    ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "tool_calls: found {'name'"),
+    ([{"role": "assistant", "content": None}], "content: expected one str, found NoneType"),
+    ([{"role": "assistant", "content": None, "tool_calls": []}], "content: expected one str"),
+    ([{"role": "assistant", "content": "a", "weight": 0.5}], "found weight 0.5, expected 0 or 1")])
 def test_a_bad_dialog_is_named_with_what_was_found_in_one_line(dialog, found):
     with pytest.raises(ValueError, match=found) as error:
         TOKENIZER.encode_dialog(dialog)
     assert "\n" not in str(error.value)
+
+
+CALL = {"name": "temperature", "arguments": {"city": "Zürich", "unit": None}}
+
+
+@pytest.mark.parametrize("message, role, text", [
+    ({**HI, "name": "Ann", "weight": 1, "train": None, "tool_calls": None, "id": [3]}, "user", "Hi"),
+    ({**HI, "tool_calls": [], "function_call": None, "images": []}, "user", "Hi"),
+    ({**HI, "role": "developer"}, "system", "Hi"), ({**HI, "role": "ipython"}, "tool", "Hi"),
+    ({**HI, "role": "tool", "tool_call_id": "call_1"}, "tool", "Hi"),
+    ({**HI, "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image": None}]},
+     "user", "a b"), ({**HI, "content": []}, "user", ""),
+    ({"role": "assistant", "content": "Hi", "weight": 0}, "assistant", "Hi")])
+def test_a_message_with_more_than_role_and_text_is_read_as_them(message, role, text):
+    assert TOKENIZER.encode_message(message) == TOKENIZER.encode_message({"role": role, "content": text})
+    assert metas_dialog(META, [{"role": role, "content": text}]) == TOKENIZER.encode_dialog([message])
+    assert TOKENIZER.encode_dialog((message,)) == TOKENIZER.encode_dialog([tokenizer.read_message(message)])
+
+
+@pytest.mark.parametrize("calls", [
+    [CALL], [{"type": "function", "id": "1", "function": CALL}],
+    [{"function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}]])
+def test_a_call_of_a_tool_is_written_as_llama_3_1s_chat_template_does(calls):
+    written = '{"name": "temperature", "parameters": {"city": "Zürich", "unit": null}}'
+    for content in "", None:
+        message = {"role": "assistant", "content": content, "tool_calls": calls}
+        assert tokenizer.read_message(message) == {"role": "assistant", "content": written}
+    assert tokenizer.read_message({"role": "assistant", "tool_calls": calls})["content"] == written
+    text = TOKENIZER.decode(TOKENIZER.encode_dialog([{**message, "content": "Look:"}], False))
+    assert text.endswith(f"assistant<|end_header_id|>\n\nLook:{written}<|eot_id|>")
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training"])
+def test_an_assistants_message_of_weight_0_is_read_as_not_to_be_learned(key):
+    message = {"role": "assistant", "content": "Hi"}
+    for weight in 0, False, 0.0:
+        read = tokenizer.read_message({**message, key: weight})
+        assert read == {**message, "weight": 0} == tokenizer.read_message(read)
+        assert tokenizer.read_message({**HI, key: weight}) == HI
+    for weight in 1, True, None:
+        assert tokenizer.read_message({**message, key: weight}) == message
+
+
+def test_every_special_token_that_a_text_spells_is_found():
+    names = list(TOKENIZER.special_tokens)
+    assert tokenizer.SPELLED.findall(" a<|".join(names)) == names
+    assert not tokenizer.SPELLED.search("<|reserved_special_token_248|> <|eot_id |> <|> <eot_id>")
 
 
 # ---------------------------------------------------------------- long texts

@@ -1,0 +1,111 @@
+"""Records, as plumbing/documents.py reads them, to tokens, as a .bin shard stores them."""
+
+import re
+
+import numpy as np
+
+from plumbing import files
+from plumbing.documents import is_learned, texts_of
+from tokenizer import MAX_CHARS, SPELLED
+
+BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # a space that touches no other white space
+
+
+class Words:
+    """Encodes records to the bytes of uint32 tokens, quickly, because it remembers the tokens of each word.
+
+    A text may be cut before every space that touches no other white space, because Llama 3's pattern joins
+    such a space to what follows and never to what precedes. Only a text's first word has no such space.
+
+    special: whether special tokens that a story, prompt or completion spells are read as tokens. In a chat
+    they never are, as they would forge turns.
+    """
+
+    def __init__(self, tokenizer, special=False):
+        self.tokenizer = tokenizer
+        self.special = special
+        self.first = {}  # word -> bytes of its tokens
+        self.later = {}  # word -> bytes of the tokens of a space and the word
+
+    def encode(self, record):
+        """<BOS> story <EOS>, where the story doesn't spell them; or encode_chat, or encode_completion."""
+        if "messages" in record:
+            return self.encode_chat(record["messages"])
+        if "completion" in record:
+            return self.encode_completion(record["prompt"], record["completion"])
+        [text] = texts_of(record)
+        if self.reads_special(text):
+            tokens = [as_bytes(self.encode_text(without_eos(without_bos(text))))]
+        elif not text or len(text) > MAX_CHARS:  # The tokenizer cuts a longer text, even within a word.
+            tokens = [as_bytes(self.encode_text(text))]
+        else:  # The regular expression is slower and needed only for texts with double spaces and the like.
+            tokens = self.look_up(text.split(" ")) or self.look_up(BETWEEN_WORDS.split(text))
+        return b"".join([as_bytes([self.tokenizer.bos_id]), *tokens, as_bytes([self.tokenizer.eos_id])])
+
+    def look_up(self, words):
+        """The bytes of each word's tokens; None if the text must not be cut there."""
+        tokens = [self.first.get(words[0]), *map(self.later.get, words[1:])]
+        if all(tokens):
+            return tokens
+        for i, word in enumerate(words):
+            if tokens[i]:
+                continue
+            if not word or word[0].isspace() or word[-1].isspace():
+                return None
+            memory = self.later if i else self.first
+            tokens[i] = memory.get(word)  # The loop has learned it if the text has it twice.
+            if not tokens[i]:
+                tokens[i] = as_bytes(self.tokenizer.encode(f" {word}" if i else word))
+                if len(word) < 32 and len(self.first) + len(self.later) < 2**17:  # at most 30 MB
+                    memory[word] = tokens[i]
+        return tokens
+
+    def reads_special(self, text):
+        """Whether a text spells special tokens that are read as tokens."""
+        return self.special and SPELLED.search(text) is not None
+
+    def encode_text(self, text):
+        """The token ids of a whole text."""
+        return self.tokenizer.encode(text, allowed_special="all" if self.special else ())
+
+    def encode_chat(self, messages):
+        """A dialog, whose targets are the words of learned messages and the <|eot_id|> after them."""
+        tokens = [self.tokenizer.bos_id | files.MASKED]
+        header = self.tokenizer.encode_header("assistant")
+        for message in messages:
+            ids = self.tokenizer.encode_message(message)
+            num_masked = len(header) if is_learned(message) else len(ids)
+            tokens += [i | files.MASKED for i in ids[:num_masked]]
+            tokens += ids[num_masked:]
+        return as_bytes(tokens)
+
+    def encode_completion(self, prompt, completion):
+        """<BOS> prompt completion <EOS>, of which the completion and <EOS> are targets.
+
+        Prompt and completion are encoded apart, because a prompt that is sampled from is encoded alone.
+        """
+        if self.special:
+            prompt = without_bos(prompt)
+            completion = without_eos(completion)
+        masked = [self.tokenizer.bos_id, *self.encode_text(prompt)]
+        learned = [*self.encode_text(completion), self.tokenizer.eos_id]
+        return as_bytes([i | files.MASKED for i in masked] + learned)
+
+
+def without_bos(text):
+    """A text that may spell <BOS>, which is put before it anyway."""
+    return text.removeprefix("<|begin_of_text|>")
+
+
+def without_eos(text):
+    """A text that may spell <EOS>, which is put behind it anyway."""
+    return text.removesuffix("<|end_of_text|>")
+
+
+def with_start(chunk):
+    """The bytes of a document's tokens, of which the first one is marked as such."""
+    return as_bytes(np.frombuffer(chunk[:4], "<u4") | files.START) + chunk[4:]
+
+
+def as_bytes(tokens):
+    return np.array(tokens, dtype="<u4").tobytes()
