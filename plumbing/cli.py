@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -154,3 +155,11 @@ def expect_at_least(least, **settings):
     """Raises ValueError naming the setting that is below `least`, infinite or not a number; None is fine."""
     for name, value in settings.items():
         expect(value is None or least <= value < math.inf, name, value, f"at least {least}")
+
+
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+def unescape(text):
+    r"""A text flag's value with \n, \t and \\ as a line break, a tab and one backslash; the rest stays."""
+    return re.sub(r"\\[nt\\]", lambda escape: ESCAPES[escape[0]], text)

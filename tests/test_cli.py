@@ -206,3 +206,11 @@ def test_every_flag_of_every_command_has_a_line_of_help(script, monkeypatch, cap
         for flag, meaning in explained.items():
             [line] = [line for line in out.splitlines() if line.startswith(f"  --{flag} ")]
             assert meaning and f" {meaning} (" in line
+
+
+@pytest.mark.parametrize("text, meant", [
+    (r"\n", "\n"), (r"\t", "\t"), (r"\\", "\\"), (r"\\n", r"\n"), (r"\\\n", "\\\n"), ("a\nb", "a\nb"),
+    (r"\n\n###\n", "\n\n###\n"), (r"\r \x41 \u00e9 \d", r"\r \x41 \u00e9 \d"), ("\\", "\\"), ("", ""),
+    ("é🦙", "é🦙")])
+def test_line_breaks_tabs_and_backslashes_are_unescaped_and_nothing_else(text, meant):
+    assert cli.unescape(text) == meant
