@@ -40,6 +40,7 @@ from tqdm import tqdm
 from plumbing import cli, files
 from plumbing.documents import SHARDS, find_shards, read_documents, read_shard, texts_of
 from plumbing.download import check_archive, fetch, unpack
+from plumbing.machine import usable_cores
 from plumbing.workers import run_in_order
 from tokenizer import MAX_CHARS, Tokenizer, train_tokenizer
 
@@ -120,7 +121,7 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_tokens=files.MAX_TOKENS):
     """Tokenizes splits, name -> shards, to data_dir/PREFIXname.bin; returns name -> number of tokens."""
     Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
-    num_workers = os.cpu_count() if num_workers is None else num_workers
+    num_workers = usable_cores() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
     finished = os.path.join(data_dir, "tokens.part")  # A folder for the tokens of each finished shard.
