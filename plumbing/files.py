@@ -4,6 +4,7 @@ A shard is 256 little-endian int32 of header (magic, version, number of tokens, 
 text as int64, zeros), then the tokens as little-endian uint32: the format of karpathy's llm.c.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from plumbing.machine import flush_to_disk
 
 # -----------------------------------------------------------------------------
 # Files that appear whole
@@ -50,8 +53,7 @@ def complete_folder(path, replace=False):
         yield part
         for file in part.rglob("*"):
             if file.is_file():
-                with open(file, "r+b") as opened:
-                    os.fsync(opened.fileno())
+                flush_to_disk(file)
         old = Path(f"{path}.old.part")
         shutil.rmtree(old, ignore_errors=True)
         if replace and os.path.exists(path):
@@ -74,7 +76,7 @@ def sha256_of(path):
 def check_disk(what, num_bytes, folder):
     """Raises OSError if the disk of a folder, which need not exist yet, has less than num_bytes free."""
     folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise OSError(f"{what} takes {num_bytes:,} bytes, the disk of {there} has {free:,} bytes free; make "
@@ -82,11 +84,32 @@ def check_disk(what, num_bytes, folder):
 
 
 def read_lines(path):
-    """The lines of a text file; ValueError if it isn't in UTF-8."""
+    """The lines of a text file in UTF-8; ValueError: see decode."""
+    text = decode(Path(path).read_bytes(), path)
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+
+
+def decode(data, name):
+    """The text of bytes in UTF-8, whose byte order mark is dropped.
+
+    ValueError begins with the name of where they are from; it says what they seem to be, and the way on.
+    """
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = data.decode()
+        if "\0" not in text:
+            return text
+        at = data.index(0)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected lines in UTF-8 ({error})") from None
+        at = error.start
+    found = f"byte {data[at]:#04x}, as in Windows-1252 and Latin-1"
+    encoding = "WINDOWS-1252"
+    if data[at] == 0 or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        found = "UTF-16, or no text"
+        encoding = "UTF-16"
+    line = data[:at].count(b"\n") + 1
+    raise ValueError(f"{name}, line {line}: found {found}; expected UTF-8: iconv -f {encoding} -t UTF-8 "
+                     "converts it")
 
 # -----------------------------------------------------------------------------
 # Shards of tokens
