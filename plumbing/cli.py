@@ -219,3 +219,17 @@ def read_prompts(prompt, prompt_file, default):
     for number, line in enumerate(prompts, 1):
         expect(line, f"{prompt_file}, line {number}", "empty", "a prompt in every line")
     return prompts
+
+
+def say_spelled(prompts, names):
+    """Says on standard error how many special tokens the prompts spell out, which are read as characters."""
+    count = sum(prompt.count(name) for prompt in prompts for name in names)
+    if count:
+        print(f"the prompts spell out {count} special tokens, which are read as characters; --special reads "
+              "them as tokens", file=sys.stderr)
+
+
+def say_cut(count, texts, max_seq_len):
+    """Says on standard error how many of the texts end because the context is full."""
+    print(f"{count} of {texts} texts end because the context of {max_seq_len} tokens is full; --max_seq_len "
+          "sets it", file=sys.stderr)

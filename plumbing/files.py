@@ -89,7 +89,7 @@ def read_lines(path):
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
-def decode(data, name):
+def decode(data, name, first_line=1):
     """The text of bytes in UTF-8, whose byte order mark is dropped.
 
     ValueError begins with the name of where they are from; it says what they seem to be, and the way on.
@@ -107,7 +107,7 @@ def decode(data, name):
     if data[at] == 0 or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         found = "UTF-16, or no text"
         encoding = "UTF-16"
-    line = data[:at].count(b"\n") + 1
+    line = first_line + data[:at].count(b"\n")
     raise ValueError(f"{name}, line {line}: found {found}; expected UTF-8: iconv -f {encoding} -t UTF-8 "
                      "converts it")
 

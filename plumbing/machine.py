@@ -148,7 +148,7 @@ def has_input(stream, seconds):
 
 @contextlib.contextmanager
 def keys_at_once(stream):
-    """Lets a terminal pass on every key at once, unseen; otherwise it keeps a line of at most 4,095 bytes.
+    """Lets a terminal pass on every key at once, not whole lines, which it cuts at 4,095 bytes.
 
     Windows has no such mode.
     """
@@ -157,10 +157,11 @@ def keys_at_once(stream):
         return
     import termios
     before = termios.tcgetattr(stream)
-    mode = termios.tcgetattr(stream)
-    mode[3] &= ~(termios.ICANON | termios.ECHO)
+    mode = before.copy()
+    mode[3] &= ~termios.ICANON
     termios.tcsetattr(stream, termios.TCSADRAIN, mode)
     try:
         yield
     finally:
-        termios.tcsetattr(stream, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # The terminal may be gone.
+            termios.tcsetattr(stream, termios.TCSADRAIN, before)

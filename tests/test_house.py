@@ -9,13 +9,13 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1200,
+    "llama31.py": 1240,  # 1150, and sampling of raw prompts within any context
     "tokenizer.py": 360,
     "tiny_stories.py": 420,
     "stories.py": 400,
-    "reference.py": 270,
+    "reference.py": 290,  # 270, and the flags it shares with sample
     "convert.py": 330,  # 300 once config.json, too, lies in plumbing/huggingface.py
-    "chat.py": 155,  # 140, and a line of help for each of its 14 flags
+    "chat.py": 190,  # 140, a line of help for each of its 14 flags, and what is pasted or piped
     "bench.py": 500,
     "peers.py": 155,  # 140 once convert.py writes llama.cpp's files
     "plumbing/fast.py": 475,  # 450, and the choice of a device and its types
@@ -25,10 +25,10 @@ BUDGETS = {
     "plumbing/parallel.py": 180,
     "plumbing/run.py": 225,  # 220, and the stopwatch of sampling
     "plumbing/files.py": 220,  # 130, and the checks and messages of shards, manifests and encodings
-    "plumbing/cli.py": 225,  # 110, and lists, numbered switches, checks, prompts, streams of any encoding
+    "plumbing/cli.py": 240,  # 110, and lists, numbered switches, checks, prompts, streams of any encoding
     "plumbing/download.py": 160,
     "plumbing/documents.py": 300,
-    "plumbing/machine.py": 170,  # what differs between operating systems, and the limits of containers
+    "plumbing/machine.py": 175,  # what differs between operating systems, and the limits of containers
     "plumbing/workers.py": 60,  # processes that share out jobs, out of tiny_stories.py
 }
 SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
