@@ -83,12 +83,14 @@ def open_streams():
     Output escapes the characters that it has no bytes for. Input that is said to be ASCII is read as UTF-8.
     """
     for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # Whoever started this process has closed it.
+        if getattr(sys, name) is None:  # Whoever started this process has closed it.
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
-        elif name != "stdin" and hasattr(stream, "reconfigure"):  # A notebook's has no encoding.
+        stream = getattr(sys, name)
+        if not hasattr(stream, "reconfigure"):  # A notebook's has no encoding.
+            continue
+        if name != "stdin":
             stream.reconfigure(errors="backslashreplace")
-        elif hasattr(stream, "reconfigure") and codecs.lookup(stream.encoding).name == "ascii":
+        elif codecs.lookup(stream.encoding).name == "ascii":
             stream.reconfigure(encoding="utf-8")
 
 
