@@ -255,8 +255,8 @@ class Terminal:
 
 
 def test_a_conversation_at_a_terminal(polite, ckpt_dirs):
-    dialog = [SYSTEM]
-    with Terminal(ckpt_dirs / "polite", "--system", "be kind", "--max_gen_len", "40") as terminal:
+    dialog = [{"role": "system", "content": "be\nkind"}]
+    with Terminal(ckpt_dirs / "polite", "--system", r"be\nkind", "--max_gen_len", "40") as terminal:
 
         def exchange(typed, message):
             dialog.append(user(message))
