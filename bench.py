@@ -11,9 +11,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import platform
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +26,7 @@ from llama31 import PRESETS, Llama, ModelArgs, Transformer
 from peers import missing, peers_of
 from plumbing import checkpoint, cli, fast
 from plumbing.cli import expect_at_least
+from plumbing.machine import peak_process_memory
 from plumbing.run import Stopwatch
 
 # -----------------------------------------------------------------------------
@@ -393,8 +392,7 @@ def peak_memory(device):
     """Bytes: the most that this process has taken of a GPU so far, or of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_process_memory()
 
 
 def prepare_step(name, args, batch_size, seq_len, document, device, compile):

@@ -4,10 +4,13 @@
 """
 
 import contextlib
+import itertools
 import sys
 
 from llama31 import Llama, Sampler
 from plumbing import cli, fast
+from plumbing.files import decode
+from plumbing.machine import has_input, keys_at_once
 from tokenizer import TextStream
 
 
@@ -79,6 +82,29 @@ def note(text):
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
+def typed_message():
+    """What is typed at a terminal: a line, and those that come at once behind it, as pasting brings them.
+
+    Terminals that mark what is pasted let input() itself return several lines.
+    """
+    is_edited = "readline" in sys.modules and sys.stdout.isatty()  # Then input() takes keys, not lines.
+    with keys_at_once(sys.stdin) if is_edited else contextlib.nullcontext():
+        lines = [input("> ")]
+        with contextlib.suppress(EOFError):
+            while has_input(sys.stdin, seconds=0.05):
+                lines.append(input())
+    return "\n".join(lines)
+
+
+def piped_message(number):
+    """The next line of standard input, whose number it is; ValueError where it is not in UTF-8."""
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    data = line.removesuffix("\n").removesuffix("\r").encode("utf-8", "surrogateescape")
+    return decode(data, "standard input", number)
+
+
 def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None = None,
          max_seq_len: int | None = None, max_gen_len: int = 256,
          temperature: float = Sampler.temperature, top_p: float = Sampler.top_p, top_k: int = Sampler.top_k,
@@ -87,12 +113,13 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
          dtype: str | None = None, compile: bool = False, quantize: str | None = None):
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
-    /reset starts anew with the same system prompt, /exit or Ctrl-D leaves, and Ctrl-C stops an answer, of
-    which the dialog keeps the part that was written.
+    At a terminal, lines that are pasted together are one message. /reset starts anew with the same system
+    prompt, /exit or Ctrl-D leaves, and Ctrl-C stops an answer, of which the dialog keeps the part that was
+    written.
 
     Args:
         ckpt_dir: checkpoint directory of an instruct model
-        system: system prompt, which the model reads before the first message; None: none
+        system: system prompt, in which \\n, \\t and \\\\ are a line break, a tab and a backslash; None: none
         tokenizer_path: tokenizer.model to use; None: the checkpoint's own
         max_seq_len: most tokens of a conversation; None: as in params.json, but at most 8192, to save memory
         max_gen_len: most tokens of an answer
@@ -114,31 +141,31 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:
         raise ValueError(f"{ckpt_dir} has no tokenizer.model; put it there or give --tokenizer_path")
+    system = None if system is None else cli.unescape(system)
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
-    if sys.stdin is None:  # Whoever started this process has closed it.
-        return
     terminal = sys.stdin.isatty()
+    # At a terminal, a byte that isn't UTF-8 must not end the conversation; in a file it is an error.
+    sys.stdin.reconfigure(errors="replace" if terminal else "surrogateescape")
     if terminal:
         with contextlib.suppress(ImportError):  # Windows has no readline.
             import readline  # noqa: F401  (its import alone gives input() line editing)
-        sys.stdin.reconfigure(errors="replace")  # A byte that isn't UTF-8 must not end the conversation.
         note("/reset starts anew, /exit leaves, Ctrl-C stops an answer")
-    while True:
+    for number in itertools.count(1):
         answering = False
         try:
-            line = input("> " if terminal else "")
-            command = line.strip()
+            message = typed_message() if terminal else piped_message(number)
+            command = "" if "\n" in message else message.strip()
             if command == "/exit":
                 return
             elif command == "/reset":
                 conversation.reset()
                 note("a new conversation")
-            elif line.startswith("/"):
+            elif command and message.startswith("/"):
                 note(f"no command {command}: /reset or /exit; after a space it is a message")
-            elif command:
+            elif message.strip():
                 answering = True
-                cut = conversation.answer(line, lambda piece: print(piece, end="", flush=True))
+                cut = conversation.answer(message, lambda piece: print(piece, end="", flush=True))
                 if cut:
                     note(cut)
         except EOFError:

@@ -7,6 +7,7 @@ Tensors keep their bytes; plumbing/huggingface.py knows how their names and the 
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import re
@@ -107,14 +108,26 @@ def read_config(path):
         require({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
         require({"partial_rotary_factor": 1.0}, rope)
         require({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
-        args = llama31.ModelArgs(
-            **{ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()},
-            rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
-            rope_scale_factor=rope.get("factor") if scaled else 8.0)
+        with errors_in_their_words():
+            args = llama31.ModelArgs(
+                **{ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()},
+                rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
+                rope_scale_factor=rope.get("factor") if scaled else 8.0)
         require({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
         return with_hidden_dim(args, config.get("intermediate_size"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def errors_in_their_words():
+    """Gives ModelArgs' errors the names that config.json has for its fields."""
+    names = {ours: theirs for ours, (theirs, _) in FIELDS.items()} | {"rope_scale_factor": "factor"}
+    try:
+        yield
+    except ValueError as error:
+        words = re.split(r"(\w+)", str(error))
+        raise ValueError("".join(names.get(word, word) for word in words)) from None
 
 
 def with_hidden_dim(args, hidden_dim):

@@ -611,6 +611,9 @@ class Llama:
         if dtype is None and device.type == "cuda":
             dtype = torch.bfloat16
         model = load_checkpoint(ckpt_dir, device, dtype, quantize)
+        if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
+            print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
+                  "is made for; what comes after them may be worse", file=sys.stderr)
         reader = fast.compile_inference(model) if compile else None
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
@@ -635,7 +638,7 @@ class Llama:
         for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
             if not 0 < len(prompt) < self.max_seq_len:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {self.max_seq_len - 1}"
-                                 ", one fewer than max_seq_len")
+                                 ", one fewer than max_seq_len: shorten it, or raise --max_seq_len")
             if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
                 raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
                                  f"{self.model.args.vocab_size - 1}")
@@ -724,13 +727,19 @@ class Llama:
         nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         return [0.0, *(-nats).tolist()]
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each of several texts, behind BOS; ValueError names an empty one."""
+    def encode(self, prompts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The tokens of each of several texts, behind BOS; ValueError names an empty one.
+
+        special: whether special tokens that a text spells out are read as such, among them a BOS of its own.
+        """
         if isinstance(prompts, str):
             raise ValueError(f"found one text, {prompts[:40]!r}; expected a list of prompts")
         if "" in prompts:
             raise ValueError(f"prompt {prompts.index('')} is empty; expected a text")
-        return [self.required_tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        tokenizer = self.required_tokenizer
+        rows = [tokenizer.encode(prompt, bos=True, allowed_special="all" if special else ())
+                for prompt in prompts]
+        return [row[1:] if row[1:2] == [tokenizer.bos_id] else row for row in rows]
 
     @property
     def required_tokenizer(self) -> Tokenizer:
@@ -762,9 +771,9 @@ class Llama:
         return texts
 
     def text_completion(self, prompts: Sequence[str], max_gen_len: int = 256, echo: bool = False,
-                        stop: str | Sequence[str] = (), **settings) -> list[dict]:
-        """[{"generation": text}] per prompt, echo: behind it; stop: see stream; settings: see steps."""
-        texts = self.texts(self.encode(prompts), max_gen_len, stop, settings)
+                        stop: str | Sequence[str] = (), special: bool = False, **settings) -> list[dict]:
+        """[{"generation": text}] per prompt, echo: behind it; for the rest see stream, encode and steps."""
+        texts = self.texts(self.encode(prompts, special), max_gen_len, stop, settings)
         return [{"generation": (prompt if echo else "") + text}
                 for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -1281,9 +1290,10 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
            prompt_file: str | None = None, max_gen_len: int = 256,
            temperature: float = Sampler.temperature, top_p: float = Sampler.top_p,
            top_k: int = Sampler.top_k, min_p: float = Sampler.min_p,
-           repetition_penalty: float = Sampler.repetition_penalty, stop: str | None = None,
-           seed: int = Sampler.seed, device: str | None = None, dtype: str | None = None,
-           compile: bool = False, quantize: str | None = None):
+           repetition_penalty: float = Sampler.repetition_penalty, stop: list[str] | None = None,
+           special: bool = False, seed: int = Sampler.seed, max_seq_len: int | None = None,
+           device: str | None = None, dtype: str | None = None, compile: bool = False,
+           quantize: str | None = None):
     """Prints completions of a prompt, of every line of a file, or of four default prompts.
 
     Of several prompts the first streams as its tokens come, the others follow. Speed goes to standard error.
@@ -1291,37 +1301,39 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     Args:
         ckpt_dir: checkpoint directory; None: the one last written under out/
         tokenizer_path: tokenizer.model to use; None: the checkpoint's own
-        prompt: text to complete
-        prompt_file: file with a prompt per line
+        prompt: text to complete, in which \\n, \\t and \\\\ are a line break, a tab and a backslash
+        prompt_file: file with a prompt per line, each taken as it is
         max_gen_len: most tokens to generate
         temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
         top_p: draw only from the fewest tokens that together have this probability
         top_k: draw only from so many of the likeliest tokens; 0: all
         min_p: draw only from tokens at least this fraction as likely as the likeliest
         repetition_penalty: above 1 makes tokens that prompt and text have so far less likely
-        stop: text before which to end
+        stop: text before which to end, or several; \\n, \\t and \\\\ as in a prompt
+        special: read special tokens that a prompt spells out, such as <|eot_id|>; else they are characters
         seed: the same seed gives the same text, in every batch
+        max_seq_len: most tokens of a prompt and its completion together; None: the model's own limit
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
         compile: run faster after some seconds
         quantize: int8, in half of bfloat16's memory
     """
-    if prompt is not None and prompt_file is not None:
-        raise ValueError("found --prompt and --prompt_file; expected one of them")
-    prompts = PROMPTS if prompt is None else [prompt]
-    if prompt_file is not None:
-        prompts = files.read_lines(prompt_file)
-    llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path,
+    prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
+    stop = [cli.unescape(text) for text in ([stop] if isinstance(stop, str) else stop or [])]
+    llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
                         quantize=quantize)
     fast.keep_freed_memory(llama.model.norm.weight.device)
-    prompt_tokens = llama.encode(prompts)
+    prompt_tokens = llama.encode(prompts, special)
+    if not special:
+        cli.say_spelled(prompts, llama.required_tokenizer.special_tokens)
     watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
+    rows = [[] for _ in prompts]  # the tokens of each completion
     steps = llama.steps(prompt_tokens, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
                         min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
     shown = prompts[0]  # printed with its first piece, as errors come before that
     later = [["\n", prompt] for prompt in prompts[1:]]
-    for first, *others in llama.stream(watch.over(steps), [] if stop is None else stop):
+    for first, *others in llama.stream(collected(watch.over(steps), rows), stop):
         print(shown + first, end="", flush=True)
         shown = ""
         for text, piece in zip(later, others, strict=True):
@@ -1330,7 +1342,23 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     for text in later:
         print("".join(text))
     sys.stdout.flush()
+    cut = 0  # completions that neither a stop nor max_gen_len has ended
+    for tokens, row in zip(prompt_tokens, rows, strict=True):
+        is_full = len(tokens) + len(row) >= llama.max_seq_len
+        is_stopped = any(text in llama.required_tokenizer.decode(row) for text in stop)
+        cut += is_full and not is_stopped and len(row) < max_gen_len
+    if cut:
+        cli.say_cut(cut, len(rows), llama.max_seq_len)
     print(watch.report(), file=sys.stderr)
+
+
+def collected(steps, rows):
+    """The same steps of Llama.steps; each prompt's tokens are appended to its row as they come."""
+    for logits, drawn in steps:
+        for row, token in zip(rows, drawn, strict=True):
+            if token is not None:
+                row.append(token)
+        yield logits, drawn
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):

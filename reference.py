@@ -194,7 +194,7 @@ class Llama:
             args = {}
             for path in (Path(ckpt_dir, "params.json"), Path(ckpt_dir, "llama31.json")):
                 if path.name == "params.json" or path.is_file():  # Meta's folders have no llama31.json.
-                    args |= json.loads(path.read_text(encoding="utf-8-sig"))
+                    args |= json.loads(path.read_bytes())
             context = 131072 if args.get("use_scaled_rope") else 8192  # of Llama 3.1 and later, of Llama 3
             weights = read_weights(ckpt_dir)
             forward(weights, args, [0])  # fails if a tensor is missing or has a size that doesn't fit
@@ -225,7 +225,8 @@ class Llama:
         rows = []
         for i, prompt in enumerate(prompt_tokens):
             if not 0 < len(prompt) < self.max_seq_len:
-                raise ValueError(f"prompt {i}: {len(prompt)} ids, expected 1 to {self.max_seq_len - 1}")
+                raise ValueError(f"prompt {i}: {len(prompt)} ids, expected 1 to {self.max_seq_len - 1}, one "
+                                 "fewer than max_seq_len: shorten it, or raise --max_seq_len")
             generator = torch.Generator().manual_seed(seed + i)
             tokens = list(prompt)
             while len(tokens) < min(len(prompt) + max_gen_len, self.max_seq_len):
@@ -236,11 +237,19 @@ class Llama:
             rows.append(tokens if echo else tokens[len(prompt):])
         return rows
 
-    def text_completion(self, prompts, max_gen_len=256, **settings):
-        """[{"generation": text}, ...] for the prompts, in order; ValueError if there is no tokenizer."""
+    def encode(self, prompt, special=False):
+        """A prompt's ids, the first of which is BOS; ValueError if there is no tokenizer.
+
+        special: whether special tokens that the prompt spells out are read as such.
+        """
         if self.tokenizer is None:
             raise ValueError("no tokenizer.model beside the weights; give tokenizer_path")
-        prompt_tokens = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        ids = self.tokenizer.encode(prompt, allowed_special="all" if special else ())
+        return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+
+    def text_completion(self, prompts, max_gen_len=256, special=False, **settings):
+        """[{"generation": text}, ...] for the prompts, in order; special: see encode."""
+        prompt_tokens = [self.encode(prompt, special) for prompt in prompts]
         rows = self.generate(prompt_tokens, max_gen_len, **settings)
         return [{"generation": self.tokenizer.decode(row)} for row in rows]
 
@@ -251,37 +260,41 @@ PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "
 def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None,
          prompt_file: str | None = None, max_gen_len: int = 256, temperature: float = 0.0,
          top_p: float = 0.9, top_k: int = 0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-         seed: int = 1337):
+         special: bool = False, seed: int = 1337, max_seq_len: int | None = None):
     """Prints completions of a prompt, of each line of a prompt_file, or of four default prompts.
 
     Args:
         ckpt_dir: checkpoint directory in Meta's format
         tokenizer_path: tokenizer.model to use; None: the checkpoint's own
-        prompt: text to complete
-        prompt_file: file with a prompt per line
+        prompt: text to complete, in which \\n, \\t and \\\\ are a line break, a tab and a backslash
+        prompt_file: file with a prompt per line, each taken as it is
         max_gen_len: most tokens to generate
         temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
         top_p: draw only from the fewest tokens that together have this probability
         top_k: draw only from so many of the likeliest tokens; 0: all
         min_p: draw only from tokens at least this fraction as likely as the likeliest
         repetition_penalty: above 1 makes tokens that prompt and text have so far less likely
+        special: read special tokens that a prompt spells out, such as <|eot_id|>; else they are characters
         seed: the same seed gives the same text, here and of llama31.py
+        max_seq_len: most tokens of a prompt and its completion together; None: the model's own limit
     """
     if not temperature >= 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1 or not repetition_penalty > 0:
         raise ValueError("expected a temperature of at least 0, top_p and min_p from 0 to 1, and a "
                          "repetition_penalty above 0; found "
                          f"{temperature}, {top_p}, {min_p} and {repetition_penalty}")
-    if prompt is not None and prompt_file is not None:
-        raise ValueError("found --prompt and --prompt_file; expected one of them")
-    llama = Llama.build(ckpt_dir, tokenizer_path)
-    prompts = PROMPTS if prompt is None else [prompt]
-    if prompt_file is not None:
-        prompts = Path(prompt_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for i, text in enumerate(prompts):
-        [completion] = llama.text_completion([text], max_gen_len, seed=seed + i, temperature=temperature,
-                                             top_p=top_p, top_k=top_k, min_p=min_p,
-                                             repetition_penalty=repetition_penalty)
-        print(("\n" if i else "") + text + completion["generation"], flush=True)
+    prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len)
+    prompt_tokens = [llama.encode(text, special) for text in prompts]
+    if not special:
+        cli.say_spelled(prompts, llama.tokenizer.special_tokens)
+    cut = 0  # texts that fill the context
+    for i, (text, tokens) in enumerate(zip(prompts, prompt_tokens, strict=True)):
+        [row] = llama.generate([tokens], max_gen_len, seed=seed + i, temperature=temperature, top_p=top_p,
+                               top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+        print(("\n" if i else "") + text + llama.tokenizer.decode(row), flush=True)
+        cut += len(row) < max_gen_len and len(tokens) + len(row) == llama.max_seq_len
+    if cut:
+        cli.say_cut(cut, len(prompts), llama.max_seq_len)
 
 
 if __name__ == "__main__":

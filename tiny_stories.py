@@ -49,6 +49,7 @@ from plumbing.documents import (
     texts_of,
 )
 from plumbing.download import check_archive, fetch, unpack
+from plumbing.machine import usable_cores
 from plumbing.words import Words, with_start
 from plumbing.workers import run_in_order
 from tokenizer import SPELLED, Tokenizer, train_tokenizer
@@ -135,7 +136,7 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
     """
     tokenizer = Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
     assert tokenizer.n_words <= files.START  # The bits above are for marks.
-    num_workers = os.cpu_count() if num_workers is None else num_workers
+    num_workers = usable_cores() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
     finished = os.path.join(data_dir, "tokens.part")  # A folder for the tokens of each finished shard.

@@ -6,7 +6,9 @@ function's signature; then fire converts them, as the annotations say, and calls
 of help is its line under "Args:" in the function's docstring.
 """
 
+import codecs
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -20,6 +22,9 @@ import typing
 import fire
 from tqdm import tqdm
 
+from plumbing.files import read_lines
+from plumbing.machine import limit_threads
+
 
 def run(commands, default, argv=None):
     """Runs the function that the command line names, with the flags given; what it returns is dropped.
@@ -32,13 +37,31 @@ def run(commands, default, argv=None):
     ValueError and OSError are what a user can get wrong: one line on standard error, exit status 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv and argv[0] in commands else default
-    if command is None and argv in (["--help"], ["-h"]):
+    open_streams()
+    limit_threads()
+    try:
+        run_command(commands, default, argv)
+        sys.stdout.flush()
+    except (ValueError, OSError) as error:
+        flush_or_drop_output()
+        if isinstance(error, BrokenPipeError):  # The reader of our output has left: nothing went wrong.
+            return
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            error = "no space left for standard output, or for another file; make room, then run again"
+        sys.exit("error: " + " ".join(str(error).splitlines()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run_command(commands, default, words):
+    """Calls the function that the words name, or prints help; ValueError where they don't fit."""
+    command = words.pop(0) if words and words[0] in commands else default
+    if command is None and words in (["--help"], ["-h"]):
         for name, function in commands.items():
             print(f"{name}: {fire.docstrings.parse(inspect.getdoc(function) or '').summary}")
         return
     if command is None:
-        sys.exit(f"error: expected a command, {' or '.join(commands)}; COMMAND --help tells more")
+        raise ValueError(f"expected a command, {' or '.join(commands)}; COMMAND --help tells more")
     function = commands[command]
     parameters = inspect.signature(function).parameters
 
@@ -47,21 +70,38 @@ def run(commands, default, argv=None):
     def returning_nothing(*args, **flags):  # Fire would print a result, or even call it.
         function(*args, **flags)
 
+    if "--help" in words or words == ["-h"]:
+        print_help(command, function)
+        print(f"\nCommands: {' '.join(commands)}" + (f"; without one: {default}" if default else "")
+              + ". Help: COMMAND --help. A bool is turned off by --noNAME.")
+    else:
+        texts = read_words(words, command, parameters)
+        fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
+
+
+def open_streams():
+    """Makes the standard streams fit for any text, whatever their encoding, and open if they were closed.
+
+    Output escapes the characters that it has no bytes for. Input that is said to be ASCII is read as UTF-8.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # Whoever started this process has closed it.
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if not hasattr(stream, "reconfigure"):  # A notebook's has no encoding.
+            continue
+        if name != "stdin":
+            stream.reconfigure(errors="backslashreplace")
+        elif codecs.lookup(stream.encoding).name == "ascii":
+            stream.reconfigure(encoding="utf-8")
+
+
+def flush_or_drop_output():
+    """Flushes standard output; what can't be written is dropped, so that Python doesn't try again."""
     try:
-        if "--help" in argv or argv == ["-h"]:
-            print_help(command, function)
-            print(f"\nCommands: {' '.join(commands)}" + (f"; without one: {default}" if default else "")
-                  + ". Help: COMMAND --help. A bool is turned off by --noNAME.")
-        else:
-            texts = read_words(argv, command, parameters)
-            fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
         sys.stdout.flush()
-    except BrokenPipeError:  # The reader of our output has left: nothing went wrong.
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).splitlines()))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def print_help(command, function):
@@ -179,3 +219,35 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 def unescape(text):
     r"""A text flag's value with \n, \t and \\ as a line break, a tab and one backslash; the rest stays."""
     return re.sub(r"\\[nt\\]", lambda escape: ESCAPES[escape[0]], text)
+
+
+def read_prompts(prompt, prompt_file, default):
+    """The texts to complete: --prompt, unescaped, or --prompt_file's lines as they are, or the default.
+
+    ValueError: both are given, or a text is empty.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("found --prompt and --prompt_file; expected one of them")
+    if prompt is not None:
+        expect(prompt, "--prompt", "empty", "a text")
+        return [unescape(prompt)]
+    if prompt_file is None:
+        return list(default)
+    prompts = read_lines(prompt_file)
+    for number, line in enumerate(prompts, 1):
+        expect(line, f"{prompt_file}, line {number}", "empty", "a prompt in every line")
+    return prompts
+
+
+def say_spelled(prompts, names):
+    """Says on standard error how many special tokens the prompts spell out, which are read as characters."""
+    count = sum(prompt.count(name) for prompt in prompts for name in names)
+    if count:
+        print(f"the prompts spell out {count} special tokens, which are read as characters; --special reads "
+              "them as tokens", file=sys.stderr)
+
+
+def say_cut(count, texts, max_seq_len):
+    """Says on standard error how many of the texts end because the context is full."""
+    print(f"{count} of {texts} texts end because the context of {max_seq_len} tokens is full; --max_seq_len "
+          "sets it", file=sys.stderr)

@@ -4,11 +4,9 @@ The Transformer's block is written three times: to be read (llama31.py), for pro
 and for single tokens (read_token in fast.cpp). The tests hold all three to the same numbers.
 """
 
-import contextlib
 import ctypes
 import functools
 import math
-import mmap
 import os
 import shlex
 import shutil
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from plumbing import machine
 from plumbing.cli import expect
 
 # -----------------------------------------------------------------------------
@@ -259,7 +258,8 @@ def compile_kernels(**constants):
     """
     compiler = find_compiler()
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    source += '#line 1 "fast.cpp"\n' + Path(__file__).with_name("fast.cpp").read_text(encoding="utf-8")
+    path = Path(__file__).resolve().with_name("fast.cpp")  # This file may be a link to a folder elsewhere.
+    source += '#line 1 "fast.cpp"\n' + path.read_text(encoding="utf-8")
     # -fassociative-math and what it needs lets sums be taken in any order, as vectors take them.
     flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
              "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
@@ -270,7 +270,7 @@ def compile_kernels(**constants):
         # Linked without -fopenmp, the library finds the OpenMP that PyTorch has loaded.
         for command in ([*compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
                         [*compiler, "-shared", "-o", path, compiled]):
-            done = subprocess.run(command, input=source, text=True, capture_output=True)
+            done = subprocess.run(command, input=source, encoding="utf-8", capture_output=True)
             if done.returncode:
                 lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
                 reason = next((line for line in lines if "error" in line), lines[0])
@@ -292,10 +292,7 @@ def move_to_huge_pages(model):
     """
     tensors = [*model.parameters(), *model.buffers()]
     sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]  # Each begins with a cache line.
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE)
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    places = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
+    places = torch.frombuffer(machine.private_memory(sum(sizes)), dtype=torch.uint8).split(sizes)
     for tensor, place in zip(tensors, places, strict=True):
         tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
 
@@ -403,10 +400,10 @@ def keep_freed_memory(device):
 
 
 def free_memory(device):
-    """Bytes of memory that are free on a device; mps shares the machine's."""
+    """Bytes of memory that are free on a device, within a container's limit; mps shares the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return machine.free_memory()
 
 
 def used_memory(device):

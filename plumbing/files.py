@@ -11,6 +11,7 @@ says which bits a token may have besides its id:
 text() writes 9 where a chat, a prompt or a special token was read, and 7 otherwise.
 """
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from plumbing.machine import flush_to_disk
 
 # -----------------------------------------------------------------------------
 # Files that appear whole
@@ -58,8 +61,7 @@ def complete_folder(path, replace=False):
         yield part
         for file in part.rglob("*"):
             if file.is_file():
-                with open(file, "r+b") as opened:
-                    os.fsync(opened.fileno())
+                flush_to_disk(file)
         old = Path(f"{path}.old.part")
         shutil.rmtree(old, ignore_errors=True)
         if replace and os.path.exists(path):
@@ -82,7 +84,7 @@ def sha256_of(path):
 def check_disk(what, num_bytes, folder):
     """Raises OSError if the disk of a folder, which need not exist yet, has less than num_bytes free."""
     folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise OSError(f"{what} takes {num_bytes:,} bytes, the disk of {there} has {free:,} bytes free; make "
@@ -99,11 +101,32 @@ def matching(pattern):
 
 
 def read_lines(path):
-    """The lines of a text file; ValueError if it isn't in UTF-8."""
+    """The lines of a text file in UTF-8; ValueError: see decode."""
+    text = decode(Path(path).read_bytes(), path)
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+
+
+def decode(data, name, first_line=1):
+    """The text of bytes in UTF-8, whose byte order mark is dropped.
+
+    ValueError begins with the name of where they are from; it says what they seem to be, and the way on.
+    """
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = data.decode()
+        if "\0" not in text:
+            return text
+        at = data.index(0)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected lines in UTF-8 ({error})") from None
+        at = error.start
+    found = f"byte {data[at]:#04x}, as in Windows-1252 and Latin-1"
+    encoding = "WINDOWS-1252"
+    if data[at] == 0 or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        found = "UTF-16, or no text"
+        encoding = "UTF-16"
+    line = first_line + data[:at].count(b"\n")
+    raise ValueError(f"{name}, line {line}: found {found}; expected UTF-8: iconv -f {encoding} -t UTF-8 "
+                     "converts it")
 
 # -----------------------------------------------------------------------------
 # Shards of tokens

@@ -73,7 +73,7 @@ def read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected one in the folder to convert")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())  # Unlike text, bytes may begin with a byte order mark.
         if not isinstance(found, dict):
             raise ValueError(f"found {found!r:.40}, expected an object")
     except ValueError as error:

@@ -3,12 +3,14 @@
 import concurrent.futures
 import contextlib
 import itertools
-import multiprocessing.resource_tracker
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import types
+
+from plumbing.machine import interrupts_held
 
 
 def run_in_order(function, jobs, num_workers):
@@ -23,20 +25,17 @@ def run_in_order(function, jobs, num_workers):
     spawn = multiprocessing.get_context("spawn")  # The caller may have threads (torch's), which fork breaks.
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, initializer=end_with_parent)
-    multiprocessing.resource_tracker.ensure_running()  # If it started later, it would lift the mask below.
-    # Workers inherit this mask, so that Ctrl-C interrupts this process alone, which then kills them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     path = None
     try:
         results = []
-        for job in jobs:
-            path = job[0]
-            try:
-                with script_hidden(function):  # The pool starts workers as jobs come.
-                    results.append(pool.submit(function, *job))
-            except OSError:  # A worker has died, and the pool is closing its pipes.
-                raise concurrent.futures.BrokenExecutor from None
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with interrupts_held():  # Ctrl-C interrupts this process alone, which then kills the workers.
+            for job in jobs:
+                path = job[0]
+                try:
+                    with script_hidden(function):  # The pool starts workers as jobs come.
+                        results.append(pool.submit(function, *job))
+                except OSError:  # A worker has died, and the pool is closing its pipes.
+                    raise concurrent.futures.BrokenExecutor from None
         for job, result in zip(jobs, results, strict=True):
             path = job[0]
             yield result.result()
@@ -44,7 +43,6 @@ def run_in_order(function, jobs, num_workers):
         raise OSError(f"{path}: its worker, or that of a later shard, was killed; if memory ran out, try "
                       "fewer --num_workers") from None
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
         pool.shutdown()
@@ -67,6 +65,7 @@ def script_hidden(function):
 
 def end_with_parent():
     """Ends this worker when its parent is killed; it would otherwise wait for jobs for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows can't hold Ctrl-C back from a worker.
     parent = multiprocessing.parent_process()
 
     def wait():

@@ -1,6 +1,8 @@
 """Conversations, in-process and through a pseudo-terminal: what generate makes of the whole dialog's ids."""
 
+import contextlib
 import fcntl
+import io
 import os
 import select
 import string
@@ -12,7 +14,7 @@ import time
 import pytest
 from tiny import ROOT, random_llama, run, write_checkpoint
 
-from chat import Conversation
+from chat import Conversation, piped_message
 from llama31 import Llama, Transformer
 from tokenizer import train_tokenizer
 
@@ -199,15 +201,17 @@ def test_what_does_not_fit_is_named_before_the_conversation_begins(polite, setti
 class Terminal:
     """chat.py on a pseudo-terminal."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, **environment):
+        self.heard = b""
         self.master, slave = os.openpty()
         attributes = termios.tcgetattr(slave)
         attributes[1] &= ~termios.OPOST   # line feeds come as they were written
         attributes[3] |= termios.NOFLSH   # what was written before Ctrl-C comes, too
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         self.process = subprocess.Popen(
-            [sys.executable, *COMMAND, *words], cwd=ROOT, env=ENVIRONMENT, stdin=slave, stdout=slave,
-            stderr=slave, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+            [sys.executable, *COMMAND, *words], cwd=ROOT, env=ENVIRONMENT | environment, stdin=slave,
+            stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(slave)
 
     def __enter__(self):
@@ -221,15 +225,28 @@ class Terminal:
 
     def until(self, end):
         """What it writes until this comes."""
-        heard, deadline = b"", time.monotonic() + 60
-        while not heard.endswith(end.encode()):
+        deadline = time.monotonic() + 60
+        while end.encode() not in self.heard:
             ready, *_ = select.select([self.master], [], [], deadline - time.monotonic())
-            assert ready, f"no {end!r} after {heard!r}"
-            heard += os.read(self.master, 1)
-        return heard.decode().removesuffix(end)
+            assert ready, f"no {end!r} after {self.heard!r}"
+            self.heard += os.read(self.master, 2**16)
+        heard, _, self.heard = self.heard.partition(end.encode())
+        return heard.decode()
 
     def type(self, keys):
         os.write(self.master, keys.encode())
+
+    def paste(self, keys):
+        """Types faster than the other side reads, as much at a time as there is room for."""
+        os.set_blocking(self.master, False)
+        rest = keys.encode()
+        while rest:
+            select.select([], [self.master], [], 60)
+            with contextlib.suppress(BlockingIOError):
+                rest = rest[os.write(self.master, rest):]
+            with contextlib.suppress(BlockingIOError):
+                self.heard += os.read(self.master, 2**16)
+        os.set_blocking(self.master, True)
 
     def say(self, line):
         """What it writes between a line typed and the next prompt."""
@@ -238,8 +255,8 @@ class Terminal:
 
 
 def test_a_conversation_at_a_terminal(polite, ckpt_dirs):
-    dialog = [SYSTEM]
-    with Terminal(ckpt_dirs / "polite", "--system", "be kind", "--max_gen_len", "40") as terminal:
+    dialog = [{"role": "system", "content": "be\nkind"}]
+    with Terminal(ckpt_dirs / "polite", "--system", r"be\nkind", "--max_gen_len", "40") as terminal:
 
         def exchange(typed, message):
             dialog.append(user(message))
@@ -250,7 +267,7 @@ def test_a_conversation_at_a_terminal(polite, ckpt_dirs):
         exchange("hello there", "hello there")
         exchange("bc\x01a", "abc")  # Ctrl-A: to the line's begin
         terminal.type("\n  \n")
-        assert terminal.until("  \n> ") == "\n> "
+        assert terminal.until("\n> ") == "\n  "
         unknown = "[no command /what now: /reset or /exit; after a space it is a message]"
         assert terminal.say("/what now") == unknown
         exchange(" /what", " /what")
@@ -286,6 +303,27 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talker, ckpt_dirs):
         assert terminal.process.wait(30) == 0
 
 
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("pastes", [
+    ["one\ntwo", "/exit\n\n\tthree\n/reset", "/a\n/b"],
+    pytest.param(["a" * 5000 + "\n" + "b" * 6000 + "\n" + "c" * 4500], marks=pytest.mark.slow)],
+    ids=["lines", "long"])
+def test_what_is_pasted_at_once_is_one_message(talker, ckpt_dirs, pastes, marked):
+    """Whether the terminal marks what is pasted, as most do, or types it like keys; then comes Enter."""
+    term = "xterm" if marked else "dumb"
+    with Terminal(ckpt_dirs / "talker", "--max_gen_len", "9", TERM=term) as terminal:
+        for paste in pastes:
+            keys = paste.replace("\n", "\r")
+            terminal.paste(f"\x1b[200~{keys}\x1b[201~\r" if marked else f"{keys}\r")
+            terminal.until(expected(talker, [user(paste)], 9) + "\n[stopped at --max_gen_len 9]\n")
+            terminal.until("> ")
+            terminal.type("/reset\r")
+            terminal.until("[a new conversation]\n")
+            terminal.until("> ")
+        terminal.type("/exit\r")
+        assert terminal.process.wait(30) == 0
+
+
 # -----------------------------------------------------------------------------
 # Without a terminal
 
@@ -299,6 +337,33 @@ def test_piped_lines_are_answered_and_only_answers_go_to_the_output(byte_tokeniz
     refused = "[the context is full: 101 tokens so far, 25 for this message, 100 in all; /reset starts anew]"
     assert result.stderr.splitlines() == [full, refused, "[a new conversation]", full]
     assert result.returncode == 0
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Makes bytes standard input, as a process that reads a pipe has it."""
+    def make(data, encoding="utf-8"):
+        text = io.TextIOWrapper(io.BytesIO(data), encoding, errors="surrogateescape", newline="\n")
+        monkeypatch.setattr("sys.stdin", text)
+    return make
+
+
+def test_piped_lines_lose_their_ends_and_the_mark_before_them(pipe):
+    pipe(b"\xef\xbb\xbfhi\r\nZo\xc3\xab\n\n a")
+    assert [piped_message(number) for number in range(1, 5)] == ["hi", "Zoë", "", " a"]
+    with pytest.raises(EOFError):
+        piped_message(5)
+    pipe(b"Zo\xeb\n", "latin-1")  # as PYTHONIOENCODING may say
+    assert piped_message(1) == "Zoë"
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"Zo\xeb\n", "line 7: found byte 0xeb"), ("\ufeffhi\n".encode("utf-16-le"), "line 7: found UTF-16"),
+    ("hi\n".encode("utf-16-le"), "line 7: found UTF-16")])
+def test_piped_lines_in_another_encoding_are_named(pipe, data, said):
+    pipe(data)
+    with pytest.raises(ValueError, match=f"standard input, {said}.*iconv"):
+        piped_message(7)
 
 
 def test_an_output_that_is_closed_ends_it_quietly(ckpt_dirs):

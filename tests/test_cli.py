@@ -1,7 +1,11 @@
 """The command line: text stays text, nothing runs on a word that does not fit, every flag is explained."""
 
+import errno
 import inspect
+import os
 import runpy
+import subprocess
+import sys
 
 import fire
 import pytest
@@ -214,3 +218,103 @@ def test_every_flag_of_every_command_has_a_line_of_help(script, monkeypatch, cap
     ("é🦙", "é🦙")])
 def test_line_breaks_tabs_and_backslashes_are_unescaped_and_nothing_else(text, meant):
     assert cli.unescape(text) == meant
+
+
+# -----------------------------------------------------------------------------
+# Standard streams
+
+SAYS = r"""
+import sys
+from plumbing import cli
+def say(text: str = "Zo\u00eb \U0001f999 \udce9", *, fail: bool = False):
+    print(text + sys.stdin.read())
+    print(text, file=sys.stderr)
+    if fail:
+        raise ValueError(text)
+cli.run({"say": say}, "say")
+"""
+
+
+def say(redirections="", words=(), **environment):
+    """The finished process of a command that copies its input and says a text to both outputs."""
+    command = ["bash", "-c", f'exec "$@" {redirections}', "bash", sys.executable, "-c", SAYS, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, input="Zoë\n".encode(),
+                          env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("encoding, text", [
+    ("ascii", r"Zo\xeb \U0001f999 \udce9"), ("latin-1", "Zo\xeb \\U0001f999 \\udce9"),
+    ("cp1252:strict", "Zo\xeb \\U0001f999 \\udce9"), ("utf-8", "Zoë 🦙 \\udce9")])
+def test_what_a_terminal_can_not_show_is_escaped(encoding, text):
+    done = say(words=["--fail"], PYTHONIOENCODING=encoding)
+    codec = encoding.partition(":")[0]
+    read = "Zoë".encode().decode(codec if codec != "ascii" else "utf-8", "replace")
+    assert done.stdout.decode(codec).startswith(text + (r"Zo\xeb" if codec == "ascii" else read))
+    assert done.stderr.decode(codec) == f"{text}\nerror: {text}\n" and done.returncode == 1
+
+
+@pytest.mark.parametrize("redirections", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", [[], ["--help"], ["--fail"]])
+def test_a_closed_stream_takes_nothing_and_gives_nothing(redirections, words):
+    done = say(redirections, words)
+    assert done.returncode == (words == ["--fail"])
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    assert bool(done.stdout) == (">&-" not in redirections.replace("2>&-", ""))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_a_full_disk_behind_the_output_is_one_line(words):
+    done = say(">/dev/full", words)
+    *_, line = done.stderr.decode().splitlines()
+    assert line.startswith("error: no space left for standard output") and done.returncode == 1
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+def test_an_error_that_names_its_file_stays_as_it_is():
+    def fail():
+        raise OSError(errno.ENOSPC, "make room", "train.bin")
+    with pytest.raises(SystemExit, match="error: .*make room: 'train.bin'"):
+        cli.run({"fail": fail}, "fail", [])
+
+
+def test_a_stream_without_an_encoding_is_left_alone(monkeypatch, capsys):
+    class Notebook:
+        write = flush = isatty = print
+    monkeypatch.setattr("sys.stdout", Notebook())
+    cli.open_streams()
+
+
+# -----------------------------------------------------------------------------
+# Prompts
+
+
+@pytest.mark.parametrize("data, prompts", [
+    (b"a cat", ["a cat"]), (b"a cat\n", ["a cat"]), (b"a\nb\n", ["a", "b"]), (b"a\r\nb\r\n", ["a", "b"]),
+    (b"\xef\xbb\xbfa\nb", ["a", "b"]), (b"\xef\xbb\xbfZo\xc3\xab\r\n", ["Zoë"]), (b" a \n \n", [" a ", " "]),
+    (rb"a\nb", [r"a\nb"])])
+def test_a_file_has_a_prompt_in_every_line(data, prompts, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(data)
+    assert cli.read_prompts(None, tmp_path / "prompts.txt", ["once"]) == prompts
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"", "line 1 is empty; expected a prompt in every line"), (b"\n", "line 1 is empty"),
+    (b"a\n\nb\n", "line 2 is empty"), (b"a\n\n", "line 2 is empty"), (b"\xef\xbb\xbf", "line 1 is empty"),
+    ("a\nZoë".encode("utf-16"), "line 1: found UTF-16, or no text; expected UTF-8: iconv -f UTF-16"),
+    ("a\nb".encode("utf-16-le"), "line 1: found UTF-16"), ("a\nb".encode("utf-32"), "line 1: found UTF-16"),
+    ("a\nZoë".encode("latin-1"), "line 2: found byte 0xeb, as in Windows-1252 .* iconv -f WINDOWS-1252"),
+    (b"\xef\xbb\xbfa\n\xff", "line 2: found byte 0xff")])
+def test_what_is_no_prompt_is_named_with_its_line(data, said, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=f"prompts.txt, {said}"):
+        cli.read_prompts(None, tmp_path / "prompts.txt", ["once"])
+
+
+def test_a_prompt_may_have_escapes_and_stands_alone():
+    assert cli.read_prompts(r"Q: 1\t2?\nA: \\n", None, ["once"]) == ["Q: 1\t2?\nA: \\n"]
+    assert cli.read_prompts(None, None, ("once", "one day")) == ["once", "one day"]
+    with pytest.raises(ValueError, match="--prompt is empty; expected a text"):
+        cli.read_prompts("", None, ["once"])
+    with pytest.raises(ValueError, match="found --prompt and --prompt_file"):
+        cli.read_prompts("a", "b", ["once"])

@@ -263,8 +263,16 @@ def scaling(**changes):
     (dict(intermediate_size=0), "intermediate_size is 0"),
     (dict(intermediate_size="absent"), "intermediate_size is None"),
     (dict(intermediate_size=14336.5), "intermediate_size is 14336.5"),
-    (dict(hidden_size="absent"), "dim is None"),
-    (dict(num_key_value_heads=5), "n_kv_heads is 5"),
+    (dict(hidden_size="absent"), " hidden_size is None"),
+    (dict(hidden_size=100), r" hidden_size is 100; expected a multiple of 2 \* num_attention_heads = 64"),
+    (dict(num_hidden_layers="2"), "num_hidden_layers is '2'"),
+    (dict(num_attention_heads=0), "num_attention_heads is 0"),
+    (dict(num_key_value_heads=5), "num_key_value_heads is 5; .* of num_attention_heads, here 32"),
+    (dict(vocab_size=1.5), "vocab_size is 1.5"),
+    (dict(rms_norm_eps=-1), "rms_norm_eps is -1"),
+    (dict(max_position_embeddings=0), "max_position_embeddings is 0"),
+    (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
+    (dict(rope_theta="big"), "rope_theta is 'big'"),
     (scaling(rope_type="yarn"), "rope_type is 'yarn', expected 'llama3'"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type is 'linear'"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type is 'dynamic'"),
@@ -273,7 +281,7 @@ def scaling(**changes):
     (scaling(original_max_position_embeddings=4096), "original_max_position_embeddings is 4096"),
     (dict(original_max_position_embeddings=4096), "original_max_position_embeddings is 4096"),
     (scaling(original_max_position_embeddings=None), "original_max_position_embeddings is None"),
-    (scaling(factor=None), "rope_scale_factor is None"),
+    (scaling(factor=None), " factor is None"),
     (scaling(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     (dict(rope_scaling=None, rope_parameters=dict(rope_type="longrope")), "rope_type is 'longrope'"),
 ])
@@ -281,6 +289,16 @@ def test_what_is_no_llama_is_refused_by_name(changes, named, tmp_path):
     with pytest.raises(ValueError, match=named) as caught:
         read(tmp_path, **changes)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_damage(small, tmp_path):
+    shutil.copytree(small / "hf", tmp_path / "hf")
+    for name in ("config.json", "tokenizer.json"):
+        path = tmp_path / "hf" / name
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    convert.from_hf(tmp_path / "hf", tmp_path / "meta")
+    made = (tmp_path / "meta" / "tokenizer.model").read_bytes()
+    assert made == (small / "meta" / "tokenizer.model").read_bytes()
 
 
 # -----------------------------------------------------------------------------

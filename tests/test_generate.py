@@ -11,7 +11,7 @@ from tiny import ROOT, assert_close, random_llama, random_model, run, write_chec
 
 import reference
 from llama31 import Llama, Sampler, sample
-from tokenizer import split_at_stop, train_tokenizer
+from tokenizer import Tokenizer, split_at_stop, train_tokenizer
 
 
 @pytest.fixture
@@ -361,6 +361,101 @@ def test_sample_prints_each_prompt_with_its_completion(ckpt_dir, tokenizer, tmp_
     assert capsys.readouterr().out == expected[0] + "\n"
     sample(ckpt_dir=ckpt_dir, prompt="a cat", stop=expected[0][8:10], device="cpu", **settings)
     assert capsys.readouterr().out == expected[0].split(expected[0][8:10])[0] + "\n"
+
+
+def test_sample_ends_before_any_of_several_stops_with_their_escapes(ckpt_dir, capsys, monkeypatch):
+    ids = Llama.build(ckpt_dir, device="cpu").tokenizer.encode("one\ttwo\nthree")
+    monkeypatch.setattr(Llama, "steps", lambda *args, **settings: ((None, [i]) for i in [*ids, None]))
+    for stop, text in (([r"\n"], "one\ttwo"), (["four", r"\n", "wo"], "one\tt"), (r"\t", "one"),
+                       ([r"\\n"], "one\ttwo\nthree")):
+        sample(ckpt_dir=ckpt_dir, prompt=r"a\n", stop=stop, device="cpu")
+        assert capsys.readouterr().out == f"a\n{text}\n"
+
+
+CHAT = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na cat<|eot_id|>"
+
+
+@pytest.fixture(params=["llama31", "reference"])
+def command(request, ckpt_dir, capsys):
+    """sample, or reference.py's, of the likeliest tokens; returns what it prints, and its notes."""
+    def call(**flags):
+        if request.param == "llama31":
+            sample(**dict(ckpt_dir=ckpt_dir, temperature=0.0, device="cpu") | flags)
+        else:
+            reference.main(**dict(ckpt_dir=ckpt_dir) | flags)
+        out, err = capsys.readouterr()
+        return out, [line for line in err.splitlines() if not line.startswith("prefill")]
+    return call
+
+
+@pytest.mark.parametrize("begin", [0, len("<|begin_of_text|>")])
+def test_special_tokens_of_a_prompt_are_read_on_request(command, ckpt_dir, tokenizer, begin):
+    prompt = CHAT[begin:]
+    llama = Llama.build(ckpt_dir, device="cpu")
+    tokens = tokenizer.encode(CHAT, allowed_special="all")
+    assert llama.encode([prompt], special=True) == [tokens]
+    [row] = llama.generate([tokens], 8, temperature=0)
+    out, err = command(prompt=prompt, max_gen_len=8, special=True)
+    assert out == prompt + tokenizer.decode(row) + "\n" and not err
+    [completion] = llama.text_completion([prompt], 8, temperature=0, special=True)
+    assert completion["generation"] == tokenizer.decode(row)
+
+
+def test_special_tokens_that_are_read_as_characters_are_counted(command, ckpt_dir, tokenizer, tmp_path):
+    prompts = ["<|eot_id|>", "a <|nothing|> cat", "<|eot_id|> <|begin_of_text|>"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    _, err = command(prompt_file=tmp_path / "prompts.txt", max_gen_len=2)
+    assert err == ["the prompts spell out 3 special tokens, which are read as characters; --special reads "
+                   "them as tokens"]
+    tokens = [tokenizer.bos_id, *tokenizer.encode("<|eot_id|>")]
+    assert Llama.build(ckpt_dir, device="cpu").encode(["<|eot_id|>"]) == [tokens]
+    assert command(prompt="a cat", max_gen_len=2)[1] == []
+
+
+def test_a_raw_chat_ends_at_a_stop_token(command, ckpt_dir, tokenizer, monkeypatch):
+    llama = Llama.build(ckpt_dir, device="cpu")
+    [row] = llama.generate(llama.encode([CHAT], special=True), 9, temperature=0)
+    stops = property(lambda self: row[4:], lambda self, ids: None)
+    monkeypatch.setattr(Tokenizer, "stop_tokens", stops, raising=False)
+    out, _ = command(prompt=CHAT, special=True, max_gen_len=9)
+    assert out == CHAT + tokenizer.decode(row[:min(row.index(stop) for stop in row[4:])]) + "\n"
+
+
+def test_texts_that_the_context_cuts_are_said_with_the_flag(command, tokenizer, tmp_path):
+    prompts = ["a cat", "once upon a time there was the little cat"]
+    lengths = [len(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+    room = lengths[1] + 3
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    flags = dict(prompt_file=tmp_path / "prompts.txt", max_seq_len=room)
+
+    def said(count):
+        return [f"{count} of 2 texts end because the context of {room} tokens is full; "
+                "--max_seq_len sets it"]
+    out, err = command(**flags, max_gen_len=100)
+    assert err == said(2)
+    assert len(tokenizer.encode(out.split("\n\n")[0])) >= room - 1 - 3
+    assert command(**flags, max_gen_len=4)[1] == said(1)
+    assert command(**flags, max_gen_len=3)[1] == []
+    with pytest.raises(ValueError, match=f"prompt.* {lengths[1]} .*--max_seq_len"):
+        command(prompt=prompts[1], max_seq_len=lengths[1])
+
+
+def test_a_text_that_a_stop_ends_is_not_said_to_be_cut(ckpt_dir, tmp_path, capsys):
+    llama = Llama.build(ckpt_dir, device="cpu")
+    prompts = ["a cat", "once"]
+    texts = [completion["generation"] for completion in llama.text_completion(prompts, 200, temperature=0)]
+    stop = next(texts[0][i:i + 3] for i in range(9, 99) if texts[0][i:i + 3] not in texts[1])
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    sample(ckpt_dir=ckpt_dir, prompt_file=tmp_path / "prompts.txt", stop=[stop], max_gen_len=200,
+           temperature=0.0, device="cpu")
+    assert capsys.readouterr().err.startswith("1 of 2 texts end because the context of 128 tokens is full")
+
+
+def test_a_context_beyond_the_models_own_is_said(ckpt_dir, capsys):
+    Llama.build(ckpt_dir, max_seq_len=128, device="cpu")
+    assert capsys.readouterr().err == ""
+    Llama.build(ckpt_dir, max_seq_len=129, device="cpu")
+    assert capsys.readouterr().err.startswith("max_seq_len 129 is beyond the 128 tokens that ")
 
 
 def test_sample_prints_nothing_before_an_error(ckpt_dir, capsys):

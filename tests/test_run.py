@@ -182,7 +182,7 @@ SAMPLING = dict(temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, repetition_penal
 DEFAULTS = {
     llama31.sample: dict(
         ckpt_dir=None, tokenizer_path=None, prompt=None, prompt_file=None, max_gen_len=256, **SAMPLING,
-        stop=None, device=None, dtype=None, compile=False, quantize=None),
+        stop=None, special=False, max_seq_len=None, device=None, dtype=None, compile=False, quantize=None),
     llama31.train: dict(
         train_data="tinystories/TinyStories_train*.bin", val_data=None,
         out_dir="out/train", preset=None, ckpt_dir=None, tokenizer_path=None, batch_size=4, seq_len=1024,
@@ -195,7 +195,7 @@ DEFAULTS = {
         system=None, tokenizer_path=None, max_seq_len=None, max_gen_len=256, **SAMPLING, device=None,
         dtype=None, compile=False, quantize=None),
     reference.main: dict(
-        tokenizer_path=None, prompt=None, prompt_file=None, max_gen_len=256,
+        tokenizer_path=None, prompt=None, prompt_file=None, max_gen_len=256, special=False, max_seq_len=None,
         **{**SAMPLING, "temperature": 0.0}),
     tiny_stories.download: dict(
         data_dir="tinystories", sha256=None, url="https://huggingface.co/datasets/roneneldan/TinyStories/"
