@@ -144,6 +144,8 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     system = None if system is None else cli.unescape(system)
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+    if sys.stdin is None:  # Whoever started this process has closed it.
+        return
     terminal = sys.stdin.isatty()
     # At a terminal, a byte that isn't UTF-8 must not end the conversation; in a file it is an error.
     sys.stdin.reconfigure(errors="replace" if terminal else "surrogateescape")

@@ -27,7 +27,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from plumbing import checkpoint, cli, fast, files, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
+from plumbing.dialogs import describe, pack_dialogs
 from plumbing.parallel import sum_over_ranks
 from plumbing.resume import locked, resumable
 from plumbing.run import Run, Stopwatch, entropy_floor
@@ -796,45 +797,6 @@ class NoTargetError(ValueError):
     """Token files hold dialogs, but no answer that could be learned."""
 
 
-class Dialogs(NamedTuple):
-    """What the windows of a shard with masked targets hold: segments, one after the other."""
-    begins: np.ndarray  # the first token of each segment
-    lengths: np.ndarray  # in tokens
-    windows: np.ndarray  # the number of each window's first segment, and at last how many segments there are
-    num_documents: int
-    num_cut: int  # dialogs that are longer than a window
-    num_dropped: int  # documents of which no window holds a target
-
-
-def pack_dialogs(path, bos_id, T):
-    """Packs a shard's dialogs into windows of T + 1 tokens; returns Dialogs, or None if nothing is masked.
-
-    In a window that begins within a dialog, answers would be learned without their questions. So a dialog
-    is one segment, cut at its end if it is longer than a window, and none if no target is left of it. A
-    document without masks may be several, each of which begins with the last token of the one before.
-    Segments fill a window, in order, until one doesn't fit; the rest is padding.
-    """
-    begins, lengths, first_targets, is_dialog = files.find_documents(path, bos_id)
-    if not is_dialog.any():
-        return None
-    has_target = first_targets < np.minimum(lengths, T + 1)
-    is_cut = is_dialog & has_target & (lengths > T + 1)
-    num_segments = np.where(is_dialog, 1, -(-(lengths - 1) // T)) * has_target  # -(-a // b) rounds up
-    first_segments = num_segments.cumsum() - num_segments
-    segment = np.arange(num_segments.sum()) - np.repeat(first_segments, num_segments)  # within its document
-    begins = np.repeat(begins, num_segments) + segment * T
-    lengths = np.minimum(np.repeat(lengths, num_segments) - segment * T, T + 1)
-    windows = []
-    room = 0  # in the window that is being filled
-    for i, length in enumerate(lengths.tolist()):
-        if length > room:
-            windows.append(i)
-            room = T + 1
-        room -= length
-    windows.append(len(lengths))
-    return Dialogs(begins, lengths, np.array(windows), len(is_dialog), is_cut.sum(), (~has_target).sum())
-
-
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
@@ -866,7 +828,7 @@ class DistributedShardedDataLoader:
                                     "pattern")
         self.headers = [files.read_header(path) for path in self.files]
         self.ntok_total = sum(header.num_tokens for header in self.headers)
-        self.dialogs = [pack_dialogs(path, bos_id, T) if self.has_marks(header) else None
+        self.dialogs = [pack_dialogs(path, T, bos_id) if self.has_marks(header) else None
                         for path, header in zip(self.files, self.headers, strict=True)]
         windows = [max(header.num_tokens - 1, 0) // T if dialogs is None else len(dialogs.windows) - 1
                    for header, dialogs in zip(self.headers, self.dialogs, strict=True)]
@@ -891,14 +853,8 @@ class DistributedShardedDataLoader:
 
     def find_remark(self):
         """What is cut, left out and padded, in one line."""
-        packed = [dialogs for dialogs in self.dialogs if dialogs]
-        if packed:
-            documents, cut, dropped = (sum(column) for column in zip(*(d[3:] for d in packed), strict=True))
-            held = sum(int(dialogs.lengths.sum()) for dialogs in packed)
-            room = sum(len(dialogs.windows) - 1 for dialogs in packed) * (self.T + 1)
-            return (f"{self.filename_pattern}: of {documents:,} documents {cut:,} are cut at T + 1 = "
-                    f"{self.T + 1} tokens and {dropped:,} have no target left; {1 - held / room:.0%} of the "
-                    "windows is padding")
+        if any(self.dialogs):
+            return f"{self.filename_pattern}: {describe(list(filter(None, self.dialogs)), self.T)}"
         if max(header.num_tokens for header in self.headers) <= self.T:
             return (f"{self.filename_pattern}: {self.ntok_total} tokens in {len(self.files)} files, each "
                     f"padded to T + 1 = {self.T + 1}")
@@ -1153,6 +1109,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           fsdp: bool = False, device: str | None = None, dtype: str = "bfloat16", compile: bool = False):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
+    Checkpoints have the type of the weights that are finetuned; what resuming needs lies inside as float32.
     Resuming takes each flag that isn't given from the run's own record, but for device. Steps that are added
     keep the last rate. A signal saves, then ends with 128 + its number; Ctrl-C is KeyboardInterrupt.
 
@@ -1228,14 +1185,18 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                 vocabulary=[tokenizer.model_path])
     progress = run.load_progress(flags, data)
     num_parameters = sum(p.numel() for p in model.parameters())
-    run.check_disk(12 * num_parameters, progress["step"])  # weights and AdamW's two averages
+    stored = pieces["tok_embeddings.weight"][0].dtype if pieces else torch.float32
+    saved_dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.float32
+    # Trained weights and AdamW's two averages; what is saved in another type comes on top.
+    bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
+    run.check_disk(bytes_per_parameter * num_parameters, progress["step"])
     fill_model(model, pieces, seed, place, compute_dtype, fsdp)
     # Sampling may use what was trained: before the first step or in it.
     model.args.max_seq_len = max(model.args.max_seq_len, seq_len) if pieces else seq_len
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     if run.newest:
-        checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer)
+        checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)
         loader.load_state_dict(progress["loader"])
     if compile:
         fast.compile_blocks(model)
@@ -1273,8 +1234,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         is_due = step == steps or (save_interval and step % save_interval == 0)
         if is_due or run.stopping or run.improved:
             progress = run.progress(step, loader.state_dict())
-            checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress, keep,
-                                     run.best_folder)
+            checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress,
+                                     saved_dtype, keep, run.best_folder)
         if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp) and not run.stopping:
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")

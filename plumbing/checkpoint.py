@@ -276,11 +276,14 @@ def point_best(out_dir, best):
             say(f"{link} can't be a symbolic link ({error}); the best is {best}", sys.stderr)
 
 
-def save_training(path, model, optimizer, tokenizer_path, progress, keep=None, best=None):
+def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.float32, keep=None,
+                  best=None):
     """Writes a checkpoint directory from which training resumes; every rank takes part.
 
-    Each rank writes its own part of the optimizer's state. keep: how many of the run's newest directories
-    stay; None: all. best: the one that stays, too, and to which the link `best` leads; None: there is none.
+    Each rank writes its own part of the optimizer's state. dtype: of the saved weights; those that are
+    trained lie beside the optimizer's averages where they are of another. keep: how many of the run's newest
+    directories stay; None: all. best: the one that stays, too, and to which the link `best` leads; None:
+    there is none.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -291,17 +294,27 @@ def save_training(path, model, optimizer, tokenizer_path, progress, keep=None, b
     if hasattr(model, "reshard"):  # FSDP2 leaves the outermost weights gathered after an evaluation.
         model.reshard()
     state = get_optimizer_state_dict(model, optimizer)["state"]
+    if dtype != torch.float32:
+        state[MASTER] = master_weights(model)
     try:
         with warnings.catch_warnings(action="ignore"):  # It warns of a process that is alone.
             dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # such as no space left
         raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
-    weights = whole_weights(model)
+    weights = whole_weights(model, dtype)
     if is_master:
         save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
         point_best(path.parent, best)
         if keep is not None:
             drop_checkpoints(path.parent, keep, best)
+
+
+MASTER = "master_weights"  # as float32, beside the averages of the parameters
+
+
+def master_weights(model):
+    """name -> the weights that are trained, or this rank's shards of them."""
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def cause_of(error):
@@ -311,14 +324,20 @@ def cause_of(error):
     return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
-def load_optimizer(path, model, optimizer):
-    """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is."""
+def load_optimizer(path, model, optimizer, dtype=torch.float32):
+    """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is.
+
+    dtype: that of the saved weights; where it isn't float32, the model gets those that were trained.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     state = get_optimizer_state_dict(model, optimizer)  # zeros, filled in place
+    wanted = dict(state["state"])
+    if dtype != torch.float32:
+        wanted[MASTER] = master_weights(model)
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(state["state"], checkpoint_id=path, no_dist=not dist.is_initialized())
+            dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, dcp.CheckpointException) as error:  # The latter is no Exception.
         raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint "
                          f"({cause_of(error)})") from error

@@ -183,35 +183,6 @@ def split_marks(stored, version, bos_id=None):
     return ids, is_target, ids == bos_id
 
 
-def find_documents(path, bos_id=None, block=2**22):
-    """Where the documents of a shard lie and what of them is learned, as arrays with an entry for each.
-
-    The number of its first token; its length; how many tokens into it the first target comes, its length if
-    there is none; whether any of it is masked. A document's first token, which nothing foretells, counts as
-    neither target nor masked. bos_id: as in split_marks. block: tokens that are read at once.
-    """
-    header = read_header(path)
-    nothing = np.empty(0, dtype=np.int64)
-    begins, targets, masks = [nothing], [nothing], [nothing]
-
-    def run_begins(flags):
-        return np.flatnonzero(flags & np.diff(flags, prepend=False))
-
-    for offset in range(0, header.num_tokens, block):
-        _, is_target, starts = split_marks(read_tokens(path, offset, block), header.version, bos_id)
-        starts[0] |= offset == 0  # whatever a file begins with
-        begins.append(offset + np.flatnonzero(starts))
-        # Where runs of targets and of masked tokens begin: the first one of a document begins a run.
-        targets.append(offset + run_begins(is_target & ~starts))
-        masks.append(offset + run_begins(~is_target & ~starts))
-    begins = np.concatenate(begins)
-    ends = np.append(begins[1:], header.num_tokens)
-    first_target, first_mask = (
-        np.append(found, header.num_tokens)[np.searchsorted(found, begins)]
-        for found in map(np.concatenate, (targets, masks)))
-    return begins, ends - begins, np.minimum(first_target, ends) - begins, first_mask < ends
-
-
 def check_apart(train_files, val_files=()):
     """Raises ValueError if a shard is among both."""
     shared = set(map(os.path.realpath, train_files)) & set(map(os.path.realpath, val_files))

@@ -126,13 +126,13 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_weights(model):
+def whole_weights(model, dtype):
     """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
     state = {}
     for name, p in model.state_dict().items():
         p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
         if not dist.is_initialized() or dist.get_rank() == 0:
-            state[name] = p
+            state[name] = p.to(dtype)
     if state and model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     return state

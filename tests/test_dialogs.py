@@ -12,7 +12,7 @@ from tiny import assert_close, random_model, shard_bytes
 
 import llama31
 from llama31 import DistributedShardedDataLoader
-from plumbing.files import find_documents
+from plumbing.dialogs import find_documents
 
 MASKED, START = 2**31, 2**30
 BOS = 90

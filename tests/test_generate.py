@@ -76,7 +76,7 @@ def test_of_equal_tokens_limits_keep_those_of_lower_ids():
     assert Sampler(temperature=0)(logits) == 0
 
 
-def test_impossible_tokens_are_never_drawn_and_logits_of_no_sense_are_named():
+def test_impossible_tokens_are_never_drawn_and_senseless_logits_named():
     logits = torch.full((50,), -math.inf)
     logits[[7, 31]] = torch.tensor([1.0, 1.0])
     assert drawn(logits, n=400).nonzero()[:, 0].tolist() == [7, 31]

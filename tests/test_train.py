@@ -12,7 +12,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny import random_model, random_tokens, read_log, read_weights, shard_bytes, shard_tokens, untimed
+from tiny import (
+    random_model,
+    random_tokens,
+    read_log,
+    read_weights,
+    shard_bytes,
+    shard_tokens,
+    untimed,
+    write_checkpoint,
+)
 
 import llama31
 import reference
@@ -397,3 +406,22 @@ def test_metas_loader_takes_what_training_saves(corpus, tmp_path):
     theirs = args.ModelArgs(max_seq_len=99, max_batch_size=3, **params)
     assert all(getattr(theirs, name) == value for name, value in params.items())
     assert (theirs.max_seq_len, theirs.max_batch_size) == (99, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_finetuned_checkpoints_have_their_sources_type_and_resume_exactly(corpus, tmp_path, dtype):
+    model = random_model(dim=32, vocab_size=560, tie_word_embeddings=True).to(dtype)
+    write_checkpoint(tmp_path / "source", model, tokenizer=Tokenizer(corpus / "tokenizer.model"))
+    flags = dict(preset=None, ckpt_dir=str(tmp_path / "source"), lr=1e-3)
+    whole = run(corpus, tmp_path / "whole", **flags)
+    run(corpus, tmp_path / "parts", save_interval=4, **flags)
+    for folder in (tmp_path / "parts" / "step_000006", tmp_path / "parts" / "best"):
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    assert untimed(run(corpus, tmp_path / "parts", resume=True, **flags)) == untimed(whole)
+    saved = torch.float32 if dtype == torch.float64 else dtype
+    for name, tensor in read_weights(tmp_path / "whole" / "step_000006").items():
+        assert tensor.dtype == saved
+        assert torch.equal(tensor, read_weights(tmp_path / "parts" / "step_000006")[name]), name
+    size = (tmp_path / "whole" / "step_000006" / "consolidated.00.pth").stat().st_size
+    num_parameters = sum(p.numel() for p in model.parameters())
+    assert size < saved.itemsize * num_parameters + 10_000  # The tied matrix is there once.
