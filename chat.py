@@ -85,7 +85,7 @@ def note(text):
 def typed_message():
     """What is typed at a terminal: a line, and those that come at once behind it, as pasting brings them.
 
-    Terminals that mark what is pasted let input() itself return several lines.
+    Where readline is told to let the terminal mark what is pasted, input() itself returns several lines.
     """
     is_edited = "readline" in sys.modules and sys.stdout.isatty()  # Then input() takes keys, not lines.
     with keys_at_once(sys.stdin) if is_edited else contextlib.nullcontext():
@@ -142,6 +142,8 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     system = None if system is None else cli.unescape(system)
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p)
+    if sys.stdin is None:  # Whoever started this process has closed it.
+        return
     terminal = sys.stdin.isatty()
     # At a terminal, a byte that isn't UTF-8 must not end the conversation; in a file it is an error.
     sys.stdin.reconfigure(errors="replace" if terminal else "surrogateescape")
