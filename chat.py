@@ -85,7 +85,7 @@ def note(text):
 def typed_message():
     """What is typed at a terminal: a line, and those that come at once behind it, as pasting brings them.
 
-    Terminals that mark what is pasted let input() itself return several lines.
+    Where readline is told to let the terminal mark what is pasted, input() itself returns several lines.
     """
     is_edited = "readline" in sys.modules and sys.stdout.isatty()  # Then input() takes keys, not lines.
     with keys_at_once(sys.stdin) if is_edited else contextlib.nullcontext():

@@ -310,8 +310,8 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talker, ckpt_dirs):
     ids=["lines", "long"])
 def test_what_is_pasted_at_once_is_one_message(talker, ckpt_dirs, pastes, marked):
     """Whether the terminal marks what is pasted, as most do, or types it like keys; then comes Enter."""
-    term = "xterm" if marked else "dumb"
-    with Terminal(ckpt_dirs / "talker", "--max_gen_len", "9", TERM=term) as terminal:
+    words = ["--max_gen_len", "9", "--max_seq_len", "16384"]
+    with Terminal(ckpt_dirs / "talker", *words, TERM="xterm" if marked else "dumb") as terminal:
         for paste in pastes:
             keys = paste.replace("\n", "\r")
             terminal.paste(f"\x1b[200~{keys}\x1b[201~\r" if marked else f"{keys}\r")
