@@ -38,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing import cli, files
+from plumbing.dialogs import find_documents
 from plumbing.documents import (
     FIELD,
     SHARDS,
@@ -382,7 +383,7 @@ def print_splits(data_dir, val_fraction):
         sizes.append(f"{split}: documents {documents[split]:,}, tokens {tokens:,}")
         for name in names:
             if manifest[name]["version"] == files.MARKING_VERSION:
-                _, lengths, _, is_masked = files.find_documents(os.path.join(data_dir, name))
+                _, lengths, _, is_masked = find_documents(os.path.join(data_dir, name))
                 longest = max(longest, lengths[is_masked].max(initial=0))
     if longest:
         hint = f"--seq_len {longest - 1:,} or more cuts no chat"

@@ -15,7 +15,7 @@ import shlex
 import zlib
 
 from plumbing.cli import unescape
-from plumbing.files import MANIFEST, matching
+from plumbing.files import MANIFEST, likely_encoding, matching
 from tokenizer import read_dialog
 
 BLOCK = 2**20  # characters that are read at once
@@ -152,23 +152,14 @@ def fault(error, path):
         return str(error)
     why = str(error)
     if isinstance(error, UnicodeDecodeError):
-        name = likely_encoding(error.object)
+        encoding = likely_encoding(error.object)
         unpack = "gzip -dc" if path.lower().endswith(".gz") else "cat"
-        why = (f"byte {error.object[error.start]:#04x}, perhaps {name}: {unpack} {shlex.quote(path)} | "
-               f"iconv -f {name.replace('Latin-', 'latin')} -t UTF-8 > NEW converts it")
+        why = (f"byte {error.object[error.start]:#04x}, perhaps {encoding}: {unpack} {shlex.quote(path)} | "
+               f"iconv -f {encoding} -t UTF-8 > NEW converts it")
     elif isinstance(error, json.JSONDecodeError):
         why = error.msg  # Its line and column count from the beginning of a block.
     return f"found no {KINDS[kind_of(path)]} ({why})"
 
-
-def likely_encoding(data):
-    """The encoding that bytes which aren't UTF-8 text are likely to be in."""
-    head = data[:64]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16"
-    if head.count(0) * 3 > len(head):
-        return "UTF-16LE" if head[1] == 0 else "UTF-16BE"
-    return "Latin-1"
 
 # -----------------------------------------------------------------------------
 # Records
@@ -293,7 +284,7 @@ def split_at(file, separator, block=BLOCK):
 def check_zeros(text):
     """Returns a text; ValueError if it is UTF-16 without a byte order mark, which reads as UTF-8, too."""
     head = text[:64].encode()
-    if likely_encoding(head) != "Latin-1":
+    if likely_encoding(head).startswith("UTF-16"):
         raise UnicodeDecodeError("utf-8", head, head.index(0), head.index(0) + 1, "zeros between characters")
     return text
 

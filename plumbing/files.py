@@ -119,14 +119,20 @@ def decode(data, name, first_line=1):
         at = data.index(0)
     except UnicodeDecodeError as error:
         at = error.start
-    found = f"byte {data[at]:#04x}, as in Windows-1252 and Latin-1"
-    encoding = "WINDOWS-1252"
-    if data[at] == 0 or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        found = "UTF-16, or no text"
-        encoding = "UTF-16"
+    encoding = likely_encoding(data)
     line = first_line + data[:at].count(b"\n")
-    raise ValueError(f"{name}, line {line}: found {found}; expected UTF-8: iconv -f {encoding} -t UTF-8 "
-                     "converts it")
+    raise ValueError(f"{name}, line {line}: found byte {data[at]:#04x}, perhaps {encoding}; expected UTF-8: "
+                     f"iconv -f {encoding} -t UTF-8 converts it")
+
+
+def likely_encoding(data):
+    """What iconv calls the encoding that bytes are likely to be in if they aren't UTF-8."""
+    head = data[:64]
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if head.count(0) * 3 > len(head):
+        return "UTF-16LE" if head[1:2] == b"\0" else "UTF-16BE"
+    return "WINDOWS-1252"  # which has all that Latin-1 has for text
 
 # -----------------------------------------------------------------------------
 # Shards of tokens

@@ -358,8 +358,9 @@ def test_piped_lines_lose_their_ends_and_the_mark_before_them(pipe):
 
 
 @pytest.mark.parametrize("data, said", [
-    (b"Zo\xeb\n", "line 7: found byte 0xeb"), ("\ufeffhi\n".encode("utf-16-le"), "line 7: found UTF-16"),
-    ("hi\n".encode("utf-16-le"), "line 7: found UTF-16")])
+    (b"Zo\xeb\n", "line 7: found byte 0xeb"),
+    ("\ufeffhi\n".encode("utf-16-le"), "line 7: found byte 0xff, perhaps UTF-16;"),
+    ("hi\n".encode("utf-16-le"), "line 7: found byte 0x00, perhaps UTF-16LE")])
 def test_piped_lines_in_another_encoding_are_named(pipe, data, said):
     pipe(data)
     with pytest.raises(ValueError, match=f"standard input, {said}.*iconv"):

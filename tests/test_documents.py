@@ -376,7 +376,7 @@ def test_a_path_that_exists_is_no_pattern(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("iconv"), reason="there is no iconv to try the command that is said")
 @pytest.mark.parametrize("encoding, said", [
-    ("latin1", "latin1"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")])
+    ("latin1", "WINDOWS-1252"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")])
 @pytest.mark.parametrize("text", ["früher und später", "plain letters alone é"])
 def test_text_that_is_not_utf_8_is_called_so_and_how_to_convert_it(tmp_path, encoding, said, text):
     path = tmp_path / "notes.txt"
