@@ -44,7 +44,7 @@ from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
 from plumbing.parallel import sum_over_ranks
 from plumbing.resume import locked, resumable
-from plumbing.run import Run, Stopwatch, entropy_floor
+from plumbing.run import Run, Stopwatch, collected, entropy_floor
 from tokenizer import TextStream, Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -1106,7 +1106,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80, sample_interval: int = 0,
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
-          fsdp: bool = False, device: str | None = None, dtype: str = "bfloat16", compile: bool = False):
+          fsdp: bool = False, device: str | None = None, dtype: str | None = None, compile: bool = False):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
     Checkpoints have the type of the weights that are finetuned; what resuming needs lies inside as float32.
@@ -1145,7 +1145,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         activation_checkpointing: compute each block twice, to keep less in memory
         fsdp: processes share out weights and optimizer (FSDP2); else each has all of them (DDP)
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
-        dtype: type of the computation, bfloat16 or float32; weights, optimizer and sums are float32
+        dtype: type of the computation, bfloat16 or float32; None: bfloat16 where the device multiplies it
+            fast, else float32; weights, optimizer and sums are float32
         compile: compile the blocks with torch.compile
     """
     flags = dict(locals())
@@ -1156,8 +1157,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                     save_interval=save_interval)
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
-    expect(dtype in ("float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
-    compute_dtype = fast.choose_dtype(dtype)
+    expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
+    compute_dtype = fast.choose_dtype(dtype or fast.fast_dtype(device))
     rank, world_size, place = parallel.join_process_group(device, needed=fsdp)
     fast.keep_freed_memory(place)
 
@@ -1203,7 +1204,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     needs_ddp = world_size > 1 and not fsdp
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if needs_ddp else model
     # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
-    autocast = torch.autocast(place.type, compute_dtype, enabled=dtype != "float32" and not fsdp)
+    autocast = torch.autocast(place.type, compute_dtype, enabled=compute_dtype != torch.float32 and not fsdp)
 
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
     min_lr = lr / 10 if min_lr is None else min_lr
@@ -1313,15 +1314,6 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     print(watch.report(), file=sys.stderr)
 
 
-def collected(steps, rows):
-    """The same steps of Llama.steps; each prompt's tokens are appended to its row as they come."""
-    for logits, drawn in steps:
-        for row, token in zip(rows, drawn, strict=True):
-            if token is not None:
-                row.append(token)
-        yield logits, drawn
-
-
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):
     """Writes a corpus of little stories, trains a small Llama 3 on it and prints four, in 3 minutes.
 
@@ -1346,8 +1338,7 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
             train(train_data=str(data / "TinyStories_train*.bin"),
                   val_data=str(data / "TinyStories_val.bin"), out_dir=str(part), preset="demo",
                   tokenizer_path=vocabulary, batch_size=6, seq_len=256, steps=1200, lr=3e-3, min_lr=0.0,
-                  warmup_steps=30, eval_interval=300, eval_steps=0, save_interval=0, shuffle=True,
-                  dtype=fast.fast_dtype())
+                  warmup_steps=30, eval_interval=300, eval_steps=0, save_interval=0, shuffle=True)
             expect((part / "loss.png").exists(), "the demo", "cut short", "a whole run; start it again")
     sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 

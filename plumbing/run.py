@@ -52,6 +52,15 @@ class Stopwatch:
                 f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
 
 
+def collected(steps, rows):
+    """The same steps of Llama.steps; each prompt's tokens are appended to its row as they come."""
+    for logits, drawn in steps:
+        for row, token in zip(rows, drawn, strict=True):
+            if token is not None:
+                row.append(token)
+        yield logits, drawn
+
+
 def entropy_floor(folder):
     """The bits per byte that no model can beat on average, if entropy.json says so; else None."""
     path = Path(folder, "entropy.json")

@@ -27,8 +27,9 @@ def begin(corpus, out_dir, **flags):
     """The log of a new run, all of whose flags differ from train's defaults."""
     settings = dict(train_data=corpus / "train.bin", val_data=corpus / "val.bin", ckpt_dir=corpus / "ckpt",
                     batch_size=2, seq_len=16, steps=6, lr=1e-2, min_lr=2e-3, warmup_steps=2,
-                    weight_decay=0.2, betas=(0.8, 0.9), grad_clip=0.5, eval_interval=2, eval_steps=3, save_interval=4, keep=9,
-                    seed=3, shuffle=True, doc_mask=False, dtype="float32", device="cpu")
+                    weight_decay=0.2, betas=(0.8, 0.9), grad_clip=0.5, eval_interval=2, eval_steps=3,
+                    save_interval=4, keep=9, seed=3, shuffle=True, doc_mask=False, dtype="float32",
+                    device="cpu")
     train(**{**settings, **flags}, out_dir=out_dir)
     return read_log(out_dir)
 
@@ -229,7 +230,8 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(corpus, tmp_path,
     def second(*args, **kwargs):
         (tmp_path / "run" / "optimizer.part").mkdir(exist_ok=True)
         for call in (begin, lambda *args: resume(args[1])):
-            with pytest.raises(ValueError, match=rf"run.lock is held by process {os.getpid()} on .*--out_dir"):
+            held = rf"run.lock is held by process {os.getpid()} on .*--out_dir"
+            with pytest.raises(ValueError, match=held):
                 call(corpus, tmp_path / "run")
         refusals.append((tmp_path / "run" / "optimizer.part").exists())
         return evaluate(*args, **kwargs)

@@ -83,7 +83,7 @@ def test_only_the_master_writes_and_prints(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 
-def test_a_step_without_targets_and_a_log_without_validation_are_shown_and_drawn(tmp_path, capsys):
+def test_steps_without_targets_and_logs_without_validation_are_drawn(tmp_path, capsys):
     run, steps = begun(tmp_path, 1, 3)
     for step, loss in ((1, 2.0), (2, None), (3, 1.0)):
         run.log({**RECORD, "step": step, "loss": loss})
@@ -189,7 +189,7 @@ DEFAULTS = {
         total_batch_tokens=None, steps=None, epochs=1, lr=1e-5, min_lr=None, warmup_steps=10,
         weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0, eval_interval=100, eval_steps=80,
         sample_interval=0, save_interval=1000, keep=2, seed=1337, resume=False, shuffle=False, doc_mask=True,
-        activation_checkpointing=False, fsdp=False, device=None, dtype="bfloat16", compile=False),
+        activation_checkpointing=False, fsdp=False, device=None, dtype=None, compile=False),
     llama31.demo: dict(out_dir="out/demo", retrain=False),
     chat.chat: dict(
         system=None, tokenizer_path=None, max_seq_len=None, max_gen_len=256, **SAMPLING, device=None,
