@@ -9,27 +9,27 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1300,
+    "llama31.py": 1355,  # 1300, and a line of help for each of the 49 flags of train and sample
     "tokenizer.py": 415,  # 360, and the kinds of messages that files have
-    "tiny_stories.py": 430,  # 420, and what text() says of its splits
+    "tiny_stories.py": 435,  # 420, and what text() says of its splits
     "stories.py": 400,
-    "reference.py": 290,  # 270, and the flags it shares with sample
+    "reference.py": 305,  # 270, and the flags it shares with sample
     "convert.py": 330,  # 300 once config.json, too, lies in plumbing/huggingface.py
     "chat.py": 190,  # 140, a line of help for each of its 14 flags, and what is pasted or piped
     "bench.py": 500,
     "peers.py": 155,  # 140 once convert.py writes llama.cpp's files
     "plumbing/fast.py": 475,  # 450, and the choice of a device and its types
     "plumbing/fast.cpp": 620,
-    "plumbing/checkpoint.py": 295,  # 260, and the best checkpoint, and what can't be removed
+    "plumbing/checkpoint.py": 345,  # 260, and llama31.json, the best checkpoint, master weights
     "plumbing/huggingface.py": 200,
     "plumbing/parallel.py": 180,
-    "plumbing/resume.py": 225,  # a run's lock and record, out of run.py
-    "plumbing/run.py": 310,  # 220, and the stopwatch of sampling, five signals, the best step
-    "plumbing/files.py": 220,  # 130, and the checks and messages of shards, manifests and encodings
+    "plumbing/resume.py": 230,  # a run's lock and record, out of run.py
+    "plumbing/run.py": 315,  # 220, and the stopwatch of sampling, five signals, the best step
+    "plumbing/files.py": 255,  # 130, and the checks and messages of shards, manifests and encodings
     "plumbing/cli.py": 260,  # 110, and lists, numbered switches, checks, prompts, streams of any encoding
     "plumbing/download.py": 160,
     "plumbing/documents.py": 400,  # 300, and rows of every kind, folders, patterns, encodings
-    "plumbing/dialogs.py": 80,  # which windows a shard of dialogs has
+    "plumbing/dialogs.py": 90,  # which windows a shard of dialogs has
     "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
     "plumbing/machine.py": 175,  # what differs between operating systems, and the limits of containers
     "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
