@@ -848,8 +848,8 @@ class DistributedShardedDataLoader:
 
     def has_marks(self, header):
         """Whether it can be known where a shard's documents begin, and some of its tokens may be masked."""
-        needs_bos = header.version == files.MASKING_VERSION
-        return header.version != files.VERSION and not (needs_bos and self.bos_id is None)
+        is_masking = header.version == files.MASKING_VERSION
+        return header.version == files.MARKING_VERSION or (is_masking and self.bos_id is not None)
 
     def find_remark(self):
         """What is cut, left out and padded, in one line."""
