@@ -289,23 +289,25 @@ def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None
     if vocab_size is None:
         tokenizer_path = tokenizer_path or TOKENIZER_PATH
         Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
+    cli.expect(separator != "", "separator", "empty", "a text, such as \\n\\n")
     folder = os.path.join(data_dir, "documents.part")  # It is quick to write, so every run writes it again.
     others = f", not {left_out:,} others beside them" if left_out else ""
     print(f"Reading {len(paths):,} files{others}...")
-    least, seen = split_documents(paths, field, separator, val_fraction, folder)
-    if least >= val_fraction:  # Validation got no document. Now it gets the one with the least hash.
-        _, seen = split_documents(paths, field, separator, math.nextafter(least, 2), folder)
-    print_seen(seen, special)
-    splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
-    if not splits["train"]:
-        shutil.rmtree(folder)
-        raise ValueError(f"{paths[0]}: found no two documents to train and to validate on, expected more; "
-                         "--separator cuts .txt files, --val_fraction is the share of validation")
-    if vocab_size is not None:
-        tokenizer_path = os.path.join(data_dir, "tokenizer.model")
-        train_tokenizer(sample_texts(splits["train"], special), vocab_size, tokenizer_path)
-    write_splits(data_dir, "", splits, tokenizer_path, num_workers, special=special)
-    shutil.rmtree(folder)
+    try:
+        least, seen = split_documents(paths, field, separator, val_fraction, folder)
+        if least >= val_fraction:  # Validation got no document. Now it gets the one with the least hash.
+            _, seen = split_documents(paths, field, separator, math.nextafter(least, 2), folder)
+        print_seen(seen, special)
+        splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
+        if not splits["train"]:
+            raise ValueError(f"{paths[0]}: found no two documents to train and to validate on, expected "
+                             "more; --separator cuts .txt files, --val_fraction is the share of validation")
+        if vocab_size is not None:
+            tokenizer_path = os.path.join(data_dir, "tokenizer.model")
+            train_tokenizer(sample_texts(splits["train"], special), vocab_size, tokenizer_path)
+        write_splits(data_dir, "", splits, tokenizer_path, num_workers, special=special)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     print_splits(data_dir, val_fraction)
 
 

@@ -49,6 +49,9 @@ def read_params(path, shape):
                 raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
             fields |= found
             args = shape(**fields)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: {error}: found no JSON, expected an object of fields; get the file "
+                             "again") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     return args, fields

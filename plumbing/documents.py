@@ -120,7 +120,7 @@ def read_documents(path, field, separator, block=BLOCK):
         if KINDS[kind_of(path)] == "UTF-8 text":
             field = FIELD
             rows = ({field: check_zeros(piece)} for piece in split_at(file, separator, block))
-            expected = "expected that"
+            expected = "expected UTF-8"
         elif kind_of(path) == ".parquet":
             rows = read_parquet(path, field)
         else:
@@ -156,6 +156,8 @@ def fault(error, path):
         unpack = "gzip -dc" if path.lower().endswith(".gz") else "cat"
         why = (f"byte {error.object[error.start]:#04x}, perhaps {encoding}: {unpack} {shlex.quote(path)} | "
                f"iconv -f {encoding} -t UTF-8 > NEW converts it")
+    elif isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
+        return f"found no whole gzip file ({error}); fetch it again"
     elif isinstance(error, json.JSONDecodeError):
         why = error.msg  # Its line and column count from the beginning of a block.
     return f"found no {KINDS[kind_of(path)]} ({why})"
@@ -185,6 +187,9 @@ def record_of(row, field, expected) -> dict:
         return completion_of(row["prompt"], row["completion"])
     if {"instruction", "output"} <= has:
         return {"messages": system_of(row) + exchange_of(row)}
+    for asked, answer in (("prompt", "completion"), ("instruction", "output")):
+        if asked in has and answer in row:  # A null answer is no reason to learn another text of the row.
+            raise ValueError(f"found {answer} null beside {asked}, expected text")
     if field in has:
         return {"story": text_under(row, field, expected)}
     raise ValueError(f"found keys {shown(list(row))}, {expected}")

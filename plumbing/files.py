@@ -101,7 +101,10 @@ def matching(pattern):
 
 
 def read_lines(path):
-    """The lines of a text file in UTF-8; ValueError: see decode."""
+    """The lines of a text file in UTF-8; FileNotFoundError if there is none, ValueError: see decode."""
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise FileNotFoundError(f"{path}: found {found}, expected a text file")
     text = decode(Path(path).read_bytes(), path)
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
@@ -122,7 +125,7 @@ def decode(data, name, first_line=1):
     encoding = likely_encoding(data)
     line = first_line + data[:at].count(b"\n")
     raise ValueError(f"{name}, line {line}: found byte {data[at]:#04x}, perhaps {encoding}; expected UTF-8: "
-                     f"iconv -f {encoding} -t UTF-8 converts it")
+                     f"iconv -f {encoding} -t UTF-8 FILE > NEW converts it")
 
 
 def likely_encoding(data):
@@ -156,6 +159,9 @@ class Header(NamedTuple):
 
 def read_header(path):
     """The Header of a .bin shard; ValueError names the file and the fault."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: found a folder, expected a .bin file or a pattern of some, such as "
+                         f"{path}/train.bin")
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         size = file.seek(0, os.SEEK_END)

@@ -311,6 +311,12 @@ def test_what_is_no_prompt_is_named_with_its_line(data, said, tmp_path):
         cli.read_prompts(None, tmp_path / "prompts.txt", ["once"])
 
 
+@pytest.mark.parametrize("name, found", [("absent", "no such file"), (".", "a folder")])
+def test_a_prompt_file_that_is_none_is_named(tmp_path, name, found):
+    with pytest.raises(FileNotFoundError, match=f"found {found}, expected a text file"):
+        cli.read_prompts(None, tmp_path / name, ["once"])
+
+
 def test_a_prompt_may_have_escapes_and_stands_alone():
     assert cli.read_prompts(r"Q: 1\t2?\nA: \\n", None, ["once"]) == ["Q: 1\t2?\nA: \\n"]
     assert cli.read_prompts(None, None, ("once", "one day")) == ["once", "one day"]

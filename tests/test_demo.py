@@ -1,12 +1,15 @@
 """The demo: made once, then sampled; made anew only when asked; nothing of others is touched."""
 
 import functools
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 import llama31
 import stories
+from plumbing.resume import locked
 
 
 @pytest.fixture
@@ -57,6 +60,31 @@ def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkey
     with pytest.raises(ValueError, match=said):
         llama31.demo(out_dir=out_dir, retrain=True)
     assert (out_dir / "log.jsonl").read_text() == before and llama31.checkpoints_of_run(out_dir)
+
+
+def test_a_signal_ends_a_retraining_and_leaves_the_earlier_demo(quick, tmp_path, monkeypatch, capsys):
+    out_dir = tmp_path / "demo"
+    llama31.demo(out_dir=out_dir)
+    before = (out_dir / "log.jsonl").read_text()
+    optimize = llama31.optimize
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return optimize(*args, **kwargs)
+    monkeypatch.setattr(llama31, "optimize", signalled)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        llama31.demo(out_dir=out_dir, retrain=True)
+    printed = capsys.readouterr().out
+    assert error.value.code == 143 and "SIGTERM after step 1, cut short, start it again" in printed
+    assert "--resume" not in printed and (out_dir / "log.jsonl").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_second_demo_in_a_folder_waits_for_the_first(quick, tmp_path, monkeypatch):
+    with locked(tmp_path / "demo.lock"), pytest.raises(ValueError, match="demo.lock is held by process"):
+        llama31.demo(out_dir=tmp_path / "demo")
+    assert not quick
 
 
 def test_a_folder_with_other_files_is_refused(quick, tmp_path):

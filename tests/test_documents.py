@@ -227,6 +227,24 @@ def test_spelled_special_tokens_are_characters_and_counted(tmp_path, tokenizer, 
     assert {files.read_header(data / name).version for name in ("val.bin", "train.bin")} == {7}
 
 
+@pytest.mark.parametrize("row, said", [
+    (dict(prompt="p", completion=None), "found completion null beside prompt"),
+    (dict(instruction="i", input="", output=None), "found output null beside instruction")])
+def test_a_row_without_its_answer_is_no_plain_text(tmp_path, row, said):
+    with pytest.raises(ValueError, match=f"rows.jsonl, document 1: {said}, expected text"):
+        records_of(tmp_path, {"text": "a"}, {**row, "text": "flat"})
+
+
+def test_an_empty_separator_is_named_and_no_part_stays(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="separator is empty"):
+        prepare(tmp_path, [tmp_path / "a.txt"], tokenizer.model_path, separator="")
+    (tmp_path / "b.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="b.jsonl, document 0"):
+        prepare(tmp_path, [tmp_path / "b.jsonl"], tokenizer.model_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_special_reads_them_in_texts_and_prompts_but_never_in_chats(tmp_path, tokenizer, capsys):
     chat = [{"role": "user", "content": SPELLED}, ANSWER]
     inner = "a <|begin_of_text|>b<|end_of_text|> c"  # No loader may take this BOS for a document's start.

@@ -7,12 +7,16 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from tiny import (
+    ROOT,
     random_model,
     random_tokens,
     read_log,
@@ -173,7 +177,7 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
     (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
-    (dict(seed=-1), "seed is -1"),
+    (dict(seed=-1), "seed is -1"), (dict(train_data="/"), r"/: found a folder, expected a .bin file"),
     (dict(seed=2**64), "seed is 1844"),
     (dict(betas=(0.9, 1.5)), r"betas is \(0.9, 1.5\); expected two numbers from 0 to below 1")])
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
@@ -274,6 +278,88 @@ def test_a_signal_in_the_last_step_interrupts_nothing(corpus, tmp_path, monkeypa
     monkeypatch.setattr(llama31, "evaluate", signalled)
     assert len(run(corpus, tmp_path, steps=2)) == 2
     assert (tmp_path / "loss.png").exists() and "--resume" not in capsys.readouterr().out
+
+
+SIGNALS = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+
+
+@pytest.fixture
+def usual_signals():
+    """Signals act as in a process that has just begun, whatever whoever started the tests has ignored."""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_saves_and_ends_as_the_signal_would(corpus, tmp_path, monkeypatch, capsys, name,
+                                                     usual_signals):
+    whole = run(corpus, tmp_path / "whole")
+    evaluate = llama31.evaluate
+
+    def signalled(*args, **kwargs):
+        for _ in range(1 if name == "SIGINT" else 2):  # bash and timeout send theirs twice
+            os.kill(os.getpid(), getattr(signal, name))
+        return evaluate(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama31, "evaluate", signalled)
+        with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit) as error:
+            run(corpus, tmp_path / "parts")
+    assert name == "SIGINT" or error.value.code == 128 + getattr(signal, name)
+    assert f"{name} after step 3, which is saved; --resume goes on\n" in capsys.readouterr().out
+    assert llama31.checkpoints_of_run(tmp_path / "parts")[-1].name == "step_000003"
+    assert untimed(run(corpus, tmp_path / "parts", resume=True)) == untimed(whole)
+
+
+def test_a_signal_that_is_ignored_stays_so(corpus, tmp_path, monkeypatch, usual_signals):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as nohup does with SIGHUP
+    evaluate = llama31.evaluate
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+    monkeypatch.setattr(llama31, "evaluate", signalled)
+    assert len(run(corpus, tmp_path)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a terminal of its own")
+def test_a_lost_terminal_saves_and_ends_with_129(corpus, tmp_path):
+    import pty
+    words = [sys.executable, "llama31.py", "train", f"--train_data={corpus}/train.bin", "--seq_len=16",
+             f"--val_data={corpus}/val.bin", f"--ckpt_dir={corpus}/ckpt", f"--out_dir={tmp_path}/run",
+             "--steps=1000000", "--eval_interval=1000000", "--device=cpu"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.chdir(ROOT)
+        os.execv(sys.executable, words)
+    os.set_blocking(terminal, False)
+    while not read_log(tmp_path / "run"):
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 10_000)
+        time.sleep(0.02)
+    os.close(terminal)  # SIGHUP, and what is written from now on fails
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    steps = len(read_log(tmp_path / "run"))
+    assert [path.name for path in llama31.checkpoints_of_run(tmp_path / "run")] == [f"step_{steps:06d}"]
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_does_not_end_a_run(corpus, tmp_path):
+    words = [sys.executable, "llama31.py", "train", f"--train_data={corpus}/train.bin", "--seq_len=16",
+             f"--val_data={corpus}/val.bin", f"--ckpt_dir={corpus}/ckpt", f"--out_dir={tmp_path}/run",
+             "--steps=9", "--device=cpu"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 0 and (tmp_path / "run" / "loss.png").exists()
 
 
 def test_a_failing_run_gives_the_signals_back(corpus, tmp_path):
