@@ -334,6 +334,7 @@ def split_documents(paths, field, separator, val_fraction, folder):
     for split in lines:
         os.makedirs(os.path.join(folder, split))
     for record in itertools.chain.from_iterable(read_documents(path, field, separator) for path in paths):
+        seen["tools"] += record.pop("tools", False)
         if "messages" in record and not any(map(is_learned, record["messages"])):
             seen["unlearned"] += 1
             continue
@@ -362,6 +363,8 @@ def print_seen(seen, special):
     """Says what of the documents was left out, and which special tokens their texts spell."""
     if seen["unlearned"]:
         print(f"Left out: chats without an assistant's turn to learn: {seen['unlearned']:,}")
+    if seen["tools"]:
+        print(f"Not read: the definitions of tools of {seen['tools']:,} chats; only their calls are")
     if seen["empty"]:
         print(f"Left out: documents without text: {seen['empty']:,}")
     if seen["spelled"]:

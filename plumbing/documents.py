@@ -2,7 +2,8 @@
 
 A record is the part of a document that training needs: {"story": text}, {"messages": dialog}, where a dialog
 is a list of messages as read_message gives them, or {"prompt": text, "completion": text}, of which only the
-completion is learned. Files are read in blocks, so that they may be larger than memory.
+completion is learned. "tools": True is beside messages whose row defines tools, which is not read. Files are
+read in blocks, so that they may be larger than memory.
 """
 
 import glob
@@ -143,6 +144,8 @@ def read_records(path, unit, rows, field, expected):
             record = record_of(row, field, expected)
         except ValueError as error:
             raise ValueError(f"{path}, {unit} {number}: {error}") from None
+        if "messages" in record and row.get("tools"):
+            record["tools"] = True  # what they are is not read
         yield record
 
 

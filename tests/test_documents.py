@@ -235,6 +235,17 @@ def test_a_row_without_its_answer_is_no_plain_text(tmp_path, row, said):
         records_of(tmp_path, {"text": "a"}, {**row, "text": "flat"})
 
 
+def test_definitions_of_tools_are_counted_as_not_read(tmp_path, tokenizer, capsys):
+    chats = [{"messages": [{**USER, "content": f"{i}?"}, ANSWER]} for i in range(12)]
+    tools = [[{"name": "f"}], [], None] * 4
+    rows = [{**chat, "tools": each} for chat, each in zip(chats, tools, strict=True)]
+    data = prepare(tmp_path, [write_rows(tmp_path, rows)], tokenizer.model_path)
+    assert "Not read: the definitions of tools of 4 chats; only" in capsys.readouterr().out
+    with_tools = stored(data).tolist()
+    prepare(tmp_path, [write_rows(tmp_path, chats)], tokenizer.model_path)
+    assert stored(data).tolist() == with_tools
+
+
 def test_an_empty_separator_is_named_and_no_part_stays(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ValueError, match="separator is empty"):

@@ -11,7 +11,7 @@ from tiny import ROOT
 BUDGETS = {
     "llama31.py": 1355,  # 1300, and a line of help for each of the 49 flags of train and sample
     "tokenizer.py": 415,  # 360, and the kinds of messages that files have
-    "tiny_stories.py": 435,  # 420, and what text() says of its splits
+    "tiny_stories.py": 440,  # 420, and what text() says of its splits
     "stories.py": 400,
     "reference.py": 305,  # 270, and the flags it shares with sample
     "convert.py": 330,  # 300 once config.json, too, lies in plumbing/huggingface.py
