@@ -43,7 +43,10 @@ def attempt(kill_at=None, kill_after=None):
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
+    status = os.waitpid(pid, 0)[1]
+    best = os.path.join(settings["out_dir"], "best")
+    assert not os.path.islink(best) or os.path.exists(os.path.join(best, "params.json")), os.readlink(best)
+    return status
 
 for kill in attempts:
     print(attempt(**kill), flush=True)
@@ -63,7 +66,7 @@ def outcome(out_dir):
     newest = llama31.checkpoints_of_run(out_dir)[-1]
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     weights = {name: p.tolist() for name, p in read_weights(newest).items()}
-    return newest.name, untimed(read_log(out_dir)), weights
+    return newest.name, os.readlink(out_dir / "best"), untimed(read_log(out_dir)), weights
 
 
 def test_kills_at_random_moments_change_nothing(corpus, tmp_path):
