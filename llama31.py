@@ -113,7 +113,7 @@ class ModelArgs:
         FileNotFoundError or ValueError names the file and the field at fault.
         """
         args, fields = checkpoint.read_params(path, cls)
-        if "max_seq_len" not in fields:  # Meta publishes none: of Llama 3.1 and later, of Llama 3.
+        if "max_seq_len" not in fields:  # Meta publishes none; Llama 3's is the shorter one.
             args.max_seq_len = 131072 if args.use_scaled_rope else 8192
         # Llama 3.2's params.json says that RoPE is scaled, not by how much; by its shape we know it is 32.
         shape = args.dim, args.n_layers, args.n_heads, args.n_kv_heads
@@ -574,7 +574,8 @@ class Sampler:
         ids = ids[np.argsort(-weights[ids], kind="stable")]  # the likeliest first; of equals, the lower id
         count = len(ids)
         if self.top_p < 1:
-            likelier = weights[ids].cumsum(dtype=np.float64) - weights[ids]  # what the tokens before hold
+            # A token is dropped when the likelier ones alone already hold top_p.
+            likelier = weights[ids].cumsum(dtype=np.float64) - weights[ids]
             count = np.count_nonzero(likelier < self.top_p * total)
         if self.top_k:
             count = min(count, self.top_k)

@@ -153,7 +153,7 @@ def sample(logits, generator, tokens=(), temperature=0.0, top_p=0.9, top_k=0, mi
         left -= probabilities[i]
         if left < 0:
             return i
-    return kept[-1]  # where the sum was rounded down
+    return kept[-1]  # Rounding may leave a remainder behind the last one.
 
 
 def read_weights(folder):
@@ -195,7 +195,8 @@ class Llama:
             for path in (Path(ckpt_dir, "params.json"), Path(ckpt_dir, "llama31.json")):
                 if path.name == "params.json" or path.is_file():  # Meta's folders have no llama31.json.
                     args |= json.loads(path.read_bytes())
-            context = 131072 if args.get("use_scaled_rope") else 8192  # of Llama 3.1 and later, of Llama 3
+            # Meta doesn't say how long the context is; Llama 3's is the shorter one.
+            context = 131072 if args.get("use_scaled_rope") else 8192
             weights = read_weights(ckpt_dir)
             forward(weights, args, [0])  # fails if a tensor is missing or has a size that doesn't fit
             # A layer has seven matrices and two norms; the embedding, the last norm and the output follow.

@@ -312,7 +312,7 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
             drop_checkpoints(path.parent, keep, best)
 
 
-MASTER = "master_weights"  # as float32, beside the averages of the parameters
+MASTER = "master_weights"  # They are float32 and lie beside AdamW's averages.
 
 
 def master_weights(model):

@@ -26,7 +26,7 @@ KINDS = {".txt": "UTF-8 text", ".md": "UTF-8 text", ".json": "JSON in UTF-8", ".
          ".ndjson": "JSON in UTF-8", ".parquet": "Parquet"}  # suffix -> what such a file holds
 FIELD = "text"  # the usual name of a row's text
 COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
-           "history")  # what a row may have besides a text
+           "history")  # A row may have these columns besides a text.
 # Who speaks in a turn of ShareGPT's conversations -> the role of that message.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
             "system": "system", "tool": "tool", "observation": "tool"}
@@ -55,7 +55,7 @@ def find_inputs(inputs):
     paths = []
     left_out = 0
     for name in map(os.fspath, [inputs] if isinstance(inputs, str | os.PathLike) else inputs):
-        matches = [name] if os.path.exists(name) else matching(name)
+        matches = matching(name)
         if not matches:
             missing = "file that matches" if glob.has_magic(name) else "such file"
             raise FileNotFoundError(f"{name}: found no {missing}, expected --input PATH...")
@@ -145,7 +145,7 @@ def read_records(path, unit, rows, field, expected):
         except ValueError as error:
             raise ValueError(f"{path}, {unit} {number}: {error}") from None
         if "messages" in record and row.get("tools"):
-            record["tools"] = True  # what they are is not read
+            record["tools"] = True  # The definitions themselves are not read.
         yield record
 
 
@@ -164,7 +164,6 @@ def fault(error, path):
     elif isinstance(error, json.JSONDecodeError):
         why = error.msg  # Its line and column count from the beginning of a block.
     return f"found no {KINDS[kind_of(path)]} ({why})"
-
 
 # -----------------------------------------------------------------------------
 # Records

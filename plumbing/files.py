@@ -93,6 +93,8 @@ def check_disk(what, num_bytes, folder):
 
 def matching(pattern):
     """The files that a pattern matches, by name; names that exist may have *, ? and [ in them."""
+    if os.path.exists(pattern):
+        return [os.fspath(pattern)]
     parts = Path(pattern).parts
     known = 0  # so many parts, taken as they are, lead to something that exists
     while known < len(parts) and os.path.exists(os.path.join(*parts[:known + 1])):
@@ -135,7 +137,7 @@ def likely_encoding(data):
         return "UTF-16"
     if head.count(0) * 3 > len(head):
         return "UTF-16LE" if head[1:2] == b"\0" else "UTF-16BE"
-    return "WINDOWS-1252"  # which has all that Latin-1 has for text
+    return "WINDOWS-1252"  # It has every character of Latin-1 that is text.
 
 # -----------------------------------------------------------------------------
 # Shards of tokens

@@ -154,7 +154,7 @@ def continued(newest, given, world_size):
             notes.append(f"with {name} {new}, not {old}{remark}")
     flags = {name: value for name, value in record.items() if name not in SOURCES} | given
     if "epochs" in given and "steps" not in given:
-        flags["steps"] = None  # as many as the epochs take
+        flags["steps"] = None  # The epochs then say how many there are.
     if flags.get("fsdp") and "fsdp" not in given and "RANK" not in os.environ:
         flags["fsdp"] = False
         notes.append("without fsdp, as this process is alone")
