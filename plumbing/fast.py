@@ -7,12 +7,7 @@ and for single tokens (read_token in fast.cpp). The tests hold all three to the 
 import ctypes
 import functools
 import math
-import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from plumbing import machine
 from plumbing.cli import expect
+from plumbing.compiler import compile_library, find_compiler
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -192,16 +188,8 @@ def load_int8(model, tensors, device, dtype):
 # fast.cpp says why, and how it does better.
 
 
-def find_compiler():
-    """The words that begin a C++ compiler's command, CXX or g++; OSError if there is none."""
-    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(words[0]) is None:
-        raise OSError(f"no C++ compiler found ({words[0]}, or CXX)")
-    return words
-
-
 def say_uncompiled(reason):
-    print(f"{reason}; --compile has no effect", file=sys.stderr)
+    print(f"{reason}; nothing is compiled", file=sys.stderr)
 
 
 def can_compile(device):
@@ -252,30 +240,9 @@ class Address(ctypes.c_void_p):
 
 @functools.cache
 def compile_kernels(**constants):
-    """fast.cpp as a ctypes library for the processor it runs on; OSError if there is no working compiler.
-
-    CXXFLAGS, as everywhere, are the user's further flags, such as -march=x86-64-v3 for an older processor.
-    """
-    compiler = find_compiler()
-    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    """fast.cpp as a ctypes library; see compile_library."""
     path = Path(__file__).resolve().with_name("fast.cpp")  # This file may be a link to a folder elsewhere.
-    source += '#line 1 "fast.cpp"\n' + path.read_text(encoding="utf-8")
-    # -fassociative-math and what it needs lets sums be taken in any order, as vectors take them.
-    flags = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
-             "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-             *shlex.split(os.environ.get("CXXFLAGS", "")))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        compiled = os.path.join(folder, "fast.o")
-        path = os.path.join(folder, "fast.so")
-        # Linked without -fopenmp, the library finds the OpenMP that PyTorch has loaded.
-        for command in ([*compiler, "-x", "c++", "-", "-c", "-o", compiled, *flags],
-                        [*compiler, "-shared", "-o", path, compiled]):
-            done = subprocess.run(command, input=source, encoding="utf-8", capture_output=True)
-            if done.returncode:
-                lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-                reason = next((line for line in lines if "error" in line), lines[0])
-                raise OSError(f"{shlex.join(compiler)} can't compile fast.cpp: {reason.strip()}")
-        library = ctypes.CDLL(path)
+    library = compile_library(path, **constants)
     number = ctypes.c_int64
     library.read_token.argtypes = [number, *[Address] * 6, number]
     library.head.argtypes = [number, *[Address] * 3]
