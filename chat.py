@@ -110,7 +110,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
          temperature: float = Sampler.temperature, top_p: float = Sampler.top_p, top_k: int = Sampler.top_k,
          min_p: float = Sampler.min_p, repetition_penalty: float = Sampler.repetition_penalty,
          seed: int = Sampler.seed, device: str | None = None,
-         dtype: str | None = None, compile: bool = False, quantize: str | None = None):
+         dtype: str | None = None, compile: bool | None = None, quantize: str | None = None):
     """A conversation with the model of a checkpoint directory: every line is a message, answered at once.
 
     At a terminal, lines that are pasted together are one message. /reset starts anew with the same system
@@ -130,12 +130,13 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         repetition_penalty: above 1 makes tokens that the dialog has so far less likely
         seed: the same seed and messages give the same answers
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
-        dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
-        compile: run faster after some seconds
+        dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
+        compile: run faster, the first time after some seconds; None: where it works
         quantize: int8, in half of bfloat16's memory; None: weights stay as they are
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
                         compile=compile, quantize=quantize)
+    note(llama.choices())
     fast.keep_freed_memory(llama.model.norm.weight.device)
     if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)

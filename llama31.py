@@ -362,6 +362,11 @@ class Transformer(nn.Module):
         shrink = math.sqrt(2 * self.args.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 1
         return p.normal_(std=std / 2 / shrink, generator=generator)
 
+    @property
+    def dtype(self):
+        """The type of hidden states and caches: what the embedding makes of its weights, or theirs."""
+        return getattr(self.tok_embeddings, "dtype", self.tok_embeddings.weight.dtype)
+
     def angles(self, positions):
         """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
         angles = positions[..., None, None].float() * self.rope_frequencies.to(positions.device)
@@ -495,17 +500,26 @@ def open_checkpoint(ckpt_dir):
 
 
 def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, quantize=None):
-    """The Transformer of a checkpoint directory; dtype None: as stored. Errors: see open_checkpoint.
+    """The Transformer of a checkpoint directory. Errors: see open_checkpoint.
 
-    On the CPU and in the stored dtype, weights of a single file stay memory-mapped. quantize: int8 or None.
+    dtype: of weights and arithmetic. None: what the device multiplies fast; on the CPU the weights then stay
+    in the type that they are stored in, and those of a single file memory-mapped. quantize: int8 or None.
     """
     expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
+    device = torch.device(device)
     model, pieces = open_checkpoint(ckpt_dir)
-    dtype = dtype or pieces["tok_embeddings.weight"][0].dtype
-    num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else dtype.itemsize)
-    fast.check_memory(f"the weights of {ckpt_dir}", num_bytes, torch.device(device))
-    load = fast.load_int8 if quantize else checkpoint.load_weights
-    load(model, checkpoint.merged(pieces, model.args.tie_word_embeddings), device, dtype)
+    stored = checkpoint.stored_dtype(pieces)
+    compute = dtype or fast.fast_dtype(device, stored)
+    kept = stored if dtype is None and device.type == "cpu" else compute
+    num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
+    fast.check_memory(f"the weights of {ckpt_dir}", num_bytes, device)
+    tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+    if quantize:
+        fast.load_int8(model, tensors, device, compute)
+        return model.eval()
+    checkpoint.load_weights(model, tensors, device, kept)
+    if kept != compute:
+        fast.widen(model, compute)
     return model.eval()
 
 # -----------------------------------------------------------------------------
@@ -600,37 +614,43 @@ class Llama:
     def build(ckpt_dir: str | os.PathLike, tokenizer_path: str | os.PathLike | None = None,
               max_seq_len: int | None = None, max_batch_size: int = 32,
               device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-              compile: bool = False, quantize: str | None = None) -> "Llama":
+              compile: bool | None = None, quantize: str | None = None) -> "Llama":
         """Loads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another.
 
         max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
-        its name; None: bfloat16 on cuda, elsewhere as stored. compile: run faster, after some seconds.
-        quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError names a file at fault.
+        its name; None: see load_checkpoint. compile None: where it works; where it doesn't, a line on
+        standard error says why. quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError
+        names a file at fault.
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         device = fast.choose_device(device)
-        dtype = fast.choose_dtype(dtype)
-        if dtype is None and device.type == "cuda":
-            dtype = torch.bfloat16
-        model = load_checkpoint(ckpt_dir, device, dtype, quantize)
+        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize)
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
-        reader = fast.compile_inference(model) if compile else None
+        reader = None if compile is False else fast.compile_inference(model)
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
             tokenizer.check_vocabulary(model.args.vocab_size)
         return Llama(model, tokenizer, max_seq_len, max_batch_size, reader)
 
+    def choices(self) -> str:
+        """What build has chosen where it was free to, in one line."""
+        arithmetic = fast.name_of(self.model.dtype)
+        compiled = "not compiled" if self.reader is None else "compiled"
+        return (f"weights in {fast.weight_type(self.model)}, arithmetic in {arithmetic}, on "
+                f"{self.model.norm.weight.device}, {compiled}")
+
     def new_caches(self, batch_size, max_seq_len=None):
         """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
         args = self.model.args
-        weight = self.model.norm.weight
+        dtype = self.model.dtype
+        device = self.model.norm.weight.device
         room = self.max_seq_len if max_seq_len is None else max_seq_len
-        num_bytes = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim * weight.itemsize
-        fast.check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, weight.device)
-        return [KVCache(args, batch_size, room, weight.dtype, weight.device) for _ in self.model.layers]
+        num_bytes = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim * dtype.itemsize
+        fast.check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, device)
+        return [KVCache(args, batch_size, room, dtype, device) for _ in self.model.layers]
 
     def check_prompts(self, prompt_tokens, start_pos):
         """Raises ValueError naming a prompt that is empty, too long, all in the cache, or has a bad id."""
@@ -1107,7 +1127,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80, sample_interval: int = 0,
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
-          fsdp: bool = False, device: str | None = None, dtype: str | None = None, compile: bool = False):
+          fsdp: bool = False, device: str | None = None, dtype: str | None = None,
+          compile: bool | None = None):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
     Checkpoints have the type of the weights that are finetuned; what resuming needs lies inside as float32.
@@ -1148,7 +1169,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: type of the computation, bfloat16 or float32; None: bfloat16 where the device multiplies it
             fast, else float32; weights, optimizer and sums are float32
-        compile: compile the blocks with torch.compile
+        compile: compile the blocks with torch.compile; None: on cuda, as it delays a CPU's first step
     """
     flags = dict(locals())
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
@@ -1159,8 +1180,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
     expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
-    compute_dtype = fast.choose_dtype(dtype or fast.fast_dtype(device))
     rank, world_size, place = parallel.join_process_group(device, needed=fsdp)
+    compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
     fast.keep_freed_memory(place)
 
     # What to train on, and where.
@@ -1194,13 +1215,13 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     run.check_disk(bytes_per_parameter * num_parameters, progress["step"])
     fill_model(model, pieces, seed, place, compute_dtype, fsdp)
     # Sampling may use what was trained: before the first step or in it.
-    model.args.max_seq_len = max(model.args.max_seq_len, seq_len) if pieces else seq_len
+    model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)
         loader.load_state_dict(progress["loader"])
-    if compile:
+    if compile or (compile is None and place.type == "cuda"):
         fast.compile_blocks(model)
     needs_ddp = world_size > 1 and not fsdp
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if needs_ddp else model
@@ -1212,10 +1233,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     peak_flops = fast.measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
-        for remark in filter(None, (loader.remark, val_remark)):
-            print(remark)
         print(f"{num_parameters:,} parameters on {world_size} x {place} in {compute_dtype}, {steps:,} steps "
               f"of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
+        for remark in filter(None, (loader.remark, val_remark)):
+            print(remark)
 
     for step in run.steps(progress["step"] + 1, steps):
         start = time.perf_counter()
@@ -1255,7 +1276,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
            top_k: int = Sampler.top_k, min_p: float = Sampler.min_p,
            repetition_penalty: float = Sampler.repetition_penalty, stop: list[str] | None = None,
            special: bool = False, seed: int = Sampler.seed, max_seq_len: int | None = None,
-           device: str | None = None, dtype: str | None = None, compile: bool = False,
+           device: str | None = None, dtype: str | None = None, compile: bool | None = None,
            quantize: str | None = None):
     """Prints completions of a prompt, of every line of a file, or of four default prompts.
 
@@ -1277,8 +1298,8 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         seed: the same seed gives the same text, in every batch
         max_seq_len: most tokens of a prompt and its completion together; None: the model's own limit
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
-        dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
-        compile: run faster after some seconds
+        dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
+        compile: run faster, the first time after some seconds; None: where it works
         quantize: int8, in half of bfloat16's memory
     """
     prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
@@ -1286,6 +1307,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
                         quantize=quantize)
+    print(llama.choices(), file=sys.stderr)
     fast.keep_freed_memory(llama.model.norm.weight.device)
     prompt_tokens = llama.encode(prompts, special)
     if not special:

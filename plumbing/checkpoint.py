@@ -6,6 +6,7 @@ and how Meta splits them are known here: a model is a value with parameters.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -72,18 +74,43 @@ def merge_pieces(name, pieces):
     return torch.cat(pieces, dim)
 
 
-def load_file(path):
+def load_file(path, map_location="cpu"):
     """The dictionary that torch.save wrote to a file; FileNotFoundError, or ValueError if it is damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
     try:
-        # Files of torch before 1.6 are no zip archives, and can't be memory-mapped.
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        state = torch.load(path, map_location, weights_only=True)
     except Exception as error:  # There are as many kinds of errors as ways to be damaged.
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or not from torch.save; download it again ({reason})") from error
+        raise damaged(path, error) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: found a {type(state).__name__}, expected a dictionary of tensors")
+    return state
+
+
+def damaged(path, error):
+    reason = str(error).partition("\n")[0]
+    return ValueError(f"{path}: damaged, or not from torch.save; download it again ({reason})")
+
+
+def map_file(path):
+    """As load_file, each tensor in a memory map of its own, which goes from memory when the tensor goes."""
+    if not zipfile.is_zipfile(path):  # Files of torch before 1.6 can't be mapped; what isn't there, neither.
+        return load_file(path)
+    state = load_file(path, "meta")  # Of the tensors, only shapes, and where they lie in the file.
+    maps = {}  # by their place, as tied weights are one
+    for name, tensor in state.items():
+        if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+            continue
+        storage = tensor.untyped_storage()
+        offset = storage._checkpoint_offset
+        try:
+            if offset not in maps:
+                bytes_there = np.memmap(path, np.uint8, "c", offset, shape=storage.nbytes())
+                maps[offset] = torch.from_numpy(bytes_there)
+        except (OSError, ValueError) as error:
+            raise damaged(path, error) from error
+        typed = maps[offset].view(tensor.dtype)
+        state[name] = typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return state
 
 
@@ -151,7 +178,7 @@ def open_pieces(ckpt_dir, shapes):
             raise ValueError(f"{ckpt_dir}: found {len(files)} files of weights, but {name} is {shape}, of "
                              f"which {len(files)} does not divide {shape[dim]}: is one missing?")
         piece_shapes[name][dim] //= len(files)
-    states = [load_file(path) for path in files]
+    states = [map_file(path) for path in files]
     for path, state in zip(files, states, strict=True):
         state.pop("rope.freqs", None)  # Some of Meta's files have them; they follow from params.json.
         if "output.weight" not in state and "tok_embeddings.weight" in state:
@@ -167,11 +194,21 @@ def open_pieces(ckpt_dir, shapes):
     return {name: [state[name] for state in states] for name in shapes}, tied
 
 
+def stored_dtype(pieces):
+    """The type of open_pieces' matrices; of several, the one that holds all of their values."""
+    types = {piece.dtype for parts in pieces.values() for piece in parts if piece.dim() > 1}
+    return functools.reduce(torch.promote_types, types)
+
+
 def merged(pieces, tied):
-    """Yields (name, tensor) of open_pieces' pieces, merged one at a time; a tied output not at all."""
-    for name in pieces:
-        if name != "output.weight" or not tied:
-            yield name, merge_pieces(name, pieces[name])
+    """Yields (name, tensor) of open_pieces' pieces, merged one at a time; a tied output not at all.
+
+    They leave the dictionary, so that a piece stays in memory only as long as its tensor is used.
+    """
+    if tied:
+        del pieces["output.weight"]
+    for name in list(pieces):
+        yield name, merge_pieces(name, pieces.pop(name))
 
 
 def load_weights(model, tensors, device, dtype):

@@ -1,4 +1,4 @@
-"""A C++ file as a library for the processor at hand, which the next process finds in the user's cache folder.
+"""A C++ file as a library for the processor at hand, kept in the user's cache folder for the next process.
 
 The name of a library there is the SHA-256 of all that makes it: its source with its constants, the command,
 and the macros that the compiler defines, which name its version and what the processor can do. Its last 32
@@ -65,7 +65,7 @@ def refuse_others(path):
 
 
 def load_kept(path):
-    """The library that keep wrote to a path, None where it is absent or damaged; OSError if it can't load."""
+    """The library that keep wrote to a path; None if absent or damaged, OSError if it can't be loaded."""
     if not path.exists():
         return None
     refuse_others(path)

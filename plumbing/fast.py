@@ -6,6 +6,7 @@ and for single tokens (read_token in fast.cpp). The tests hold all three to the 
 
 import ctypes
 import functools
+import importlib.util
 import math
 import sys
 import time
@@ -113,6 +114,49 @@ def flex_attend(q, k, v, mask, is_grouped):
     return attend(q, k, v, block_mask=mask, enable_gqa=is_grouped)
 
 # -----------------------------------------------------------------------------
+# Weights of fewer bits than the arithmetic
+#
+# A processor that multiplies bfloat16 slowly need not hold the weights in twice the memory: they are widened
+# for each product, so many at a time that these stay in its cache.
+
+WIDENED_ENTRIES = 2**18  # 1 MB in float32
+
+
+class WideLinear(nn.Linear):
+    """Linear that multiplies in its inputs' type, in which each of its weights can be written, too."""
+
+    def __init__(self, weight):
+        nn.Module.__init__(self)  # nn.Linear's would draw weights first, which takes a while even on meta.
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", None)
+
+    def forward(self, x):
+        rows = max(1, WIDENED_ENTRIES // x.size(-1))
+        return torch.cat([F.linear(x, piece.to(x.dtype)) for piece in self.weight.split(rows)], -1)
+
+
+class WideEmbedding(nn.Embedding):
+    """The embedding, whose rows are widened to dtype as they are looked up."""
+
+    def __init__(self, weight, dtype):
+        super().__init__(*weight.shape, _weight=weight)
+        self.weight = weight  # the parameter itself, which the output may share
+        self.dtype = dtype
+
+    def forward(self, tokens):
+        return super().forward(tokens).to(self.dtype)
+
+
+def widen(model, dtype):
+    """Lets a model multiply in dtype, and leaves its weights in the type that they have."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding):
+            model.set_submodule(name, WideEmbedding(module.weight, dtype))
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, WideLinear(module.weight))
+
+# -----------------------------------------------------------------------------
 # Int8 weights
 
 GROUP = 64  # Weights of a row that share a scale; one scale for a whole row would cost 1% of perplexity.
@@ -197,6 +241,12 @@ def can_compile(device):
     try:
         if device.type == "cpu":
             find_compiler()
+        elif device.type != "cuda":
+            raise OSError(f"torch.compile is not ready for {device}")
+        elif importlib.util.find_spec("triton") is None:
+            raise OSError("torch.compile needs the package triton")
+        elif torch.cuda.get_device_capability(device) < (7, 0):
+            raise OSError(f"torch.compile needs a GPU of compute capability 7.0, not {device}")
     except OSError as error:
         say_uncompiled(error)
         return False
@@ -255,25 +305,27 @@ def compile_kernels(**constants):
 def move_to_huge_pages(model):
     """Puts weights on the CPU into pages of 2 MB, which virtual machines read up to twice as fast.
 
-    Where a system has none, into one piece of memory.
+    Where a system has none, into one piece of memory. Each tensor that has moved lets go of its old place, a
+    file's memory map or what glibc keeps, so that only one is there twice at a time.
     """
     tensors = [*model.parameters(), *model.buffers()]
     sizes = [64 * math.ceil(tensor.nbytes / 64) for tensor in tensors]  # Each begins with a cache line.
     places = torch.frombuffer(machine.private_memory(sum(sizes)), dtype=torch.uint8).split(sizes)
     for tensor, place in zip(tensors, places, strict=True):
         tensor.data = place[:tensor.nbytes].view(tensor.dtype).view_as(tensor).copy_(tensor.data)
+        return_freed_memory()
 
 
 class CompiledReader:
     """Runs a model through fast.cpp. It holds raw addresses: the weights must not be moved or replaced."""
 
     def __init__(self, model):
-        dtype = model.norm.weight.dtype
+        dtype = model.dtype
         types = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
         if dtype not in types:
-            raise OSError(f"nothing can be compiled for {dtype}; take --dtype float32")
+            raise OSError(f"no kernels for {name_of(dtype)}, take --dtype float32")
         args = model.args
-        weight = "int8_t" if isinstance(model.output, Int8Linear) else types[dtype]
+        weight = "int8_t" if isinstance(model.output, Int8Linear) else types[model.output.weight.dtype]
         chunk = math.gcd(GROUP, args.dim, args.hidden_dim)
         lanes = math.gcd(16, chunk, args.head_dim)
         pairs = weight == "bfloat16" and chunk % 32 == 0 and lanes == 16
@@ -285,15 +337,19 @@ class CompiledReader:
         self.kernels(1)  # Compile first: if that fails, the model is still as it was.
         move_to_huge_pages(model)
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
+        self.norms = [(layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype))
+                      for layer in model.layers]
+        self.last_norm = model.norm.weight.to(dtype)
         self.layers = torch.tensor([self.addresses(
-            layer.attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
-            layer.attention.wo, layer.ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
-            layer.feed_forward.w2) for layer in model.layers])  # in the order of fast.cpp's Layer
+            attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
+            layer.attention.wo, ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
+            layer.feed_forward.w2)  # in the order of fast.cpp's Layer
+            for layer, (attention_norm, ffn_norm) in zip(model.layers, self.norms, strict=True)])
         self.output = torch.tensor(self.addresses(model.output))
 
     @staticmethod
     def addresses(*modules):
-        """Addresses: a norm's weight; a matrix's values and its scales, 0 where it has none."""
+        """Addresses: of a norm's weight; of a matrix's values and its scales, 0 where it has none."""
         addresses = []
         for module in modules:
             if isinstance(module, Int8Linear):
@@ -301,7 +357,7 @@ class CompiledReader:
             elif isinstance(module, nn.Linear):
                 addresses += [module.weight.data_ptr(), 0]
             else:
-                addresses += [module.weight.data_ptr()]
+                addresses += [module.data_ptr()]
         return addresses
 
     def kernels(self, B):
@@ -316,27 +372,28 @@ class CompiledReader:
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
         cos, sin = model.angles(positions)
         x = model.tok_embeddings(tokens).float()
-        h = torch.empty_like(x, dtype=model.norm.weight.dtype)
+        h = torch.empty_like(x, dtype=model.dtype)
         caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
         kernels = self.kernels(B if T == 1 else 1)  # Those for prompts are the same for any B.
         added = None
         if T == 1:
             kernels.read_token(B, x, cos, sin, positions, self.layers, caches, room)
         else:
-            for layer, cache in zip(model.layers, caches, strict=True):
+            for layer, norms, cache in zip(model.layers, self.norms, caches, strict=True):
+                attention_norm, ffn_norm = norms
                 attention = layer.attention
                 ffn = layer.feed_forward
-                kernels.add_and_norm(B * T, x, added, layer.attention_norm.weight, h)
+                kernels.add_and_norm(B * T, x, added, attention_norm, h)
                 q = attention.wq(h)
                 k = attention.wk(h)
                 v = attention.wv(h)
                 kernels.attend_to_prompt(B, T, q, k, v, cos, sin, positions, cache, room, h)
                 added = attention.wo(h)
-                kernels.add_and_norm(B * T, x, added, layer.ffn_norm.weight, h)
+                kernels.add_and_norm(B * T, x, added, ffn_norm, h)
                 gate = ffn.w1(h)
                 kernels.swiglu(gate.numel(), gate, ffn.w3(h))
                 added = ffn.w2(gate)
-        kernels.add_and_norm(B * T, x, added, model.norm.weight, h)
+        kernels.add_and_norm(B * T, x, added, self.last_norm, h)
         return h
 
     def head(self, x):
@@ -355,13 +412,19 @@ def glibc():
     return libc if hasattr(libc, "malloc_trim") else None
 
 
+def return_freed_memory():
+    """Lets glibc return to the system what tensors on the CPU have freed; others do so by themselves."""
+    if libc := glibc():
+        libc.malloc_trim(0)
+
+
 def keep_freed_memory(device):
     """Lets glibc keep what tensors on the CPU free for the next ones, in this whole process: for commands.
 
     By default it returns large pieces, and fetching fresh pages takes a fifth of a step of training.
     """
     if device.type == "cpu" and (libc := glibc()):
-        libc.malloc_trim(0)  # Return what is free by now.
+        return_freed_memory()
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return any again.
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take no piece apart from the others.
 
@@ -383,8 +446,8 @@ def used_memory(device):
 def check_memory(what, num_bytes, device):
     """Raises ValueError if a device has less than num_bytes free."""
     free = free_memory(device)
-    if num_bytes > free and device.type != "cuda" and (libc := glibc()):
-        libc.malloc_trim(0)  # Return what keep_freed_memory keeps.
+    if num_bytes > free and device.type != "cuda":
+        return_freed_memory()  # what keep_freed_memory keeps
         free = free_memory(device)
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
@@ -411,17 +474,41 @@ def choose_dtype(dtype):
     """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
     if dtype is None:
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
     return getattr(torch, name)
 
 
-def fast_dtype(device=None):
-    """The name of the type that a device multiplies fast: float32 on a CPU without AVX512-BF16."""
-    if choose_device(device).type != "cpu":
-        return "bfloat16"
-    used = torch.backends.cpu.get_cpu_capability()  # It may be set lower than what the processor has.
-    return "bfloat16" if used == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+def name_of(dtype):
+    """The name of a torch.dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def weight_type(model):
+    """The name of the type in which a model's matrices are kept."""
+    return "int8" if isinstance(model.output, Int8Linear) else name_of(model.output.weight.dtype)
+
+
+def fast_dtype(device, stored=None):
+    """The type in which a device multiplies fast enough and exactly enough.
+
+    stored: the type of weights that are only to be read; None: training. On the CPU those are never rounded:
+    bfloat16 is for weights that are bfloat16. On a GPU before compute capability 8.0 it is float16, but not
+    in training, where the smallest gradients would be 0.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float32 if stored is None else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if stored is None else stored
+    # Without AVX512-BF16 or AMX, a product in bfloat16 takes seven times as long as in float32. torch may be
+    # set to use less than the processor has.
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    is_fast = has_avx512 and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+    if is_fast and stored in (None, torch.bfloat16):
+        return torch.bfloat16
+    return torch.promote_types(torch.float32, stored or torch.float32)
 
 
 def measured_peak(device, dtype):

@@ -19,7 +19,8 @@ from llama31 import Llama, Transformer
 from tokenizer import train_tokenizer
 
 TEXT = string.ascii_lowercase + " "
-COMMAND = ["chat.py", "--device", "cpu", "--temperature", "0", "--ckpt_dir"]
+COMMAND = ["chat.py", "--device", "cpu", "--nocompile", "--temperature", "0", "--ckpt_dir"]
+CHOSEN = "[weights in float32, arithmetic in float32, on cpu, not compiled]"
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": ""}
 
 
@@ -335,7 +336,7 @@ def test_piped_lines_are_answered_and_only_answers_go_to_the_output(byte_tokeniz
     assert result.stdout == "".join(expected(llama, [user(text)], 100) + "\n" for text in ("hi", "abc"))
     full = "[the context of 100 tokens is full; /reset starts anew]"
     refused = "[the context is full: 101 tokens so far, 25 for this message, 100 in all; /reset starts anew]"
-    assert result.stderr.splitlines() == [full, refused, "[a new conversation]", full]
+    assert result.stderr.splitlines() == [CHOSEN, full, refused, "[a new conversation]", full]
     assert result.returncode == 0
 
 
@@ -376,4 +377,4 @@ def test_an_output_that_is_closed_ends_it_quietly(ckpt_dirs):
         process.stdin.flush()
         assert process.stdout.read(1)
         process.stdout.close()
-        assert process.wait(30) == 0 and process.stderr.read() == b""
+        assert process.wait(30) == 0 and process.stderr.read() == f"{CHOSEN}\n".encode()

@@ -92,7 +92,7 @@ def test_weights_come_in_the_dtype_asked_for_or_as_stored(tmp_path, num_files, s
         assert loaded.state_dict()[name].dtype == expected
 
 
-def test_weights_of_mixed_dtypes_come_in_that_of_the_embedding(tmp_path):
+def test_weights_of_mixed_dtypes_come_in_that_of_the_matrices(tmp_path):
     write_checkpoint(tmp_path, model_of().bfloat16())
     change_file(tmp_path / "consolidated.00.pth",
                 lambda state: state.update({"norm.weight": state["norm.weight"].float()}))

@@ -182,18 +182,18 @@ SAMPLING = dict(temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, repetition_penal
 DEFAULTS = {
     llama31.sample: dict(
         ckpt_dir=None, tokenizer_path=None, prompt=None, prompt_file=None, max_gen_len=256, **SAMPLING,
-        stop=None, special=False, max_seq_len=None, device=None, dtype=None, compile=False, quantize=None),
+        stop=None, special=False, max_seq_len=None, device=None, dtype=None, compile=None, quantize=None),
     llama31.train: dict(
         train_data="tinystories/TinyStories_train*.bin", val_data=None,
         out_dir="out/train", preset=None, ckpt_dir=None, tokenizer_path=None, batch_size=4, seq_len=1024,
         total_batch_tokens=None, steps=None, epochs=1, lr=1e-5, min_lr=None, warmup_steps=10,
         weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0, eval_interval=100, eval_steps=80,
         sample_interval=0, save_interval=1000, keep=2, seed=1337, resume=False, shuffle=False, doc_mask=True,
-        activation_checkpointing=False, fsdp=False, device=None, dtype=None, compile=False),
+        activation_checkpointing=False, fsdp=False, device=None, dtype=None, compile=None),
     llama31.demo: dict(out_dir="out/demo", retrain=False),
     chat.chat: dict(
         system=None, tokenizer_path=None, max_seq_len=None, max_gen_len=256, **SAMPLING, device=None,
-        dtype=None, compile=False, quantize=None),
+        dtype=None, compile=None, quantize=None),
     reference.main: dict(
         tokenizer_path=None, prompt=None, prompt_file=None, max_gen_len=256, special=False, max_seq_len=None,
         **{**SAMPLING, "temperature": 0.0}),
@@ -232,7 +232,7 @@ def test_the_defaults_of_library_calls_are_those_that_users_know():
     defaults = {name: p.default for function in (llama31.Llama.build, Transformer.configure_optimizers)
                 for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
     assert defaults == dict(
-        tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None, compile=False,
+        tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None, compile=None,
         quantize=None, weight_decay=0.1, betas=(0.9, 0.95))
     assert llama31.PROMPTS == reference.PROMPTS
 
