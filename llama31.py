@@ -38,13 +38,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from plumbing import checkpoint, cli, fast, files, parallel
+from plumbing import answers, checkpoint, cli, fast, files, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
 from plumbing.parallel import sum_over_ranks
 from plumbing.resume import locked, resumable
-from plumbing.run import Run, Stopwatch, collected, entropy_floor
+from plumbing.run import Run, entropy_floor
 from tokenizer import TextStream, Tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -1278,15 +1278,17 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
            special: bool = False, seed: int = Sampler.seed, max_seq_len: int | None = None,
            device: str | None = None, dtype: str | None = None, compile: bool | None = None,
            quantize: str | None = None):
-    """Prints completions of a prompt, of every line of a file, or of four default prompts.
+    """Prints completions of a prompt, of every line of a file, or of four default prompts, or answers.
 
     Of several prompts the first streams as its tokens come, the others follow. Speed goes to standard error.
+    A .jsonl file holds dialogs, a row with messages or conversations each; every row is printed as JSON with
+    the answer as a further message, in the file's order.
 
     Args:
         ckpt_dir: checkpoint directory; None: the one last written under out/
         tokenizer_path: tokenizer.model to use; None: the checkpoint's own
         prompt: text to complete, in which \\n, \\t and \\\\ are a line break, a tab and a backslash
-        prompt_file: file with a prompt per line, each taken as it is
+        prompt_file: file with a prompt per line, each taken as it is; a .jsonl file: with dialogs to answer
         max_gen_len: most tokens to generate
         temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
         top_p: draw only from the fewest tokens that together have this probability
@@ -1302,39 +1304,27 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         compile: run faster, the first time after some seconds; None: where it works
         quantize: int8, in half of bfloat16's memory
     """
-    prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
     stop = [cli.unescape(text) for text in ([stop] if isinstance(stop, str) else stop or [])]
+    sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                    repetition_penalty=repetition_penalty, seed=seed)
+    has_dialogs = prompt is None and answers.holds_dialogs(prompt_file)
+    if has_dialogs:
+        expect(not special, "special", special, "left out, as a dialog's texts spell no special tokens")
+        rows, prompts = answers.read_dialogs(prompt_file)
+    else:
+        prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
                         quantize=quantize)
     print(llama.choices(), file=sys.stderr)
     fast.keep_freed_memory(llama.model.norm.weight.device)
+    if has_dialogs:
+        answers.print_answers(llama, prompt_file, rows, prompts, max_gen_len, stop, **sampling)
+        return
     prompt_tokens = llama.encode(prompts, special)
     if not special:
         cli.say_spelled(prompts, llama.required_tokenizer.special_tokens)
-    watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
-    rows = [[] for _ in prompts]  # the tokens of each completion
-    steps = llama.steps(prompt_tokens, max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
-                        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed)
-    shown = prompts[0]  # printed with its first piece, as errors come before that
-    later = [["\n", prompt] for prompt in prompts[1:]]
-    for first, *others in llama.stream(collected(watch.over(steps), rows), stop):
-        print(shown + first, end="", flush=True)
-        shown = ""
-        for text, piece in zip(later, others, strict=True):
-            text.append(piece)
-    print(shown)
-    for text in later:
-        print("".join(text))
-    sys.stdout.flush()
-    cut = 0  # completions that neither a stop nor max_gen_len has ended
-    for tokens, row in zip(prompt_tokens, rows, strict=True):
-        is_full = len(tokens) + len(row) >= llama.max_seq_len
-        is_stopped = any(text in llama.required_tokenizer.decode(row) for text in stop)
-        cut += is_full and not is_stopped and len(row) < max_gen_len
-    if cut:
-        cli.say_cut(cut, len(rows), llama.max_seq_len)
-    print(watch.report(), file=sys.stderr)
+    answers.print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling)
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):

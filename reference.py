@@ -294,8 +294,7 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
                                top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
         print(("\n" if i else "") + text + llama.tokenizer.decode(row), flush=True)
         cut += len(row) < max_gen_len and len(tokens) + len(row) == llama.max_seq_len
-    if cut:
-        cli.say_cut(cut, len(prompts), llama.max_seq_len)
+    cli.say_cut(cut, len(prompts), llama.max_seq_len)
 
 
 if __name__ == "__main__":

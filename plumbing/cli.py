@@ -233,6 +233,8 @@ def read_prompts(prompt, prompt_file, default):
         return [unescape(prompt)]
     if prompt_file is None:
         return list(default)
+    if str(prompt_file).lower().endswith((".jsonl", ".ndjson")):
+        raise ValueError(f"found {prompt_file}, whose name says that it holds dialogs, expected text")
     prompts = read_lines(prompt_file)
     for number, line in enumerate(prompts, 1):
         expect(line, f"{prompt_file}, line {number}", "empty", "a prompt in every line")
@@ -248,6 +250,7 @@ def say_spelled(prompts, names):
 
 
 def say_cut(count, texts, max_seq_len):
-    """Says on standard error how many of the texts end because the context is full."""
-    print(f"{count} of {texts} texts end because the context of {max_seq_len} tokens is full; --max_seq_len "
-          "sets it", file=sys.stderr)
+    """Says on standard error how many of the texts end because the context is full, if any does."""
+    if count:
+        print(f"{count} of {texts} texts end because the context of {max_seq_len} tokens is full; "
+              "--max_seq_len sets it", file=sys.stderr)

@@ -1,0 +1,133 @@
+"""What sampling prints: completions while their tokens come, and the answers to a file of dialogs.
+
+A model's Llama is a value here, of which stream, steps and texts are used.
+"""
+
+import codecs
+import gzip
+import json
+import os
+import sys
+
+from tqdm import tqdm
+
+from plumbing.cli import expect, say_cut
+from plumbing.documents import FIELD, kind_of, read_json, read_records
+from plumbing.run import Stopwatch, collected
+
+BATCH = 8  # dialogs that are answered at once
+EXPECTED = "expected messages or conversations, the last one the user's"
+
+# -----------------------------------------------------------------------------
+# Completions
+
+
+def print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling):
+    """Prints each prompt with its completion: the first as its tokens come, then the others.
+
+    Standard error gets how many the context has cut, and the speed.
+    """
+    watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
+    rows = [[] for _ in prompts]  # the tokens of each completion
+    steps = llama.steps(prompt_tokens, max_gen_len, **sampling)
+    shown = prompts[0]  # printed with its first piece, as errors come before that
+    later = [["\n", prompt] for prompt in prompts[1:]]
+    for first, *others in llama.stream(collected(watch.over(steps), rows), stop):
+        print(shown + first, end="", flush=True)
+        shown = ""
+        for text, piece in zip(later, others, strict=True):
+            text.append(piece)
+    print(shown)
+    for text in later:
+        print("".join(text))
+    sys.stdout.flush()
+    say_cut(count_cut(llama, prompt_tokens, rows, max_gen_len, stop), len(rows), llama.max_seq_len)
+    print(watch.report(), file=sys.stderr)
+
+
+def count_cut(llama, prompt_tokens, rows, max_gen_len, stop):
+    """How many rows of new tokens neither a stop nor max_gen_len has ended, but the end of the context."""
+    cut = 0
+    for tokens, row in zip(prompt_tokens, rows, strict=True):
+        is_full = len(tokens) + len(row) >= llama.max_seq_len
+        is_stopped = any(text in llama.required_tokenizer.decode(row) for text in stop)
+        cut += is_full and not is_stopped and len(row) < max_gen_len
+    return cut
+
+# -----------------------------------------------------------------------------
+# Answers to dialogs
+
+
+def holds_dialogs(path):
+    """Whether a file of prompts holds dialogs, by its name; else each of its lines is a prompt."""
+    return path is not None and kind_of(os.fspath(path)) in (".jsonl", ".ndjson")
+
+
+def read_dialogs(path):
+    """The rows of a JSON Lines file, and the messages of each.
+
+    A row has messages, or ShareGPT's conversations, that end where an answer is due. ValueError names the
+    file, the row and the fault.
+    """
+    path = os.fspath(path)
+    rows = []
+
+    def collect(values):
+        for row in values:
+            rows.append(row)
+            yield row
+
+    open_text = gzip.open if path.lower().endswith(".gz") else open
+    with open_text(path, "rt", encoding="utf-8-sig") as file:
+        records = list(read_records(path, "dialog", collect(read_json(file)), FIELD, EXPECTED))
+    expect(records, path, "empty", "a dialog in every line")
+    for number, (row, record) in enumerate(zip(rows, records, strict=True)):
+        if messages_of(row) is None or "messages" not in record:
+            raise ValueError(f"{path}, dialog {number}: found keys {', '.join(row)}, {EXPECTED}")
+        if not record["messages"] or record["messages"][-1]["role"] == "assistant":
+            raise ValueError(f"{path}, dialog {number}: found "
+                             f"{'an answer as the last message' if record['messages'] else 'no message'}, "
+                             f"{EXPECTED}")
+    return rows, [record["messages"] for record in records]
+
+
+def messages_of(row):
+    """A row's list of messages or turns, None if it has neither."""
+    return row.get("conversations") if row.get("messages") is None else row["messages"]
+
+
+def with_answer(row, text):
+    """The row with the answer appended, in the form that its messages have."""
+    key = "conversations" if row.get("messages") is None else "messages"
+    is_turn = "from" in row[key][-1]
+    answer = {"from": "gpt", "value": text} if is_turn else {"role": "assistant", "content": text}
+    return row | {key: [*row[key], answer]}
+
+
+def print_answers(llama, path, rows, dialogs, max_gen_len, stop, seed, **sampling):
+    """Prints each row with the answer to its dialog, as JSON Lines in order, a batch after the other.
+
+    Dialog i draws with seed + i, so that its answer depends on no other. ValueError names a dialog that is
+    too long, before any is answered.
+    """
+    prompts = [llama.required_tokenizer.encode_dialog(dialog) for dialog in dialogs]
+    for number, prompt in enumerate(prompts):
+        expect(len(prompt) < llama.max_seq_len, f"{path}, dialog {number}", f"{len(prompt)} tokens long",
+               f"fewer than the {llama.max_seq_len} of the context; shorten it, or raise --max_seq_len")
+    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    cut = 0
+    with tqdm(total=len(rows), unit="dialog") as bar:
+        for begin in range(0, len(rows), BATCH):
+            batch = prompts[begin:begin + BATCH]
+            answers = [[] for _ in batch]  # their tokens
+            texts = [""] * len(batch)
+            steps = llama.steps(batch, max_gen_len, seed=seed + begin, **sampling)
+            for pieces in llama.stream(collected(steps, answers), stop):
+                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            for row, text in zip(rows[begin:begin + BATCH], texts, strict=True):
+                line = json.dumps(with_answer(row, text), ensure_ascii=not is_utf8)
+                with tqdm.external_write_mode():
+                    print(line, flush=True)
+                bar.update()
+            cut += count_cut(llama, batch, answers, max_gen_len, stop)
+    say_cut(cut, len(rows), llama.max_seq_len)
