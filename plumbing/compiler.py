@@ -85,6 +85,11 @@ def keep(library, path):
     os.replace(unique, path)
 
 
+def describe(error):
+    """An OSError as a user reads it: the file, and what is wrong with it."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
 def compile_library(path, **constants):
     """The ctypes library of a C++ file, in which each constant is a macro; OSError where it can't be made.
 
@@ -106,7 +111,7 @@ def compile_library(path, **constants):
               file=sys.stderr)
     except OSError as error:
         kept = None
-        print(f"{error}; compiling {path.name} for this start alone", file=sys.stderr)
+        print(f"{describe(error)}; compiling {path.name} for this start alone", file=sys.stderr)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         compiled = os.path.join(folder, "compiled.o")
         linked = os.path.join(folder, "linked.so")
@@ -119,5 +124,5 @@ def compile_library(path, **constants):
                 if library := load_kept(kept):
                     return library
         except OSError as error:
-            print(f"{error}; what is compiled serves this start alone", file=sys.stderr)
+            print(f"{describe(error)}; what is compiled serves this start alone", file=sys.stderr)
         return ctypes.CDLL(linked)

@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import SHAPE, output, random_model, write_checkpoint
+from tiny import SHAPE, assert_close, output, random_model, write_checkpoint
 
 import reference
 from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
 from plumbing.checkpoint import split_dim
-from plumbing.fast import choose_dtype
+from plumbing.fast import choose_dtype, fast_dtype
 
 ARGS = {**SHAPE, **dict(n_heads=8, n_kv_heads=8, vocab_size=104)}  # what eight files can share
 TOKENS = torch.arange(20)[None]
@@ -252,21 +252,27 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path, mon
 
 
 MEMORY = """
-import sys
+import json, sys
 from llama31 import Llama
 def peak():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 bare = peak()
-llama = Llama.build(sys.argv[1], device="cpu")
+llama = Llama.build(sys.argv[1], device="cpu", **json.loads(sys.argv[2]))
 llama.generate([[1, 2, 3]], 2)
 print(peak() - bare)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_loading_a_single_file_takes_little_more_memory_than_its_weights(tmp_path, tied):
+@pytest.mark.parametrize("tied, settings, most", [
+    (False, dict(compile=False), 1.1), (False, dict(), 1.3),
+    *(pytest.param(True, settings, most, marks=pytest.mark.slow) for settings, most in (
+        (dict(compile=False), 1.1), (dict(), 1.3), (dict(dtype="float32", compile=False), 1.1),
+        (dict(dtype="float32"), 1.3), (dict(quantize="int8", compile=False), 1.1),
+        (dict(quantize="int8"), 1.3)))])
+def test_loading_takes_little_more_memory_than_the_weights(tied, settings, most, tmp_path):
+    """What is compiled may take more, as its weights lie in other pages than their file's."""
     with torch.device("meta"):
         model = Transformer(ModelArgs(dim=1024, n_layers=12, n_heads=8, vocab_size=20000,
                                       tie_word_embeddings=tied)).bfloat16()
@@ -278,7 +284,8 @@ def test_loading_a_single_file_takes_little_more_memory_than_its_weights(tmp_pat
     size = sum(p.nbytes for p in model.parameters())
     assert size > 300e6
     write_checkpoint(tmp_path, model)
-    assert int(output("-c", MEMORY, tmp_path)) <= 1.1 * size + 150e6
+    size *= {"dtype": 2, "quantize": 0.53}.get(next(iter(settings), None), 1)
+    assert int(output("-c", MEMORY, tmp_path, json.dumps(settings))) <= most * size + 150e6
 
 
 def test_split_dim_knows_every_tensor_of_the_model():
@@ -286,3 +293,49 @@ def test_split_dim_knows_every_tensor_of_the_model():
     assert {name.split(".")[-2] for name, dim in dims.items() if dim == 1} == {"wo", "w2"}
     assert {name.split(".")[-2] for name, dim in dims.items() if dim is None} == {
         "attention_norm", "ffn_norm", "norm"}
+
+
+@pytest.fixture
+def old_processor(monkeypatch):
+    """A processor that multiplies bfloat16 slowly, whatever this one is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compile", [False, None])
+@pytest.mark.usefixtures("old_processor")
+def test_weights_stay_as_stored_where_arithmetic_is_in_float32(tied, stored, compile, tmp_path):
+    source = model_of(tie_word_embeddings=tied).to(stored)
+    write_checkpoint(tmp_path, source)
+    llama = Llama.build(tmp_path, device="cpu", compile=compile)
+    exact = Llama.build(tmp_path, device="cpu", dtype="float32", compile=False)
+    assert {p.dtype for p in llama.model.parameters()} == {stored} and llama.model.dtype is torch.float32
+    assert (llama.model.output.weight is llama.model.tok_embeddings.weight) == tied
+    state = llama.model.state_dict()
+    assert state.keys() == source.state_dict().keys()
+    assert all(torch.equal(state[name], p) for name, p in source.state_dict().items())
+    kind = "bfloat16" if stored is torch.bfloat16 else "float16"
+    assert llama.choices().startswith(f"weights in {kind}, arithmetic in float32, on cpu")
+    tokens = torch.arange(20).view(2, 10)
+    assert_close(llama.model(tokens), exact.model(tokens))
+    for start in (0, 7):  # a prompt, and behind it single tokens
+        logits = []
+        for each in (llama, exact):
+            steps = each.steps([[1, 2, 3, 4]], start + 1, temperature=0, stop_tokens=[])
+            logits.append([step for step, _ in steps][-1])
+        assert_close(*logits)
+
+
+@pytest.mark.parametrize("device, stored, able, expected", [
+    ("cpu", None, True, torch.bfloat16), ("cpu", None, False, torch.float32),
+    ("cpu", torch.bfloat16, True, torch.bfloat16), ("cpu", torch.bfloat16, False, torch.float32),
+    ("cpu", torch.float16, True, torch.float32), ("cpu", torch.float32, True, torch.float32),
+    ("cpu", torch.float64, True, torch.float64), ("cuda", torch.float32, True, torch.bfloat16),
+    ("cuda", torch.bfloat16, False, torch.float16), ("cuda", None, True, torch.bfloat16),
+    ("cuda", None, False, torch.float32)])
+def test_the_default_type_is_fast_and_loses_nothing_on_a_cpu(device, stored, able, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    assert fast_dtype(torch.device(device), stored) is expected
