@@ -9,6 +9,7 @@ import sys
 
 from llama31 import Llama, Sampler
 from plumbing import cli, fast
+from plumbing.answers import choices
 from plumbing.files import decode
 from plumbing.machine import has_input, keys_at_once
 from tokenizer import TextStream
@@ -136,7 +137,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
                         compile=compile, quantize=quantize)
-    note(llama.choices())
+    note(choices(llama))
     fast.keep_freed_memory(llama.model.norm.weight.device)
     if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)

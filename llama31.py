@@ -628,19 +628,12 @@ class Llama:
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
-        reader = None if compile is False else fast.compile_inference(model)
         path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
             tokenizer.check_vocabulary(model.args.vocab_size)
+        reader = None if compile is False else fast.compile_inference(model)
         return Llama(model, tokenizer, max_seq_len, max_batch_size, reader)
-
-    def choices(self) -> str:
-        """What build has chosen where it was free to, in one line."""
-        arithmetic = fast.name_of(self.model.dtype)
-        compiled = "not compiled" if self.reader is None else "compiled"
-        return (f"weights in {fast.weight_type(self.model)}, arithmetic in {arithmetic}, on "
-                f"{self.model.norm.weight.device}, {compiled}")
 
     def new_caches(self, batch_size, max_seq_len=None):
         """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
@@ -1208,7 +1201,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                 vocabulary=[tokenizer.model_path])
     progress = run.load_progress(flags, data)
     num_parameters = sum(p.numel() for p in model.parameters())
-    stored = pieces["tok_embeddings.weight"][0].dtype if pieces else torch.float32
+    stored = checkpoint.stored_dtype(pieces) if pieces else torch.float32
     saved_dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.float32
     # Trained weights and AdamW's two averages; what is saved in another type comes on top.
     bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
@@ -1233,8 +1226,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     peak_flops = fast.measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
-        print(f"{num_parameters:,} parameters on {world_size} x {place} in {compute_dtype}, {steps:,} steps "
-              f"of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
+        print(f"{num_parameters:,} parameters on {world_size} x {place} in {fast.name_of(compute_dtype)}, "
+              f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
         for remark in filter(None, (loader.remark, val_remark)):
             print(remark)
 
@@ -1316,7 +1309,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
                         quantize=quantize)
-    print(llama.choices(), file=sys.stderr)
+    print(answers.choices(llama), file=sys.stderr)
     fast.keep_freed_memory(llama.model.norm.weight.device)
     if has_dialogs:
         answers.print_answers(llama, prompt_file, rows, prompts, max_gen_len, stop, **sampling)

@@ -13,10 +13,19 @@ from tqdm import tqdm
 
 from plumbing.cli import expect, say_cut
 from plumbing.documents import FIELD, kind_of, read_json, read_records
+from plumbing.fast import name_of, weight_type
 from plumbing.run import Stopwatch, collected
 
 BATCH = 8  # dialogs that are answered at once
 EXPECTED = "expected messages or conversations, the last one the user's"
+
+
+def choices(llama):
+    """What Llama.build has chosen where it was free to, in one line."""
+    model = llama.model
+    compiled = "not compiled" if llama.reader is None else "compiled"
+    return (f"weights in {weight_type(model)}, arithmetic in {name_of(model.dtype)}, on "
+            f"{model.norm.weight.device}, {compiled}")
 
 # -----------------------------------------------------------------------------
 # Completions

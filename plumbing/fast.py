@@ -238,19 +238,23 @@ def say_uncompiled(reason):
 
 def can_compile(device):
     """Whether torch.compile has what it needs for a device; if not, a line on standard error says so."""
-    try:
-        if device.type == "cpu":
-            find_compiler()
-        elif device.type != "cuda":
-            raise OSError(f"torch.compile is not ready for {device}")
-        elif importlib.util.find_spec("triton") is None:
-            raise OSError("torch.compile needs the package triton")
-        elif torch.cuda.get_device_capability(device) < (7, 0):
-            raise OSError(f"torch.compile needs a GPU of compute capability 7.0, not {device}")
-    except OSError as error:
-        say_uncompiled(error)
-        return False
-    return True
+    reason = None
+    if device.type == "cpu":
+        try:
+            command = find_compiler()
+            if len(command) > 1:
+                reason = f"torch.compile needs a CXX of one word, not {' '.join(command)}"
+        except OSError as error:
+            reason = error
+    elif device.type != "cuda":
+        reason = f"torch.compile is not ready for {device}"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "torch.compile needs the package triton"
+    elif torch.cuda.get_device_capability(device) < (7, 0):
+        reason = f"torch.compile needs a GPU of compute capability 7.0, which {device} has not"
+    if reason:
+        say_uncompiled(reason)
+    return reason is None
 
 
 def compile_blocks(model, dynamic=None):

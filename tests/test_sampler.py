@@ -80,7 +80,7 @@ def test_settings_that_keep_one_token_take_the_likeliest(settings):
         assert Sampler(**settings)(logits, generator) == int(logits.argmax())
 
 
-def test_tokens_of_minus_infinity_are_never_drawn_and_others_are_as_without_them():
+def test_tokens_of_minus_infinity_change_nothing_for_the_others():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(100, generator=generator)
     banned = torch.cat([torch.full((50,), -math.inf), logits, torch.full((50,), -math.inf)])

@@ -30,6 +30,7 @@ from tiny import (
 import llama31
 import reference
 from llama31 import Llama, ModelArgs, Transformer, train
+from plumbing import fast
 from plumbing.files import write_tokens
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -150,10 +151,23 @@ def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
     assert moved > 0.9 and all(w.dtype == torch.float32 for w in b.values())
 
 
-def test_without_a_compiler_one_line_says_so_and_training_goes_on(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+@pytest.mark.parametrize("cxx, said", [
+    ("nosuchcompiler", "no C++ compiler found"), ("g++ -m64", "torch.compile needs a CXX of one word")])
+def test_where_nothing_compiles_one_line_says_so_and_training_goes_on(cxx, said, corpus, tmp_path, capsys,
+                                                                      monkeypatch):
+    monkeypatch.setenv("CXX", cxx)
     assert len(run(corpus, tmp_path, steps=2, compile=True)) == 2
-    assert "no C++ compiler found" in capsys.readouterr().err
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "nothing is compiled" in line]
+    assert line.startswith(said)
+
+
+def test_training_on_a_cpu_is_compiled_where_that_is_asked_for(corpus, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(fast, "compile_blocks", lambda model: compiled.append(model))
+    for name, compile, expected in (("default", None, 0), ("asked", True, 1), ("not", False, 0)):
+        compiled.clear()
+        run(corpus, tmp_path / name, steps=1, compile=compile)
+        assert len(compiled) == expected
 
 
 @pytest.mark.slow
