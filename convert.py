@@ -7,8 +7,6 @@ Tensors keep their bytes; plumbing/huggingface.py knows how their names and the 
 """
 
 import base64
-import contextlib
-import dataclasses
 import json
 import re
 import shutil
@@ -16,7 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, processors
@@ -24,9 +21,21 @@ from tokenizers import Tokenizer as BPE
 
 import llama31
 from plumbing import cli
-from plumbing.checkpoint import check_tensors, merge_pieces, save_checkpoint
+from plumbing.checkpoint import merge_pieces, save_checkpoint
 from plumbing.files import complete_folder
-from plumbing.huggingface import INDEX, SINGLE, read_json, read_tensors, reordered, tensor_names, write_json
+from plumbing.huggingface import (
+    FIELDS,
+    INDEX,
+    LLAMA,
+    LLAMA3_ROPE,
+    SINGLE,
+    open_pieces,
+    read_config,
+    read_json,
+    reordered,
+    tensor_names,
+    write_json,
+)
 from tokenizer import BYTE_OF, SPECIAL_TOKENS, Tokenizer, read_vocabulary, word_splitter
 
 # -----------------------------------------------------------------------------
@@ -69,82 +78,6 @@ def write_tensors(folder, args, pieces, max_file_bytes):
 
 # -----------------------------------------------------------------------------
 # Configuration
-
-FIELDS = {  # field of ModelArgs -> (field of config.json, its value where config.json lacks it)
-    "dim": ("hidden_size", None),
-    "n_layers": ("num_hidden_layers", None),
-    "n_heads": ("num_attention_heads", None),
-    "n_kv_heads": ("num_key_value_heads", None),
-    "vocab_size": ("vocab_size", None),
-    "norm_eps": ("rms_norm_eps", 1e-6),
-    "max_seq_len": ("max_position_embeddings", 2048),
-    "tie_word_embeddings": ("tie_word_embeddings", False),
-}
-# We write LLAMA into every config.json; one that we read may leave out all of it but model_type. IF_GIVEN is
-# not written, but must hold where a config.json has these fields. LLAMA3_ROPE is how Llama 3.1 scales RoPE.
-LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-IF_GIVEN = {"pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def read_config(path):
-    """The ModelArgs of a config.json; ValueError names a setting that llama31.py does not compute."""
-    config = {name: value for name, value in read_json(path).items() if value is not None}
-    # If a file has both, transformers takes the first. RoPE's settings may also lie outside of either.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
-    rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0),
-            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope,
-            **{name: config[name] for name in LLAMA3_ROPE if name in config}}
-    scaled = rope["rope_type"] != "default"
-
-    def require(expected, found):
-        for name, value in expected.items():
-            if found.get(name) != value:
-                raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}: no Llama 3")
-
-    try:
-        require({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
-        require({"partial_rotary_factor": 1.0}, rope)
-        require({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
-        with errors_in_their_words():
-            args = llama31.ModelArgs(
-                **{ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()},
-                rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
-                rope_scale_factor=rope.get("factor") if scaled else 8.0)
-        require({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
-        return with_hidden_dim(args, config.get("intermediate_size"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-@contextlib.contextmanager
-def errors_in_their_words():
-    """Gives ModelArgs' errors the names that config.json has for its fields."""
-    names = {ours: theirs for ours, (theirs, _) in FIELDS.items()} | {"rope_scale_factor": "factor"}
-    try:
-        yield
-    except ValueError as error:
-        words = re.split(r"(\w+)", str(error))
-        raise ValueError("".join(names.get(word, word) for word in words)) from None
-
-
-def with_hidden_dim(args, hidden_dim):
-    """ModelArgs with this SwiGLU hidden size, a number in config.json but a rule in params.json."""
-    rules = []  # (multiple_of, ffn_dim_multiplier); the first that gives hidden_dim is taken
-    for preset in llama31.PRESETS.values():  # If they fit, the numbers are those that Meta published.
-        if preset["dim"] == args.dim:
-            rules.append((preset["multiple_of"], preset.get("ffn_dim_multiplier")))
-    rules += [(256, None), *((2 ** k, None) for k in reversed(range(12)))]
-    if type(hidden_dim) is int and hidden_dim > 0:
-        rules.append((1, (hidden_dim + 0.5) / int(8 * args.dim / 3)))
-        for multiple_of, multiplier in rules:
-            found = dataclasses.replace(args, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-            if found.hidden_dim == hidden_dim:
-                return found
-    raise ValueError(f"intermediate_size is {hidden_dim!r}, expected a size that the SwiGLU rule can give")
-
 
 def write_config(folder, args, dtype, ids):
     """Writes config.json and generation_config.json; ids: special tokens, which go into both."""
@@ -236,20 +169,11 @@ def from_hf(src: str, dst: str):
     src = Path(src)
     dst = Path(dst)
     refuse_existing(dst)
-    args = read_config(src / "config.json")
-    tensors = read_tensors(src)  # memory-mapped; only wq and wk are copied
-    names = tensor_names(args)
-    head = "lm_head.weight"
-    embedding = "model.embed_tokens.weight"
-    if args.tie_word_embeddings and embedding in tensors:
-        if not torch.equal(tensors.get(head, tensors[embedding]), tensors[embedding]):
-            raise ValueError(f"{src}: {head} differs from {embedding}, expected equal ones, as config.json "
-                             "has tie_word_embeddings")
-        tensors[head] = tensors[embedding]
+    args = read_config(src, llama31.ModelArgs, llama31.PRESETS.values())
     model = llama31.Transformer.on_meta(args)
-    shapes = {names[name]: list(p.shape) for name, p in model.state_dict().items()}
-    check_tensors(src, tensors, shapes)
-    state = {name: reordered(name, tensors[theirs], args, to_meta=True) for name, theirs in names.items()}
+    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
+    pieces, _ = open_pieces(src, args, shapes)
+    state = {name: tensor for name, [tensor] in pieces.items()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_path = Path(folder, "tokenizer.model")
         try:

@@ -38,7 +38,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from plumbing import answers, checkpoint, cli, fast, files, parallel
+from plumbing import answers, checkpoint, cli, fast, files, huggingface, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
@@ -485,15 +485,25 @@ class Transformer(nn.Module):
 # Loading
 
 
+def read_args(ckpt_dir):
+    """The ModelArgs of a checkpoint directory: out of Hugging Face's config.json, or Meta's params.json."""
+    if huggingface.holds_weights(ckpt_dir):
+        return huggingface.read_config(ckpt_dir, ModelArgs, PRESETS.values())
+    return ModelArgs.from_json(Path(ckpt_dir, "params.json"))
+
+
 def open_checkpoint(ckpt_dir):
     """(Transformer on the meta device, tensor name -> its memory-mapped pieces) of a checkpoint directory.
 
-    The output is tied if declared, absent or equal to the embedding. Errors: see open_pieces, from_json.
+    The directory is Meta's or Hugging Face's. The output is tied if declared, absent or equal to the
+    embedding. Errors: see read_args and both open_pieces.
     """
-    checkpoint.refuse_hugging_face(ckpt_dir)
-    model = Transformer.on_meta(ModelArgs.from_json(Path(ckpt_dir, "params.json")))
+    model = Transformer.on_meta(read_args(ckpt_dir))
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    pieces, tied = checkpoint.open_pieces(ckpt_dir, shapes)
+    if huggingface.holds_weights(ckpt_dir):
+        pieces, tied = huggingface.open_pieces(ckpt_dir, model.args, shapes)
+    else:
+        pieces, tied = checkpoint.open_pieces(ckpt_dir, shapes)
     model.args.tie_word_embeddings |= tied
     model.tie()
     return model, pieces
@@ -1049,7 +1059,7 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
     tokenizer = Tokenizer(tokenizer_path or Path(str(source), "tokenizer.model"))
     asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
     if newest and ckpt_dir:
-        asked = ModelArgs.from_json(Path(ckpt_dir, "params.json"))
+        asked = read_args(ckpt_dir)
     if source:
         model, pieces = open_checkpoint(source)
     else:

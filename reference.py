@@ -178,6 +178,45 @@ def read_weights(folder):
     return weights
 
 
+HUGGING_FACE = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
+                "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "mlp": "feed_forward",
+                "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1",
+                "down_proj": "w2", "up_proj": "w3"}  # parts of its names -> Meta's
+
+
+def read_hugging_face(folder):
+    """(args as in params.json, weights as of read_weights) of a folder in Hugging Face's format."""
+    from safetensors.torch import load_file
+    config = json.loads(Path(folder, "config.json").read_bytes())
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    args = {"dim": config["hidden_size"], "n_layers": config["num_hidden_layers"],
+            "n_heads": config["num_attention_heads"],
+            "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "norm_eps": config.get("rms_norm_eps", 1e-6),
+            "rope_theta": config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            "use_scaled_rope": rope.get("rope_type") == "llama3",
+            "rope_scale_factor": rope.get("factor", 8.0),
+            "max_seq_len": config.get("max_position_embeddings", 2048)}
+    index = Path(folder, "model.safetensors.index.json")
+    files = Path(folder).glob("model*.safetensors")
+    if index.is_file():
+        files = [Path(folder, name) for name in set(json.loads(index.read_bytes())["weight_map"].values())]
+    weights = {}
+    for path in files:
+        for name, weight in load_file(path).items():
+            parts = [HUGGING_FACE.get(part, part) for part in name.removeprefix("model.").split(".")]
+            if parts[-1] == "weight":
+                weights[".".join(parts)] = weight.float()
+    weights.setdefault("tok_embeddings.weight", weights.get("output.weight"))
+    D = args["dim"] // args["n_heads"]
+    # It turns element i of a head together with i + D/2, Meta 2i with 2i + 1: so rows change places.
+    order = torch.arange(D).view(2, D // 2).T.flatten()
+    for name, weight in weights.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            weights[name] = weight.view(-1, D, args["dim"])[:, order].flatten(0, 1)
+    return args, weights
+
+
 class Llama:
     """A checkpoint with its tokenizer; without one (None), generate still works on token ids."""
 
@@ -192,12 +231,15 @@ class Llama:
         """Reads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another."""
         try:
             args = {}
-            for path in (Path(ckpt_dir, "params.json"), Path(ckpt_dir, "llama31.json")):
-                if path.name == "params.json" or path.is_file():  # Meta's folders have no llama31.json.
-                    args |= json.loads(path.read_bytes())
+            if Path(ckpt_dir, "config.json").is_file():
+                args, weights = read_hugging_face(ckpt_dir)
+            else:
+                for path in (Path(ckpt_dir, "params.json"), Path(ckpt_dir, "llama31.json")):
+                    if path.name == "params.json" or path.is_file():  # Meta's folders have no llama31.json.
+                        args |= json.loads(path.read_bytes())
+                weights = read_weights(ckpt_dir)
             # Meta doesn't say how long the context is; Llama 3's is the shorter one.
             context = 131072 if args.get("use_scaled_rope") else 8192
-            weights = read_weights(ckpt_dir)
             forward(weights, args, [0])  # fails if a tensor is missing or has a size that doesn't fit
             # A layer has seven matrices and two norms; the embedding, the last norm and the output follow.
             needed = 9 * args["n_layers"] + 2 + ("output.weight" in weights)
@@ -206,8 +248,8 @@ class Llama:
         except FileNotFoundError:
             raise  # Its message names the file.
         except Exception as error:
-            raise ValueError(f"{ckpt_dir}: params.json and consolidated.*.pth are no Llama 3 in Meta's "
-                             f"format ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{ckpt_dir}: no Llama 3 in Meta's or Hugging Face's format "
+                             f"({type(error).__name__}: {error})") from error
         path = Path(tokenizer_path or Path(ckpt_dir, "tokenizer.model"))
         tokenizer = Tokenizer(path) if tokenizer_path or path.is_file() else None
         if tokenizer and tokenizer.n_words != len(weights["tok_embeddings.weight"]):

@@ -139,14 +139,6 @@ def check_tensors(where, tensors, shapes):
                          + more)
 
 
-def refuse_hugging_face(ckpt_dir):
-    """Raises FileNotFoundError, with the way on, for a folder that has only Hugging Face's weights."""
-    folder = Path(ckpt_dir)
-    if any(folder.glob("*.safetensors")) and not any(folder.glob("consolidated.*.pth")):
-        raise FileNotFoundError(f"{ckpt_dir}: found Hugging Face's *.safetensors, expected Meta's files; "
-                                f"`python convert.py from_hf {ckpt_dir} NEW_DIR` makes them")
-
-
 def weight_files(ckpt_dir):
     """The paths of consolidated.00.pth, 01, ...; FileNotFoundError names one that is missing."""
     files = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))

@@ -1,12 +1,106 @@
-"""What a Hugging Face folder calls Llama's tensors, how it orders their rows, and its safetensors files.
+"""Hugging Face's folders: config.json, what they call Llama's tensors, how they order rows, safetensors.
 
 Tensors keep their bytes under another name. Only the rows of wq and wk have another order: Meta's RoPE turns
 rows 2i and 2i + 1 of a head together, Hugging Face's turns rows i and i + D/2.
 """
 
+import contextlib
+import dataclasses
 import json
+import re
+from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+
+from plumbing.checkpoint import check_tensors
+
+# -----------------------------------------------------------------------------
+# Configuration
+
+FIELDS = {  # field of ModelArgs -> (field of config.json, its value where config.json lacks it)
+    "dim": ("hidden_size", None),
+    "n_layers": ("num_hidden_layers", None),
+    "n_heads": ("num_attention_heads", None),
+    "n_kv_heads": ("num_key_value_heads", None),
+    "vocab_size": ("vocab_size", None),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "max_seq_len": ("max_position_embeddings", 2048),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+}
+# We write LLAMA into every config.json; one that we read may leave out all of it but model_type. IF_GIVEN is
+# not written, but must hold where a config.json has these fields. LLAMA3_ROPE is how Llama 3.1 scales RoPE.
+LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+IF_GIVEN = {"pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_config(folder, shape, presets):
+    """The shape that a folder's config.json describes; ValueError names what llama31.py does not compute.
+
+    shape: ModelArgs. presets: the fields of published models, of which multiple_of is taken where it fits.
+    """
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        weight_files(Path(folder))  # It says what lies there, if there are no weights either.
+    config = {name: value for name, value in read_json(path).items() if value is not None}
+    # If a file has both, transformers takes the first. RoPE's settings may also lie outside of either.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0),
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope,
+            **{name: config[name] for name in LLAMA3_ROPE if name in config}}
+    scaled = rope["rope_type"] != "default"
+
+    def require(expected, found):
+        for name, value in expected.items():
+            if found.get(name) != value:
+                raise ValueError(f"{name} is {found.get(name)!r}, expected {value!r}: no Llama 3")
+
+    try:
+        require({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
+        require({"partial_rotary_factor": 1.0}, rope)
+        require({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
+        with errors_in_their_words():
+            args = shape(
+                **{ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()},
+                rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
+                rope_scale_factor=rope.get("factor") if scaled else 8.0)
+        require({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
+        return with_hidden_dim(args, config.get("intermediate_size"), presets)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def errors_in_their_words():
+    """Gives ModelArgs' errors the names that config.json has for its fields."""
+    names = {ours: theirs for ours, (theirs, _) in FIELDS.items()} | {"rope_scale_factor": "factor"}
+    try:
+        yield
+    except ValueError as error:
+        words = re.split(r"(\w+)", str(error))
+        raise ValueError("".join(names.get(word, word) for word in words)) from None
+
+
+def with_hidden_dim(args, hidden_dim, presets):
+    """The shape with this SwiGLU hidden size, a number in config.json but a rule in params.json."""
+    rules = []  # (multiple_of, ffn_dim_multiplier); the first that gives hidden_dim is taken
+    for preset in presets:  # If they fit, the numbers are those that Meta published.
+        if preset["dim"] == args.dim:
+            rules.append((preset["multiple_of"], preset.get("ffn_dim_multiplier")))
+    rules += [(256, None), *((2 ** k, None) for k in reversed(range(12)))]
+    if type(hidden_dim) is int and hidden_dim > 0:
+        rules.append((1, (hidden_dim + 0.5) / int(8 * args.dim / 3)))
+        for multiple_of, multiplier in rules:
+            found = dataclasses.replace(args, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+            if found.hidden_dim == hidden_dim:
+                return found
+    raise ValueError(f"intermediate_size is {hidden_dim!r}, expected a size that the SwiGLU rule can give")
+
+# -----------------------------------------------------------------------------
+# Tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # says which of several files has which tensor
@@ -45,33 +139,109 @@ def reordered(name, weight, args, to_meta):
     return weight.unflatten(0, rows).transpose(1, 2).flatten(0, 2)
 
 
-def read_tensors(folder):
-    """Name -> memory-mapped tensor; FileNotFoundError or ValueError names an absent or damaged file."""
-    files = [SINGLE]
-    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
+def holds_weights(ckpt_dir):
+    """Whether a folder is one of Hugging Face's, whole or not, and not Meta's."""
+    folder = Path(ckpt_dir)
+    if any(folder.glob("consolidated.*.pth")):
+        return False
+    return (folder / "config.json").exists() or any(any(folder.glob(pattern)) for pattern in FOUND)
+
+
+def weight_files(folder):
+    """The paths of a folder's safetensors files; ValueError or FileNotFoundError says what lies there."""
+    if (folder / INDEX).exists():
         files = read_json(folder / INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError(f"{folder / INDEX}: found no weight_map of names to files; download it again")
-        files = sorted(set(files.values()))
+        names = sorted(set(files.values()))
+        if (folder / SINGLE).exists() and SINGLE not in names:
+            raise ValueError(f"{folder}: found {SINGLE} and an {INDEX} without it; remove what is not the "
+                             "model's")
+        return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if not shards:
+        raise FileNotFoundError(f"{folder / SINGLE}: no such file; {instead_of_weights(folder)}")
+    count = int(shards[0].stem.rpartition("-")[2])
+    return [folder / f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+FOUND = {  # what may lie where model.safetensors is expected -> what it is, and the way on
+    "pytorch_model*.bin": "PyTorch's old format: load it with transformers, then save_pretrained",
+    "adapter_*": "an adapter alone: merge it into its base model with peft's merge_and_unload",
+    "*.gguf": "llama.cpp's format: download the model's safetensors",
+    "consolidated.safetensors": "Mistral's layout: download model.safetensors, or its parts and index",
+    "original/consolidated.*.pth": "Meta's files: name the folder original in it",
+    "snapshots/*": "the hub's cache: name one of its snapshots",
+    "*.incomplete": "a download that broke off: go on with it",
+    "*.safetensors": "weights of another name: expected model.safetensors, or its parts and index",
+}
+
+
+def instead_of_weights(folder):
+    """What a folder has in place of model.safetensors, and what to do."""
+    for pattern, remedy in FOUND.items():
+        if found := sorted(folder.glob(pattern)):
+            return f"found {found[0].relative_to(folder)}, {remedy}"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"found {', '.join(names[:6]) or 'nothing'}; download it again"
+
+
+def read_tensors(folder):
+    """Name -> tensor, each in a memory map of its own, which goes from memory when the tensor goes.
+
+    FileNotFoundError or ValueError names an absent or damaged file.
+    """
     tensors = {}
-    for path in [folder / file for file in files]:
+    for path in weight_files(folder):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected weights in it; download it again")
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (the file itself can't be iterated)
-                    if not name.endswith(".inv_freq"):  # Old files have this table of RoPE's.
-                        tensors[name] = file.get_tensor(name)
+                names = list(file.keys())
+            for name in names:
+                if name.endswith(".inv_freq"):  # Old files have this table of RoPE's.
+                    continue
+                with safe_open(path, "pt") as file:  # Opened once for all, they would share one map.
+                    tensors[name] = file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged, or not from safetensors; download it again ({error})"
                              ) from None
     return tensors
 
 
+def open_pieces(ckpt_dir, args, shapes):
+    """As checkpoint.open_pieces, for a folder of Hugging Face's: wq and wk are copied, the rest is mapped.
+
+    shapes: Meta's name -> list of sizes. Errors: see read_tensors; ValueError lists tensors that don't fit.
+    """
+    tensors = read_tensors(Path(ckpt_dir))
+    names = tensor_names(args)
+    head = names["output.weight"]
+    embedding = names["tok_embeddings.weight"]
+    if args.tie_word_embeddings and (head in tensors or embedding in tensors):
+        tensors.setdefault(head, tensors.get(embedding))
+        tensors.setdefault(embedding, tensors[head])
+        if not torch.equal(tensors[head], tensors[embedding]):
+            raise ValueError(f"{ckpt_dir}: {head} differs from {embedding}, expected equal ones, as "
+                             "config.json has tie_word_embeddings")
+    check_tensors(ckpt_dir, tensors, {names[name]: shape for name, shape in shapes.items()})
+    tied = torch.equal(tensors[head], tensors[embedding])
+    # pop: so that the map of what is copied goes at once.
+    pieces = {name: [reordered(name, tensors.pop(theirs), args, to_meta=True)]
+              for name, theirs in names.items()}
+    return pieces, tied
+
+
+# -----------------------------------------------------------------------------
+# JSON
+
+
 def read_json(path):
     """The object in a JSON file; FileNotFoundError or ValueError names the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected one in the folder to convert")
+        raise FileNotFoundError(f"{path}: no such file, expected one beside the weights; download it again")
     try:
         found = json.loads(path.read_bytes())  # Unlike text, bytes may begin with a byte order mark.
         if not isinstance(found, dict):

@@ -156,10 +156,6 @@ def test_a_folder_without_weights_is_named_with_the_way_on(tmp_path):
     assert "no such file" in error_of(tmp_path)
     (tmp_path / "params.json").write_text(json.dumps(ARGS))
     assert "found no weights, expected consolidated.00.pth" in error_of(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "convert.py from_hf" in error_of(tmp_path)
-    (tmp_path / "params.json").unlink()
-    assert "convert.py from_hf" in error_of(tmp_path)
 
 
 def test_a_file_of_torchs_old_format_loads(tmp_path):

@@ -196,7 +196,7 @@ OFFICIAL = dict(  # of Llama 3.1 8B
 def read(folder, **changes):
     config = {name: value for name, value in {**OFFICIAL, **changes}.items() if value != "absent"}
     (folder / "config.json").write_text(json.dumps(config))
-    return convert.read_config(folder / "config.json")
+    return llama31.read_args(folder)
 
 
 @pytest.mark.parametrize("preset, changes", [
