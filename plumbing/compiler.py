@@ -102,12 +102,11 @@ def compile_library(path, **constants):
     command = [*compiler, "-x", "c++", "-", *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     macros = run_compiler([*command, "-dM", "-E"], "", path.name)
     key = hashlib.sha256("\0".join([*command, macros, source]).encode()).hexdigest()
-    kept = None
     try:
         kept = cache_folder() / f"{key}.so"
         if library := load_kept(kept):
             return library
-        print(f"compiling {path.name} for this processor; later starts find it in {kept.parent}",
+        print(f"compiling {path.name}, which takes some seconds; later starts find it in {kept.parent}",
               file=sys.stderr)
     except OSError as error:
         kept = None

@@ -41,8 +41,8 @@ def compiled(source, capsys, answer=42):
 
 
 def test_a_library_is_compiled_once_and_found_again(source, folder, capsys):
-    assert compiled(source, capsys) == (f"compiling answer.cpp for this processor; later starts find it in "
-                                        f"{folder}\n")
+    assert compiled(source, capsys) == (f"compiling answer.cpp, which takes some seconds; later starts find "
+                                        f"it in {folder}\n")
     assert compiled(source, capsys) == ""
     [kept] = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and stat.S_IMODE(kept.stat().st_mode) == 0o700
