@@ -568,11 +568,12 @@ class Sampler:
         scores = logits.float().cpu().numpy()
         if self.repetition_penalty != 1:
             scores = self.penalized(scores, text)
-        if not math.isfinite(scores.max()):
-            raise ValueError(f"found {scores.max()} as the largest logit; expected a finite one")
+        largest = scores.max()
+        if not math.isfinite(largest):
+            raise ValueError(f"found {largest} as the largest logit; expected a finite one")
         if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
             return int(scores.argmax())
-        weights = np.exp((scores - scores.max()) / np.float32(self.temperature))  # 1 for the likeliest token
+        weights = np.exp((scores - largest) / np.float32(self.temperature))  # 1 for the likeliest token
         ids = self.kept(weights)
         cdf = weights[ids].cumsum(dtype=np.float64)
         uniform = float(torch.rand((), dtype=torch.float64, generator=generator)) * cdf[-1]
