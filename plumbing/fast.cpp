@@ -1,34 +1,51 @@
-// Fast inference on the CPU: what fast.py compiles, and calls to read tokens and to make logits.
+// Fast inference on the CPU: fast.py compiles this file and calls it to read tokens and to make logits.
 //
-// To read a token, every weight is used once, so that the memory's bandwidth is the limit. PyTorch's
-// operations reach a third of it: each starts and ends all threads, and for few rows F.linear reads at half
-// of that speed. So read_token takes a token of each row through all layers in one call, summing in float32.
-// Prompts are matrix products, which PyTorch does well; what lies between those is here, too.
+// A product of a matrix with few tokens uses every weight once or a few times: the memory's bandwidth is its
+// limit. A product with many tokens is limited by the arithmetic. PyTorch reaches a third of the first limit,
+// and of the second an eighth where the processor has no instructions for bfloat16, a fiftieth for int8. So
+// there is a function for each, multiply_few and multiply_many. All sums are float32.
 //
-// fast.py calls the five functions that are extern "C", and defines these constants:
+// fast.py defines two types, and calls the functions that are extern "C"; sizes come with every call.
 //
-//     DIM HIDDEN VOCAB LAYERS EPS   the model's
-//     H K D                         query heads, key/value heads, and their dimension
-//     VALUE                         the type of norms and caches
-//     WEIGHT                        the type of matrices
-//     TILE                          rows of x that are multiplied at once, at most 8
-//     GROUP                         int8 weights of a row that share a scale
-//     CHUNK                         weights that are converted at once; divides GROUP, DIM and HIDDEN
-//     LANES                         floats of a vector; divides CHUNK and D
-//     PAIRS                         1: bfloat16 is multiplied in pairs where the processor can; needs chunks
-//                                   of 32 or 64
+//     VALUE          of caches, and of what lies between PyTorch's products: float, bfloat16 or float16
+//     WEIGHT         of matrices: the same, or int8_t, of which each CHUNK in a row shares a scale
+//
+//     read_tokens       takes tokens through all layers, whose caches they extend
+//     head              makes logits
+//     add_and_norm      adds to the stream what a part of a layer made of it, and normalizes it
+//     attend_to_prompt  attention, where PyTorch makes a prompt's products
+//     swiglu            the gates of the feed-forward layer, there as well
+//     instructions      names what this file was compiled for
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 #include <omp.h>
-#ifdef __AVX512BF16__
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
+
+// -----------------------------------------------------------------------------
+// Vectors and their products
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16, ROWS = 12;  // floats of a register; rows of a tile, see add_tile
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ROWS = 12;
+#else
+constexpr int LANES = 4, ROWS = 6;
+#endif
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 
 struct bfloat16 {  // the upper half of a float
     uint16_t bits;
@@ -40,45 +57,337 @@ struct bfloat16 {  // the upper half of a float
     }
     operator float() const { uint32_t u = uint32_t(bits) << 16; float x; memcpy(&x, &u, 4); return x; }
 };
+
+#ifdef __x86_64__
+struct float16 {
+    uint16_t bits;
+    float16() = default;
+    float16(float x) : bits(_cvtss_sh(x, 0)) {}
+    operator float() const { return _cvtsh_ss(bits); }
+};
+#else
+using float16 = _Float16;
+#endif
+
 using Value = VALUE;
-using Weight = WEIGHT;  // int8_t: times a scale for every GROUP in a row, or as many as divide its length
-using Floats = float __attribute__((vector_size(4 * LANES)));
+using Weight = WEIGHT;
+constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
+constexpr int CHUNK = 64;  // inputs of a token, or weights of a row, that are handled at once
+
+// What weights and activations become for their product. Int8 weights are multiplied as integers, which is
+// faster than converting them to floats: activations become integers of 16 bits times a scale for each CHUNK,
+// so exact that it can't be told from floats. A CHUNK's sum is at most 64 * 127 * 32767, and fits 32 bits.
+#ifdef __AVX512BF16__
+using Half = std::conditional_t<std::is_same_v<Weight, bfloat16>, bfloat16, float>;
+#else
+using Half = float;
+#endif
+using Input = std::conditional_t<INT8, int16_t, Half>;
+
+template <typename Vector, typename T>
+static inline Vector load(const T* x) { Vector v; memcpy(&v, x, sizeof v); return v; }
+static inline void store(float* x, Floats v) { memcpy(x, &v, sizeof v); }
+static inline float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+static inline Floats add_product(Floats sums, Floats a, Floats b) { return sums + a * b; }
+
+// sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
+static inline Ints add_product(Ints sums, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__aarch64__)
+    int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
+    return sums + (Ints)vpaddq_s32(low, high);
+#else
+    for (int i = 0; i < LANES; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sums;
+#endif
+}
+
+#ifdef __AVX512BF16__
+using Pairs = __m512bh;
+static inline Floats add_product(Floats sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
+#else
+using Pairs = Words;
+#endif
+
+// The vectors that an Input is loaded into, and the sums of their products
+template <typename T> struct Vectors { using Inputs = Floats; using Sums = Floats; };
+template <> struct Vectors<int16_t> { using Inputs = Shorts; using Sums = Ints; };
+template <> struct Vectors<bfloat16> { using Inputs = Pairs; using Sums = Floats; };
+
+// The next weights of a row as a vector of inputs
+static inline Floats widen(const float* w) { return load<Floats>(w); }
+static inline Shorts widen(const int8_t* w) {
+    using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
+    return __builtin_convertvector(load<Bytes>(w), Shorts);
+}
+#ifdef __AVX512BF16__
+static inline Pairs widen(const bfloat16* w) { return load<Pairs>(w); }
+#else
+static inline Floats widen(const bfloat16* w) {
+    using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+    return (Floats)(__builtin_convertvector(load<Halves>(w), Words) << 16);
+}
+#endif
+static inline Floats widen(const float16* w) {
+#if defined(__AVX512BW__)
+    return _mm512_cvtph_ps(load<__m256i>(w));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(load<__m128i>(w));
+#else
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = w[i];
+    return v;
+#endif
+}
+
+static inline Floats scaled(Floats sums, Floats) { return sums; }
+static inline Floats scaled(Ints sums, Floats scale) { return __builtin_convertvector(sums, Floats) * scale; }
+
+// c (ROWS, 2 * LANES) += a (ROWS, n) times b (n, 2 * LANES). The sums stay in registers, 12 of 16 or 24 of
+// 32: for each input of a, which is repeated in all lanes of a register, there are two products. Inputs of 16
+// bits come in pairs, (2i, 2i + 1), which are added up. Integers have a scale for each CHUNK.
+constexpr int WIDTH = 2 * LANES;
+template <typename T> struct Operand { const T* values; int64_t stride; const float* scales; int64_t chunks; };
+template <typename T>
+[[gnu::noinline]] static void add_tile(int64_t n, Operand<T> a, Operand<T> b, float* c, int64_t c_stride) {
+    using Inputs = typename Vectors<T>::Inputs;
+    constexpr int PAIR = 4 / sizeof(T);
+    constexpr bool has_scales = std::is_same_v<T, int16_t>;
+    int64_t length = has_scales ? CHUNK : n;
+    for (int64_t begin = 0; begin < n; begin += length) {
+        typename Vectors<T>::Sums sums[ROWS][2] = {};
+        for (int64_t k = begin; k < begin + length; k += PAIR) {
+            Inputs left = load<Inputs>(b.values + k / PAIR * b.stride);
+            Inputs right = load<Inputs>(b.values + k / PAIR * b.stride + LANES * PAIR);
+            for (int r = 0; r < ROWS; r++) {
+                uint32_t word;
+                memcpy(&word, a.values + r * a.stride + k, 4);
+                Inputs repeated = (Inputs)(Words{} + word);
+                sums[r][0] = add_product(sums[r][0], repeated, left);
+                sums[r][1] = add_product(sums[r][1], repeated, right);
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < 2; v++) {
+                float* place = c + r * c_stride + v * LANES;
+                Floats scale = {};
+                if (has_scales)
+                    scale = a.scales[r * a.chunks + begin / CHUNK]
+                        * load<Floats>(b.scales + begin / CHUNK * WIDTH + v * LANES);
+                store(place, load<Floats>(place) + scaled(sums[r][v], scale));
+            }
+    }
+}
+
+// -----------------------------------------------------------------------------
+// The model, and inputs of its products
+
 struct Matrix { const Weight* values; const float* scales; };
 struct Layer {
-    const Value* attention_norm; Matrix wq, wk, wv, wo;
-    const Value* ffn_norm; Matrix w1, w3, w2;
+    const float* attention_norm; Matrix wq, wk, wv, wo;
+    const float* ffn_norm; Matrix w1, w3, w2;
 };
-struct Cache { Value *k, *v; };  // (B, room, K, D) each
-constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
-static_assert(H * D == DIM && DIM % CHUNK == 0 && HIDDEN % CHUNK == 0);
-static_assert(sizeof(Layer) == 16 * sizeof(void*));  // CompiledReader writes 16 addresses a layer.
-static_assert(GROUP % CHUNK == 0 && CHUNK % LANES == 0 && D % LANES == 0 && TILE <= 8);
+struct Cache { Value *k, *v; };  // (B, room, n_kv_heads, head_dim) each
+struct Model {
+    int64_t dim, hidden_dim, vocab_size, n_layers, n_heads, n_kv_heads;
+    double norm_eps;
+    const Layer* layers;
+    int64_t head_dim() const { return dim / n_heads; }
+    int64_t kv_dim() const { return n_kv_heads * head_dim(); }
+};
+static_assert(sizeof(Layer) == 16 * 8 && sizeof(Cache) == 2 * 8 && sizeof(Model) == 8 * 8);  // as in fast.py
 
-static Floats load(const float* x) { Floats v; memcpy(&v, x, sizeof v); return v; }
-static float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-static inline Floats add_neighbours(Floats a, Floats b) {  // of a, and after them of b
-    int32_t __attribute__((vector_size(4 * LANES))) even, odd;
-    for (int i = 0; i < LANES; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-}
+// Zeros, from the beginning of a line of the processor's cache on: loads across two lines take longer.
+template <typename T>
+class Buffer {
+    struct alignas(64) Line { T values[64 / sizeof(T)]; };
+    std::vector<Line> lines;
+public:
+    explicit Buffer(int64_t size) : lines(size * sizeof(T) / 64 + 1) {}
+    T* data() { return lines[0].values; }
+    const T* data() const { return lines[0].values; }
+};
 
-// sums[i] = sum(v[i]) for N of at most 8, which together take a third of the steps.
-template <int N>
-static inline void add_up(const Floats* v, float* sums) {
-    if (N < 3 || LANES < 16) {
-        for (int i = 0; i < N; i++) sums[i] = sum(v[i]);
-        return;
+// A chunk of at most CHUNK activations as inputs, followed by zeros; returns their scale
+static float to_inputs(const float* x, int n, Input* y) {
+    float scale = 1;
+    if (INT8) {
+        uint32_t top = 0;  // The bits of positive floats are in the order of the floats, NaN above infinity.
+        for (int k = 0; k < n; k++) {
+            uint32_t bits;
+            memcpy(&bits, x + k, 4);
+            top = std::max(top, bits & 0x7fffffff);
+        }
+        memcpy(&scale, &top, 4);
+        scale = std::max(scale, 1e-30f) / 32767;  // It stays NaN, which then all products are.
     }
-    Floats partial[8];
-    for (int i = 0; i < 8; i++) partial[i] = v[std::min(i, N - 1)];
-    for (int n = 4; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) partial[i] = add_neighbours(partial[2 * i], partial[2 * i + 1]);
-    partial[0] = add_neighbours(partial[0], partial[0]);
-    memcpy(sums, partial, N * sizeof *sums);
+    for (int k = 0; k < n; k++) y[k] = INT8 ? Input(std::rint(x[k] / scale)) : Input(x[k]);
+    std::fill(y + n, y + CHUNK, Input(0));
+    return scale;
 }
 
-static float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
+// What count tokens have to be multiplied, width elements each. Few tokens lie one behind the other, many in
+// panels of WIDTH tokens: first the first element (or pair) of each, then the second one of each, and so on.
+class Inputs {
+    static constexpr int PAIR = 4 / sizeof(Input);
+    Buffer<Input> inputs;
+    Buffer<float> input_scales;
+public:
+    const int64_t count, width;
+    const int64_t chunks;  // of a token, the last one filled up with zeros
+    const bool in_panels;
+
+    Inputs(int64_t count, int64_t width, bool in_panels)
+        : inputs(round_up(count, WIDTH) * round_up(width, CHUNK)),
+          input_scales(round_up(count, WIDTH) * round_up(width, CHUNK) / CHUNK),
+          count(count), width(width), chunks(round_up(width, CHUNK) / CHUNK), in_panels(in_panels) {}
+
+    const Input* at(int64_t t) const { return inputs.data() + t * chunks * CHUNK; }
+    const float* scales_at(int64_t t) const { return input_scales.data() + t * chunks; }
+
+    void set(int64_t t, const float* row) {
+        for (int64_t j = 0; j < chunks; j++) {
+            alignas(64) Input chunk[CHUNK];
+            float scale = to_inputs(row + j * CHUNK, std::min<int64_t>(CHUNK, width - j * CHUNK), chunk);
+            if (!in_panels) {
+                memcpy(inputs.data() + (t * chunks + j) * CHUNK, chunk, sizeof chunk);
+                input_scales.data()[t * chunks + j] = scale;
+                continue;
+            }
+            int64_t first = t / WIDTH * WIDTH;
+            Input* to = inputs.data() + (first * chunks + j * WIDTH) * CHUNK + (t - first) * PAIR;
+            for (int k = 0; k < CHUNK; k += PAIR) memcpy(to + k * WIDTH, chunk + k, 4);
+            input_scales.data()[first * chunks + j * WIDTH + t - first] = scale;
+        }
+    }
+};
+
+// -----------------------------------------------------------------------------
+// Products: y (x.count, rows) = x times the matrix (rows, x.width). All threads call them, none waits.
+
+// For few tokens, COLUMNS at a time. A thread reads its share of the matrix in several places at once, because
+// the memory then delivers up to twice as much.
+template <int COLUMNS>
+static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
+    constexpr int PLACES = COLUMNS < 4 ? 4 : 3;  // so that their sums, at most 12, fit the registers
+    constexpr int STEP = 4 * LANES / sizeof(Input);
+    using Vector = typename Vectors<Input>::Inputs;
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
+    int64_t distance = (end - begin + PLACES - 1) / PLACES;
+    for (int64_t i = begin; i < begin + distance; i++)
+        for (int64_t t = 0; t < x.count; t += COLUMNS) {
+            Floats totals[PLACES][COLUMNS] = {};
+            for (int64_t j = 0; j < x.chunks; j++) {
+                Weight filled_up[PLACES][CHUNK];
+                const Weight* w[PLACES];
+                float scales[PLACES];
+                for (int r = 0; r < PLACES; r++) {
+                    int64_t row = std::min(i + r * distance, end - 1);
+                    w[r] = matrix.values + row * x.width + j * CHUNK;
+                    scales[r] = INT8 ? matrix.scales[row * x.chunks + j] : 1;
+                    if ((j + 1) * CHUNK > x.width) {  // the last chunk of a row, if it is not full
+                        std::fill(filled_up[r], filled_up[r] + CHUNK, Weight(0));
+                        std::copy(w[r], w[r] + x.width % CHUNK, filled_up[r]);
+                        w[r] = filled_up[r];
+                    }
+                }
+                typename Vectors<Input>::Sums sums[PLACES][COLUMNS] = {};
+                for (int k = 0; k < CHUNK; k += STEP)
+                    for (int r = 0; r < PLACES; r++) {
+                        Vector weights = widen(w[r] + k);
+                        for (int c = 0; c < COLUMNS; c++)
+                            sums[r][c] = add_product(sums[r][c], weights,
+                                                     load<Vector>(x.at(t + c) + j * CHUNK + k));
+                    }
+                for (int r = 0; r < PLACES; r++)
+                    for (int c = 0; c < COLUMNS; c++) {
+                        float scale = INT8 ? scales[r] * x.scales_at(t + c)[j] : 1;
+                        totals[r][c] += scaled(sums[r][c], Floats{} + scale);
+                    }
+            }
+            for (int r = 0; r < PLACES && i + r * distance < end; r++)
+                for (int c = 0; c < COLUMNS && t + c < x.count; c++)
+                    y[(t + c) * rows + i + r * distance] = sum(totals[r][c]);
+        }
+}
+
+// For many tokens, a block of the matrix and of tokens after the other. The weights are widened to inputs
+// once for all tokens of a block; the widened ones stay in the second level of the processor's cache, and a
+// part of a panel of tokens in the first.
+static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
+    constexpr int BLOCK_ROWS = 48, BLOCK_TOKENS = 128, DEPTH = 6 * CHUNK;
+    static_assert(BLOCK_ROWS % ROWS == 0 && BLOCK_TOKENS % WIDTH == 0);
+    int64_t width = x.chunks * CHUNK;
+    Buffer<Input> widened(BLOCK_ROWS * DEPTH);
+    Buffer<float> scales(BLOCK_ROWS * DEPTH / CHUNK);
+    Buffer<float> sums(BLOCK_ROWS * BLOCK_TOKENS);
+    #pragma omp for collapse(2) schedule(dynamic) nowait
+    for (int64_t first_row = 0; first_row < rows; first_row += BLOCK_ROWS)
+        for (int64_t first = 0; first < x.count; first += BLOCK_TOKENS) {
+            int64_t tokens = std::min<int64_t>(BLOCK_TOKENS, x.count - first);
+            memset(sums.data(), 0, BLOCK_ROWS * BLOCK_TOKENS * sizeof(float));
+            for (int64_t j = 0; j < width; j += DEPTH) {
+                int64_t depth = std::min<int64_t>(DEPTH, width - j);
+                for (int r = 0; r < BLOCK_ROWS; r++) {
+                    int64_t row = std::min(first_row + r, rows - 1);
+                    const Weight* w = matrix.values + row * x.width + j;
+                    Input* to = widened.data() + r * DEPTH;
+                    int64_t length = std::min<int64_t>(depth, x.width - j);
+                    constexpr int STEP = 4 * LANES / sizeof(Input);
+                    int64_t k = 0;
+                    for (; k + STEP <= length; k += STEP) {
+                        auto inputs = widen(w + k);
+                        memcpy(to + k, &inputs, sizeof inputs);
+                    }
+                    for (; k < depth; k++) to[k] = k < length ? Input(w[k]) : Input(0);
+                    for (int c = 0; INT8 && c < depth / CHUNK; c++)
+                        scales.data()[r * DEPTH / CHUNK + c] = matrix.scales[row * x.chunks + j / CHUNK + c];
+                }
+                for (int64_t t = 0; t < tokens; t += WIDTH)
+                    for (int r = 0; r < BLOCK_ROWS; r += ROWS)
+                        add_tile<Input>(
+                            depth,
+                            {widened.data() + r * DEPTH, DEPTH, scales.data() + r * DEPTH / CHUNK,
+                             DEPTH / CHUNK},
+                            {x.at(first + t) + j * WIDTH, WIDTH * 4 / sizeof(Input),
+                             x.scales_at(first + t) + j / CHUNK * WIDTH, 0},
+                            sums.data() + r * BLOCK_TOKENS + t, BLOCK_TOKENS);
+            }
+            int64_t block_rows = std::min<int64_t>(BLOCK_ROWS, rows - first_row);
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t r = 0; r < block_rows; r++)
+                    y[(first + t) * rows + first_row + r] = sums.data()[r * BLOCK_TOKENS + t];
+        }
+}
+
+constexpr int64_t FEW = 8;  // tokens; for more, multiply_many is faster
+static void multiply(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
+    if (x.in_panels) return multiply_many(x, matrix, rows, y);
+    int64_t times = (x.count + 3) / 4;
+    switch ((x.count + times - 1) / times) {
+        case 1: return multiply_few<1>(x, matrix, rows, y);
+        case 2: return multiply_few<2>(x, matrix, rows, y);
+        case 3: return multiply_few<3>(x, matrix, rows, y);
+        default: return multiply_few<4>(x, matrix, rows, y);
+    }
+}
+
+// -----------------------------------------------------------------------------
+// Between the products
+
+static inline float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
     x = std::min(std::max(x * 1.44269504f, -126.0f), 127.0f);
     float n = std::floor(x), f = x - n, power;
     uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
@@ -87,19 +396,19 @@ static float exponential(float x) {  // to 4e-6, in a form that compilers vector
                        + f * (0.00901703029f + f * 0.00186713011f)))));
 }
 
-static float silu(float x) { return x / (1 + exponential(-x)); }
+static inline float silu(float x) { return x / (1 + exponential(-x)); }
 
 template <typename To>
-static void norm(const float* x, const Value* weight, To* y) {
+static void norm(const Model& model, const float* x, const float* weight, To* y) {
     float squares = 0;
-    for (int i = 0; i < DIM; i++) squares += x[i] * x[i];
-    float scale = 1 / std::sqrt(squares / DIM + EPS);
-    for (int i = 0; i < DIM; i++) y[i] = x[i] * scale * weight[i];
+    for (int64_t i = 0; i < model.dim; i++) squares += x[i] * x[i];
+    float scale = 1 / std::sqrt(squares / model.dim + float(model.norm_eps));
+    for (int64_t i = 0; i < model.dim; i++) y[i] = x[i] * scale * weight[i];
 }
 
-template <typename From, typename To>
-static void rotate(const From* x, const float* cos, const float* sin, To* y) {
-    for (int i = 0; i < D / 2; i++) {
+template <typename To>
+static void rotate(int64_t D, const float* x, const float* cos, const float* sin, To* y) {
+    for (int64_t i = 0; i < D / 2; i++) {
         float a = x[2 * i], b = x[2 * i + 1];
         y[2 * i] = a * cos[i] - b * sin[i];
         y[2 * i + 1] = a * sin[i] + b * cos[i];
@@ -109,199 +418,241 @@ static void rotate(const From* x, const float* cos, const float* sin, To* y) {
 // -----------------------------------------------------------------------------
 // Attention
 
-// Of T tokens, at most QUERIES, and the G query heads that share keys and values. Softmax is that of the
-// positions seen so far, rescaled with every further block of them (Milakov and Gimelshein, 2018).
-constexpr int G = H / K, QUERIES = 8, BLOCK = 32;
-template <typename From, typename To>
-static void attend(int T, const From* q, const float* cos, const float* sin, const int64_t* positions,
-                   const Value* keys, const Value* values, To* y) {
-    float query[QUERIES * G][D], top[QUERIES * G], total[QUERIES * G], key[BLOCK][D], value[BLOCK][D];
-    Floats sums[QUERIES * G][D / LANES];
-    for (int i = 0; i < T * G; i++) {
-        rotate(q + (i / G * H + i % G) * D, cos + i / G * D / 2, sin + i / G * D / 2, query[i]);
-        for (int d = 0; d < D; d++) query[i][d] /= std::sqrt(float(D));
-        top[i] = -INFINITY, total[i] = 0;
-        memset(sums[i], 0, sizeof sums[i]);
+constexpr int BLOCK = 64;  // positions at once
+
+// Memory for the attention of some tokens in the query heads that share one head of keys and values. Rows, one
+// for each token and query head, are a multiple of ROWS, and widths of WIDTH: what is added stays zero.
+struct Room {
+    const int64_t group, tokens, rows, width;
+    Buffer<float> query, scores, sums, key, value, top, total;
+    Room(const Model& model, int64_t T)
+        : group(model.n_heads / model.n_kv_heads), tokens(std::clamp<int64_t>(96 / group, 1, T)),
+          rows(round_up(tokens * group, ROWS)), width(round_up(model.head_dim(), WIDTH)),
+          query(rows * width), scores(rows * BLOCK), sums(rows * width), key(BLOCK * width),
+          value(BLOCK * width), top(rows), total(rows) {}
+};
+
+// Softmax is that of the positions seen so far, rescaled with every further block of them (Milakov and
+// Gimelshein, 2018).
+static void attend(const Model& model, Room& room, int64_t T, const float* q, const float* cos,
+                   const float* sin, const int64_t* positions, const Value* keys, const Value* values,
+                   float* y) {
+    const int64_t D = model.head_dim(), stride = model.kv_dim(), width = room.width, G = room.group;
+    float *query = room.query.data(), *scores = room.scores.data(), *sums = room.sums.data();
+    float *key = room.key.data(), *value = room.value.data();
+    float *top = room.top.data(), *total = room.total.data();
+    for (int64_t i = 0; i < T * G; i++) {
+        rotate(D, q + (i / G * model.n_heads + i % G) * D, cos + i / G * D / 2, sin + i / G * D / 2,
+               query + i * width);
+        for (int64_t d = 0; d < D; d++) query[i * width + d] /= std::sqrt(float(D));
+        top[i] = -INFINITY;
+        total[i] = 0;
     }
+    memset(sums, 0, room.rows * width * sizeof *sums);
+    int64_t rows = round_up(T * G, ROWS);
     for (int64_t begin = 0; begin <= positions[T - 1]; begin += BLOCK) {
-        int size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
-        for (int s = 0; s < size; s++)
-            for (int d = 0; d < D; d++) {
-                key[s][d] = keys[(begin + s) * K * D + d];
-                value[s][d] = values[(begin + s) * K * D + d];
-            }
-        for (int i = 0; i < T * G; i++) {
-            int seen = std::min<int64_t>(size, positions[i / G] + 1 - begin);
-            float probs[BLOCK], before = top[i];
-            for (int s = 0; s < seen; s += 8) {
-                Floats products[8] = {};
-                for (int d = 0; d < D; d += LANES)
-                    for (int j = 0; j < 8; j++) products[j] += load(query[i] + d) * load(key[s + j] + d);
-                add_up<8>(products, probs + s);
-            }
-            for (int s = 0; s < seen; s++) top[i] = std::max(top[i], probs[s]);
-            Floats partial[D / LANES];  // a query's sums, in registers
-            float kept = exponential(before - top[i]);
-            for (int d = 0; d < D / LANES; d++) partial[d] = sums[i][d] * kept;
-            total[i] *= kept;
-            for (int s = 0; s < seen; s++) total[i] += probs[s] = exponential(probs[s] - top[i]);
-            for (int s = 0; s < seen; s++)
-                for (int d = 0; d < D / LANES; d++) partial[d] += probs[s] * load(value[s] + d * LANES);
-            memcpy(sums[i], partial, sizeof partial);
+        int64_t size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
+        for (int64_t s = 0; s < size; s++) {
+            const Value* from = keys + (begin + s) * stride;
+            if (T == 1) for (int64_t d = 0; d < D; d++) key[s * width + d] = from[d];
+            else for (int64_t d = 0; d < D; d++) key[d * BLOCK + s] = from[d];
+            for (int64_t d = 0; d < D; d++) value[s * width + d] = values[(begin + s) * stride + d];
         }
+        // A token's products are sums over its elements. The many products of a prompt are made without sums
+        // across vectors, from transposed keys.
+        memset(scores, 0, rows * BLOCK * sizeof *scores);
+        if (T == 1) {
+            for (int64_t s = 0; s < size; s++)
+                for (int64_t i = 0; i < G; i++) {
+                    float product = 0;
+                    for (int64_t d = 0; d < D; d++) product += query[i * width + d] * key[s * width + d];
+                    scores[i * BLOCK + s] = product;
+                }
+        } else {
+            for (int64_t s = 0; s < size; s += WIDTH)
+                for (int64_t i = 0; i < rows; i += ROWS)
+                    add_tile<float>(D, {query + i * width, width, nullptr, 0}, {key + s, BLOCK, nullptr, 0},
+                                    scores + i * BLOCK + s, BLOCK);
+        }
+        for (int64_t i = 0; i < T * G; i++) {
+            float* probs = scores + i * BLOCK;
+            int64_t seen = std::clamp<int64_t>(positions[i / G] + 1 - begin, 0, size);
+            std::fill(probs + seen, probs + BLOCK, -INFINITY);
+            Floats most = load<Floats>(probs);
+            for (int s = LANES; s < BLOCK; s += LANES) {
+                Floats others = load<Floats>(probs + s);
+                most = most > others ? most : others;
+            }
+            float before = top[i];
+            for (int s = 0; s < LANES; s++) top[i] = std::max(top[i], most[s]);
+            float kept = exponential(before - top[i]), added = 0;
+            for (int s = 0; s < BLOCK; s++) added += probs[s] = exponential(probs[s] - top[i]);
+            std::fill(probs + seen, probs + BLOCK, 0.0f);
+            total[i] = total[i] * kept + added;
+            for (int64_t d = 0; d < width; d++) sums[i * width + d] *= kept;
+        }
+        for (int64_t d = 0; d < width; d += WIDTH)
+            for (int64_t i = 0; i < rows; i += ROWS)
+                add_tile<float>(size, {scores + i * BLOCK, BLOCK, nullptr, 0}, {value + d, width, nullptr, 0},
+                                sums + i * width + d, width);
     }
-    for (int i = 0; i < T * G; i++)
-        for (int d = 0; d < D; d++)
-            y[(i / G * H + i % G) * D + d] = sums[i][d / LANES][d % LANES] / total[i];
+    for (int64_t i = 0; i < T * G; i++)
+        for (int64_t d = 0; d < D; d++)
+            y[(i / G * model.n_heads + i % G) * D + d] = sums[i * width + d] / total[i];
 }
 
 // Writes k and v (B, T, K, D) to the cache; y (B, T, H, D) becomes q's attention to it. All threads call it.
-template <typename From, typename To>
-static void attention(int64_t B, int64_t T, const From* q, const From* k, const From* v,
-                      const float* cos, const float* sin, const int64_t* positions, Cache cache,
-                      int64_t room, To* y) {
+static void attention(const Model& model, int64_t B, int64_t T, const float* q, const float* k,
+                      const float* v, const float* cos, const float* sin, const int64_t* positions,
+                      Cache cache, int64_t room, float* y) {
+    const int64_t D = model.head_dim(), H = model.n_heads, K = model.n_kv_heads;
     #pragma omp for collapse(2)
     for (int64_t t = 0; t < B * T; t++)
-        for (int h = 0; h < K; h++) {
+        for (int64_t h = 0; h < K; h++) {
             int64_t from = (t * K + h) * D, to = ((t / T * room + positions[t]) * K + h) * D;
-            rotate(k + from, cos + t * D / 2, sin + t * D / 2, cache.k + to);
-            for (int d = 0; d < D; d++) cache.v[to + d] = v[from + d];
+            rotate(D, k + from, cos + t * D / 2, sin + t * D / 2, cache.k + to);
+            for (int64_t d = 0; d < D; d++) cache.v[to + d] = v[from + d];
         }
+    Room memory(model, T);
+    const int64_t tokens = memory.tokens;
     #pragma omp for collapse(3) schedule(dynamic)
     for (int64_t b = 0; b < B; b++)
-        for (int64_t begin = (T - 1) / QUERIES * QUERIES; begin >= 0; begin -= QUERIES)  // the longest first
-            for (int h = 0; h < K; h++) {
-                int64_t t = b * T + begin, at = (b * room * K + h) * D, head = (t * H + h * G) * D;
-                attend(std::min<int>(QUERIES, T - begin), q + head, cos + t * D / 2, sin + t * D / 2,
-                       positions + t, cache.k + at, cache.v + at, y + head);
+        for (int64_t begin = (T - 1) / tokens * tokens; begin >= 0; begin -= tokens)  // the longest first
+            for (int64_t h = 0; h < K; h++) {
+                int64_t t = b * T + begin, at = (b * room * K + h) * D, head = (t * H + h * H / K) * D;
+                attend(model, memory, std::min(tokens, T - begin), q + head, cos + t * D / 2,
+                       sin + t * D / 2, positions + t, cache.k + at, cache.v + at, y + head);
             }
 }
 
 // -----------------------------------------------------------------------------
-// A token of each row: products of matrices and few rows, and all layers in one call
+// Entry points
 
-// sum + x * w for the STEP elements that x and w point to
-#if PAIRS && defined(__AVX512BF16__)
-using Input = bfloat16;
-constexpr int STEP = 32;
-static Floats add_product(Floats sum, const Input* x, const Input* w) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
-}
-#else
-using Input = float;
-constexpr int STEP = LANES;
-static Floats add_product(Floats sum, const Input* x, const Input* w) { return sum + load(x) * load(w); }
-#endif
-static_assert(CHUNK % STEP == 0);
-
-// CHUNK weights as inputs: where they are, or converted and times their scale
-static const Input* as_inputs(const Input* w, float, Input*) { return w; }
-template <typename From>
-static const Input* as_inputs(const From* w, float scale, Input* converted) {
-    for (int i = 0; i < CHUNK; i++) converted[i] = w[i] * scale;
-    return converted;
-}
-
-// store(b * OUT + i, row i of a matrix (OUT, IN) times row b of x (B, IN)), for this thread's share of the
-// matrix. It is read in several places at once, which is faster. x has room for TILE - 1 rows more.
-template <int OUT, int IN, typename Store>
-static void multiply(int64_t B, const Input* x, Matrix matrix, Store store) {
-    constexpr int ROWS = std::max(2, std::min(4, 24 / TILE));  // whose sums fit the registers
-    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    int64_t begin = OUT * thread / threads, end = OUT * (thread + 1) / threads;
-    int64_t rows = (end - begin + ROWS - 1) / ROWS;
-    for (int64_t i = begin; i < begin + rows; i++)
-        for (int64_t tile = 0; tile < B; tile += TILE) {
-            Floats sums[ROWS][TILE] = {};
-            for (int j = 0; j < IN; j += CHUNK) {
-                alignas(64) Input converted[ROWS][CHUNK];
-                const Input* w[ROWS];
-                for (int r = 0; r < ROWS; r++) {
-                    int64_t at = std::min(i + r * rows, end - 1) * IN + j;
-                    float scale = INT8 ? matrix.scales[at / std::gcd(GROUP, IN)] : 1;
-                    w[r] = as_inputs(matrix.values + at, scale, converted[r]);
-                }
-                for (int k = 0; k < CHUNK; k += STEP)
-                    for (int b = 0; b < TILE; b++)
-                        for (int r = 0; r < ROWS; r++)
-                            sums[r][b] = add_product(sums[r][b], x + (tile + b) * IN + j + k, w[r] + k);
-            }
-            for (int r = 0; r < ROWS && i + r * rows < end; r++) {
-                float y[TILE];
-                add_up<TILE>(sums[r], y);
-                for (int b = 0; b < TILE && tile + b < B; b++) store((tile + b) * OUT + i + r * rows, y[b]);
-            }
-        }
-}
-
-// Room for inputs that begins with a line of the processor's cache: loads across two lines take longer.
-struct alignas(64) Line { Input inputs[64 / sizeof(Input)]; };
-static std::vector<Line> make_lines(int64_t n) { return std::vector<Line>(n * sizeof(Input) / 64 + 1); }
-
-// Takes x (B, DIM), a token of each row, through all layers, in place.
-extern "C" void read_token(int64_t B, float* x, const float* cos, const float* sin,
-                           const int64_t* positions, const Layer* layers, const Cache* caches,
-                           int64_t room) {
-    auto lines = make_lines((B + TILE) * (2 * DIM + HIDDEN));
-    Input* normed = lines[0].inputs;
-    Input* attended = normed + (B + TILE) * DIM;
-    Input* gated = attended + (B + TILE) * DIM;
-    std::vector<float> q(B * DIM), k(B * K * D), v(B * K * D), gate(B * HIDDEN);
-    auto normalize = [&](const Value* weight) {
-        #pragma omp for
-        for (int64_t b = 0; b < B; b++) norm(x + b * DIM, weight, normed + b * DIM);
-    };
-    auto add_to_x = [&](int64_t i, float y) { x[i] += y; };
+// Takes x (B, T, dim) through all layers, in place: tokens of each row at positions (B, T), which come one
+// after the other. cos, sin: (B, T, head_dim / 2). caches: one for each layer, for room positions.
+extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x, const float* cos,
+                            const float* sin, const int64_t* positions, const Cache* caches, int64_t room) {
+    const Model& model = *pointer;
+    const int64_t N = B * T, dim = model.dim, hidden = model.hidden_dim, kv_dim = model.kv_dim();
+    const bool few = N <= FEW;
+    Buffer<float> q(N * dim), k(N * kv_dim), v(N * kv_dim), attended(N * dim), gate(N * hidden);
+    Buffer<float> up(N * hidden), added(N * dim);
+    Inputs shared_narrow(few ? 0 : N, dim, true), shared_wide(few ? 0 : N, hidden, true);
     #pragma omp parallel
-    for (int l = 0; l < LAYERS; l++) {
-        const Layer& layer = layers[l];
-        normalize(layer.attention_norm);
-        multiply<DIM, DIM>(B, normed, layer.wq, [&](int64_t i, float y) { q[i] = y; });
-        multiply<K * D, DIM>(B, normed, layer.wk, [&](int64_t i, float y) { k[i] = y; });
-        multiply<K * D, DIM>(B, normed, layer.wv, [&](int64_t i, float y) { v[i] = y; });
-        #pragma omp barrier
-        attention(B, 1, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room, attended);
-        multiply<DIM, DIM>(B, attended, layer.wo, add_to_x);
-        #pragma omp barrier
-        normalize(layer.ffn_norm);
-        // Without a barrier between: a thread has the same rows of w1 and w3.
-        multiply<HIDDEN, DIM>(B, normed, layer.w1, [&](int64_t i, float y) { gate[i] = silu(y); });
-        multiply<HIDDEN, DIM>(B, normed, layer.w3, [&](int64_t i, float y) { gated[i] = gate[i] * y; });
-        #pragma omp barrier
-        multiply<DIM, HIDDEN>(B, gated, layer.w2, add_to_x);
-        #pragma omp barrier
+    {
+        // Few tokens are prepared by every thread for itself, which takes less time than waiting for another.
+        Inputs own_narrow(few ? N : 0, dim, false), own_wide(few ? N : 0, hidden, false);
+        Inputs& narrow = few ? own_narrow : shared_narrow;
+        Inputs& wide = few ? own_wide : shared_wide;
+        std::vector<float> own_x(x, x + (few ? N * dim : 0)), row(std::max(dim, hidden));
+        float* stream = few ? own_x.data() : x;
+        auto each_token = [&](auto prepare) {
+            if (few) {
+                for (int64_t t = 0; t < N; t++) prepare(t);
+            } else {
+                #pragma omp for
+                for (int64_t t = 0; t < N; t++) prepare(t);
+            }
+        };
+        auto add_to_stream = [&](int64_t t) {
+            for (int64_t i = t * dim; i < (t + 1) * dim; i++) stream[i] += added.data()[i];
+        };
+        auto add_and_normalize = [&](const float* weight) {
+            each_token([&](int64_t t) {
+                add_to_stream(t);
+                norm(model, stream + t * dim, weight, row.data());
+                narrow.set(t, row.data());
+            });
+        };
+        for (int64_t l = 0; l < model.n_layers; l++) {
+            const Layer& layer = model.layers[l];
+            add_and_normalize(layer.attention_norm);
+            multiply(narrow, layer.wq, dim, q.data());
+            multiply(narrow, layer.wk, kv_dim, k.data());
+            multiply(narrow, layer.wv, kv_dim, v.data());
+            #pragma omp barrier
+            attention(model, B, T, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room,
+                      attended.data());
+            each_token([&](int64_t t) { narrow.set(t, attended.data() + t * dim); });
+            multiply(narrow, layer.wo, dim, added.data());
+            #pragma omp barrier
+            add_and_normalize(layer.ffn_norm);
+            multiply(narrow, layer.w1, hidden, gate.data());
+            multiply(narrow, layer.w3, hidden, up.data());
+            #pragma omp barrier
+            each_token([&](int64_t t) {
+                for (int64_t i = 0; i < hidden; i++)
+                    row[i] = silu(gate.data()[t * hidden + i]) * up.data()[t * hidden + i];
+                wide.set(t, row.data());
+            });
+            multiply(wide, layer.w2, dim, added.data());
+            #pragma omp barrier
+        }
+        each_token(add_to_stream);
+        #pragma omp single
+        std::copy(own_x.begin(), own_x.end(), x);
     }
 }
 
-// x (B, DIM), normalized -> y (B, VOCAB)
-extern "C" void head(int64_t B, const Value* x, const Matrix* output, float* y) {
-    auto lines = make_lines((B + TILE) * DIM);
-    std::copy(x, x + B * DIM, lines[0].inputs);
+// x (B, dim), normalized -> y (B, vocab_size)
+extern "C" void head(const Model* model, int64_t B, const Value* x, const Matrix* output, float* y) {
+    Inputs inputs(B, model->dim, B > FEW);
+    std::vector<float> row(model->dim);
+    for (int64_t b = 0; b < B; b++) {
+        std::copy(x + b * model->dim, x + (b + 1) * model->dim, row.begin());
+        inputs.set(b, row.data());
+    }
     #pragma omp parallel
-    multiply<VOCAB, DIM>(B, lines[0].inputs, *output, [&](int64_t i, float logit) { y[i] = logit; });
+    multiply(inputs, *output, model->vocab_size, y);
 }
 
-// -----------------------------------------------------------------------------
-// What lies between a prompt's matrix products, and the last norm
-
-// Adds to x (N, DIM) what a part of a layer made of it, if any; y (N, DIM) becomes x normalized.
-extern "C" void add_and_norm(int64_t N, float* x, const Value* added, const Value* weight, Value* y) {
+// Adds to x (N, dim) what a part of a layer made of it, if any; y (N, dim) becomes x normalized.
+extern "C" void add_and_norm(const Model* model, int64_t N, float* x, const Value* added,
+                             const float* weight, Value* y) {
+    const int64_t dim = model->dim;
     #pragma omp parallel for
     for (int64_t t = 0; t < N; t++) {
-        for (int i = 0; added && i < DIM; i++) x[t * DIM + i] += added[t * DIM + i];
-        norm(x + t * DIM, weight, y + t * DIM);
+        for (int64_t i = t * dim; added && i < (t + 1) * dim; i++) x[i] += added[i];
+        norm(*model, x + t * dim, weight, y + t * dim);
     }
 }
 
-extern "C" void attend_to_prompt(int64_t B, int64_t T, const Value* q, const Value* k, const Value* v,
-                                 const float* cos, const float* sin, const int64_t* positions,
-                                 const Cache* cache, int64_t room, Value* y) {
+// The attention of a prompt's q (B, T, H, D), which becomes y; k and v (B, T, K, D) go to the cache.
+extern "C" void attend_to_prompt(const Model* model, int64_t B, int64_t T, const Value* q, const Value* k,
+                                 const Value* v, const float* cos, const float* sin,
+                                 const int64_t* positions, const Cache* cache, int64_t room, Value* y) {
+    std::vector<float> floats[4];
+    floats[0].assign(q, q + B * T * model->dim);
+    floats[1].assign(k, k + B * T * model->kv_dim());
+    floats[2].assign(v, v + B * T * model->kv_dim());
+    floats[3].resize(B * T * model->dim);
     #pragma omp parallel
-    attention(B, T, q, k, v, cos, sin, positions, *cache, room, y);
+    attention(*model, B, T, floats[0].data(), floats[1].data(), floats[2].data(), cos, sin, positions, *cache,
+              room, floats[3].data());
+    std::copy(floats[3].begin(), floats[3].end(), y);
 }
 
 // gate = silu(gate) * up
 extern "C" void swiglu(int64_t N, Value* gate, const Value* up) {
     #pragma omp parallel for
     for (int64_t i = 0; i < N; i++) gate[i] = silu(gate[i]) * up[i];
+}
+
+// The instruction set that this was compiled for
+extern "C" const char* instructions() {
+#if defined(__AVX512BF16__)
+    return "AVX512-BF16";
+#elif defined(__AVX512VNNI__)
+    return "AVX512-VNNI";
+#elif defined(__AVX512BW__)
+    return "AVX512";
+#elif defined(__AVXVNNI__)
+    return "AVX-VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__aarch64__)
+    return "NEON";
+#else
+    return "128-bit vectors";
+#endif
 }

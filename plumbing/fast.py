@@ -163,16 +163,23 @@ GROUP = 64  # Weights of a row that share a scale; one scale for a whole row wou
 
 
 def quantize(weight):
-    """weight (out, in) -> integers in [-127, 127], int8 (out, in), and scales, float32 (out, in / GROUP)."""
-    groups = weight.float().unflatten(1, (-1, math.gcd(GROUP, weight.size(1))))
-    scale = groups.abs().amax(-1).clamp(min=1e-30) / 127
-    return (groups / scale[..., None]).round().to(torch.int8).flatten(1), scale
+    """weight (out, in) -> integers in [-127, 127], int8 (out, in), and scales, float32 (out, groups).
+
+    Every GROUP weights of a row share a scale; a last group may have fewer.
+    """
+    scale = torch.stack([group.abs().amax(1) for group in weight.float().split(GROUP, 1)], 1)
+    scale = scale.clamp(min=1e-30) / 127
+    return (weight / spread(scale, weight.size(1))).round().to(torch.int8), scale
+
+
+def spread(scale, size):
+    """Scales (rows, groups) -> (rows, size), one for each weight."""
+    return scale.repeat_interleave(GROUP, 1)[:, :size]
 
 
 def dequantize(quantized, scale):
     """The float32 values (out, in) that integers and scales stand for."""
-    groups = quantized.float().unflatten(1, (scale.size(1), -1))
-    return (groups * scale[..., None]).flatten(1)
+    return quantized * spread(scale, quantized.size(1))
 
 
 class Int8Weight(nn.Module):
@@ -292,17 +299,29 @@ class Address(ctypes.c_void_p):
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+class Model(ctypes.Structure):
+    """fast.cpp's Model."""
+    _fields_ = [*((name, ctypes.c_int64) for name in (
+        "dim", "hidden_dim", "vocab_size", "n_layers", "n_heads", "n_kv_heads")),
+        ("norm_eps", ctypes.c_double), ("layers", ctypes.c_void_p)]
+
+
+assert ctypes.sizeof(Model) == 8 * 8  # as fast.cpp asserts
+
+
 @functools.cache
 def compile_kernels(**constants):
     """fast.cpp as a ctypes library; see compile_library."""
     path = Path(__file__).resolve().with_name("fast.cpp")  # This file may be a link to a folder elsewhere.
     library = compile_library(path, **constants)
+    model = ctypes.POINTER(Model)
     number = ctypes.c_int64
-    library.read_token.argtypes = [number, *[Address] * 6, number]
-    library.head.argtypes = [number, *[Address] * 3]
-    library.add_and_norm.argtypes = [number, *[Address] * 4]
-    library.attend_to_prompt.argtypes = [number, number, *[Address] * 7, number, Address]
+    library.read_tokens.argtypes = [model, number, number, *[Address] * 5, number]
+    library.head.argtypes = [model, number, *[Address] * 3]
+    library.add_and_norm.argtypes = [model, number, *[Address] * 4]
+    library.attend_to_prompt.argtypes = [model, number, number, *[Address] * 7, number, Address]
     library.swiglu.argtypes = [number, Address, Address]
+    library.instructions.restype = ctypes.c_char_p
     return library
 
 
@@ -324,86 +343,89 @@ class CompiledReader:
     """Runs a model through fast.cpp. It holds raw addresses: the weights must not be moved or replaced."""
 
     def __init__(self, model):
-        dtype = model.dtype
-        types = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "_Float16"}
-        if dtype not in types:
-            raise OSError(f"no kernels for {name_of(dtype)}, take --dtype float32")
-        args = model.args
-        weight = "int8_t" if isinstance(model.output, Int8Linear) else types[model.output.weight.dtype]
-        chunk = math.gcd(GROUP, args.dim, args.hidden_dim)
-        lanes = math.gcd(16, chunk, args.head_dim)
-        pairs = weight == "bfloat16" and chunk % 32 == 0 and lanes == 16
-        self.model = model
-        self.constants = dict(
-            DIM=args.dim, HIDDEN=args.hidden_dim, VOCAB=args.vocab_size, LAYERS=args.n_layers,
-            H=args.n_heads, K=args.n_kv_heads, D=args.head_dim, EPS=f"{float(args.norm_eps)}f",
-            VALUE=types[dtype], WEIGHT=weight, GROUP=GROUP, CHUNK=chunk, LANES=lanes, PAIRS=int(pairs))
-        self.kernels(1)  # Compile first: if that fails, the model is still as it was.
+        is_int8 = isinstance(model.output, Int8Linear)
+        weight_dtype = torch.int8 if is_int8 else model.output.weight.dtype
+        names = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16",
+                 torch.int8: "int8_t"}
+        for dtype in (model.dtype, weight_dtype):
+            if dtype not in names:
+                raise OSError(f"no kernels for {name_of(dtype)}, take --dtype float32")
+        # Compile first: if that fails, the model is still as it was.
+        self.kernels = compile_kernels(VALUE=names[model.dtype], WEIGHT=names[weight_dtype])
         move_to_huge_pages(model)
+        self.model = model
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
-        self.norms = [(layer.attention_norm.weight.to(dtype), layer.ffn_norm.weight.to(dtype))
-                      for layer in model.layers]
-        self.last_norm = model.norm.weight.to(dtype)
+        norms = [norm for layer in model.layers for norm in (layer.attention_norm, layer.ffn_norm)]
+        self.norms = torch.stack([norm.weight.detach().float() for norm in (*norms, model.norm)])
         self.layers = torch.tensor([self.addresses(
             attention_norm, layer.attention.wq, layer.attention.wk, layer.attention.wv,
             layer.attention.wo, ffn_norm, layer.feed_forward.w1, layer.feed_forward.w3,
             layer.feed_forward.w2)  # in the order of fast.cpp's Layer
-            for layer, (attention_norm, ffn_norm) in zip(model.layers, self.norms, strict=True)])
+            for layer, attention_norm, ffn_norm in zip(model.layers, self.norms[:-1:2], self.norms[1::2],
+                                                       strict=True)])
         self.output = torch.tensor(self.addresses(model.output))
+        args = model.args
+        self.sizes = Model(args.dim, args.hidden_dim, args.vocab_size, args.n_layers, args.n_heads,
+                           args.n_kv_heads, args.norm_eps, self.layers.data_ptr())
+        # Of all products, PyTorch makes this one faster, where the processor has instructions for it.
+        fast = fast_dtype(model.norm.weight.device)
+        self.torch_multiplies = model.dtype == weight_dtype == fast == torch.bfloat16
 
     @staticmethod
-    def addresses(*modules):
+    def addresses(*places):
         """Addresses: of a norm's weight; of a matrix's values and its scales, 0 where it has none."""
         addresses = []
-        for module in modules:
-            if isinstance(module, Int8Linear):
-                addresses += [module.quantized.data_ptr(), module.scale.data_ptr()]
-            elif isinstance(module, nn.Linear):
-                addresses += [module.weight.data_ptr(), 0]
+        for place in places:
+            if isinstance(place, Int8Linear):
+                addresses += [place.quantized.data_ptr(), place.scale.data_ptr()]
+            elif isinstance(place, nn.Linear):
+                addresses += [place.weight.data_ptr(), 0]
             else:
-                addresses += [module.data_ptr()]
+                addresses += [place.data_ptr()]
         return addresses
-
-    def kernels(self, B):
-        """The kernels compiled for B rows, which go through in the fewest tiles of at most 8 rows."""
-        return compile_kernels(TILE=math.ceil(B / math.ceil(B / 8)), **self.constants)
 
     def extend(self, tokens, start_pos, caches):
         """As Transformer.extend."""
         model = self.model
         B, T = tokens.shape
-        room = caches[0].k.size(1)
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
-        cos, sin = model.angles(positions)
         x = model.tok_embeddings(tokens).float()
         h = torch.empty_like(x, dtype=model.dtype)
+        where = *model.angles(positions), positions
+        room = caches[0].k.size(1)
         caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
-        kernels = self.kernels(B if T == 1 else 1)  # Those for prompts are the same for any B.
         added = None
-        if T == 1:
-            kernels.read_token(B, x, cos, sin, positions, self.layers, caches, room)
+        if T > 1 and self.torch_multiplies:
+            added = self.extend_with_torch(x, h, where, caches, room)
         else:
-            for layer, norms, cache in zip(model.layers, self.norms, caches, strict=True):
-                attention_norm, ffn_norm = norms
-                attention = layer.attention
-                ffn = layer.feed_forward
-                kernels.add_and_norm(B * T, x, added, attention_norm, h)
-                q = attention.wq(h)
-                k = attention.wk(h)
-                v = attention.wv(h)
-                kernels.attend_to_prompt(B, T, q, k, v, cos, sin, positions, cache, room, h)
-                added = attention.wo(h)
-                kernels.add_and_norm(B * T, x, added, ffn_norm, h)
-                gate = ffn.w1(h)
-                kernels.swiglu(gate.numel(), gate, ffn.w3(h))
-                added = ffn.w2(gate)
-        kernels.add_and_norm(B * T, x, added, self.last_norm, h)
+            self.kernels.read_tokens(self.sizes, B, T, x, *where, caches, room)
+        self.kernels.add_and_norm(self.sizes, B * T, x, added, self.norms[-1], h)
         return h
+
+    def extend_with_torch(self, x, h, where, caches, room):
+        """read_tokens with PyTorch's products. h: memory. Returns what is still to be added to x."""
+        B, T = x.shape[:2]
+        kernels = self.kernels
+        added = None
+        for i, (layer, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
+            attention = layer.attention
+            ffn = layer.feed_forward
+            kernels.add_and_norm(self.sizes, B * T, x, added, self.norms[2 * i], h)
+            q = attention.wq(h)
+            k = attention.wk(h)
+            v = attention.wv(h)
+            kernels.attend_to_prompt(self.sizes, B, T, q, k, v, *where, cache, room, h)
+            added = attention.wo(h)
+            kernels.add_and_norm(self.sizes, B * T, x, added, self.norms[2 * i + 1], h)
+            gate = ffn.w1(h)
+            kernels.swiglu(gate.numel(), gate, ffn.w3(h))
+            added = ffn.w2(gate)
+        return added
 
     def head(self, x):
         """As Transformer.head."""
         logits = torch.empty(len(x), self.model.args.vocab_size)
-        self.kernels(len(x)).head(len(x), x.contiguous(), self.output, logits)
+        self.kernels.head(self.sizes, len(x), x.contiguous(), self.output, logits)
         return logits
 
 # -----------------------------------------------------------------------------

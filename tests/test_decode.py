@@ -11,12 +11,25 @@ from tiny import assert_close, output, random_llama, random_model, write_checkpo
 from torch._dynamo.utils import counters
 
 from llama31 import Llama, ModelArgs, Transformer, load_checkpoint
+from plumbing import fast
 from plumbing.fast import Int8Linear, compile_inference, compile_kernels, quantize
 
 HEADS_OF_8 = dict(dim=48, n_heads=6)  # as wide as a register of many processors
 BATCHES = {"one token": [[5]], "one row": [[5, 6, 7]], "few rows": [[5, 6, 7], [1], [8, 9]],
            "many rows": [[i + 1] * (i % 4 + 1) for i in range(9)],
            "rows of the same length": [[i + 1] * 9 for i in range(10)]}
+
+
+# Compiled int8 products round activations to 16 bits, by up to 1.5e-5 of the largest of 64. In 13 products,
+# one after the other, random models make up to seven times of it; plain arithmetic is held to 1e-5.
+INT8_CLOSENESS = 3e-4
+
+
+def assert_compiled_close(compiled, eager, llama):
+    """Asserts the contract between implementations, with more tolerance where the llama has int8 weights."""
+    closeness = INT8_CLOSENESS if isinstance(llama.model.output, Int8Linear) else 1e-5
+    error, size = (compiled - eager).abs().max().item(), eager.abs().max().item()
+    assert error <= closeness * size, f"off by {error}, of {size}"
 
 
 def greedy(llama, prompts, n=40):
@@ -55,7 +68,7 @@ def llamas(request, tmp_path_factory):
 def test_compiled_decoding_has_the_logits_and_tokens_of_eager_decoding(llamas, batch):
     (eager, tokens), (compiled, same) = (greedy(llama, BATCHES[batch]) for llama in llamas)
     assert same == tokens
-    assert_close(compiled, eager)
+    assert_compiled_close(compiled, eager, llamas[1])
 
 
 SHAPES = {"a head of keys for each of queries": dict(dim=64, n_heads=4, n_kv_heads=4, multiple_of=32),
@@ -84,7 +97,7 @@ def test_models_of_any_shape_and_type_have_eager_logits_compiled(shape, quantize
         expected = forced(exact, batch)
         errors = [(forced(llama, batch) - expected).abs() for llama in (eager, compiled)]
         if dtype is torch.float32:
-            assert errors[1].max() <= 1e-5 * expected.abs().max()
+            assert errors[1].max() <= (INT8_CLOSENESS if quantize else 1e-5) * expected.abs().max()
         else:
             assert errors[1].max() <= 1.3 * errors[0].max() and errors[1].mean() <= 1.1 * errors[0].mean()
 
@@ -111,7 +124,7 @@ def test_a_compiled_prompt_is_the_same_read_in_chunks(llamas):
     whole, chunked = (
         llama.model.forward_cached(tokens, [0] * 3, llama.new_caches(3), [38] * 3, llama.reader, at_once)
         for at_once in (4096, 19 * 3))
-    assert_close(chunked, whole)
+    assert_compiled_close(chunked, whole, llama)
 
 
 @pytest.mark.slow
@@ -138,7 +151,7 @@ def test_keys_and_values_fill_all_of_the_caches_room_and_nothing_else(llamas):
         logits = llama.model.forward_cached(torch.tensor([[4], [6]]), [3, 2], caches, [0, 0],
                                             llama.reader)
         full = llama.model(torch.tensor([[1, 2, 3, 4], [4, 5, 6, 0]]))[[0, 1], [3, 2]]
-    assert_close(logits, full)
+    assert_compiled_close(logits, full, llama)
     assert all(torch.equal(cache.k[1, 3], k) for cache, k in zip(caches, before, strict=True))
 
 
@@ -147,7 +160,7 @@ def test_keys_and_values_fill_all_of_the_caches_room_and_nothing_else(llamas):
 def test_logits_are_those_of_any_rows_of_hidden_states(llamas):
     eager, compiled = llamas
     x = torch.randn(3, 5, eager.model.args.dim, generator=torch.Generator().manual_seed(0))[:, -1]
-    assert_close(compiled.reader.head(x), eager.model.head(x))
+    assert_compiled_close(compiled.reader.head(x), eager.model.head(x), compiled)
 
 
 @pytest.mark.slow
@@ -174,8 +187,9 @@ def test_weights_that_are_not_finite_are_noticed(tmp_path):
 
 @pytest.mark.slow
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def test_elsewhere_blocks_are_compiled_once_for_all_layers_and_prompts():
+def test_elsewhere_blocks_are_compiled_once_for_all_layers_and_prompts(monkeypatch):
     """Elsewhere than on the CPU, which is where the compiled blocks run here all the same."""
+    monkeypatch.setattr(fast, "can_compile", lambda device: True)
     eager, compiled = random_llama(), random_llama()
     device = torch.device("cuda")
     compile_inference(SimpleNamespace(layers=compiled.model.layers,
@@ -276,10 +290,9 @@ def test_every_int8_weight_is_within_half_a_step_of_its_own(shape):
     weight *= 10 ** torch.linspace(-9, 3, len(weight))[:, None]
     weight[-1] = 0
     linear = Int8Linear(*quantize(weight), torch.float32)
-    groups = weight.unflatten(1, (-1, math.gcd(64, shape[1])))
-    step = groups.abs().amax(-1, keepdim=True) / 127
-    error = (linear.weight - weight).unflatten(1, (-1, groups.size(-1))).abs()
-    assert (error <= step * (0.5 + 1e-4)).all()
+    for values, group in zip(linear.weight.split(64, 1), weight.split(64, 1), strict=True):
+        step = group.abs().amax(1, keepdim=True) / 127
+        assert ((values - group).abs() <= step * (0.5 + 1e-4)).all()
     assert linear.quantized.dtype is torch.int8 and linear.quantized.abs().max() <= 127
 
 
