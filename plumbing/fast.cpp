@@ -123,30 +123,54 @@ template <typename T> struct Vectors { using Inputs = Floats; using Sums = Float
 template <> struct Vectors<int16_t> { using Inputs = Shorts; using Sums = Ints; };
 template <> struct Vectors<bfloat16> { using Inputs = Pairs; using Sums = Floats; };
 
-// The next weights of a row as a vector of inputs
-static inline Floats widen(const float* w) { return load<Floats>(w); }
-static inline Shorts widen(const int8_t* w) {
-    using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
-    return __builtin_convertvector(load<Bytes>(w), Shorts);
-}
-#ifdef __AVX512BF16__
-static inline Pairs widen(const bfloat16* w) { return load<Pairs>(w); }
-#else
-static inline Floats widen(const bfloat16* w) {
-    using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
-    return (Floats)(__builtin_convertvector(load<Halves>(w), Words) << 16);
-}
-#endif
-static inline Floats widen(const float16* w) {
+// The next LANES values as floats
+static inline Floats floats(const float* x) { return load<Floats>(x); }
+static inline Floats floats(const bfloat16* x) {
 #if defined(__AVX512BW__)
-    return _mm512_cvtph_ps(load<__m256i>(w));
+    return (Floats)((Words)_mm512_cvtepu16_epi32(load<__m256i>(x)) << 16);
 #elif defined(__AVX2__)
-    return _mm256_cvtph_ps(load<__m128i>(w));
+    return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(x)) << 16);
+#else
+    using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+    return (Floats)(__builtin_convertvector(load<Halves>(x), Words) << 16);
+#endif
+}
+static inline Floats floats(const float16* x) {
+#if defined(__AVX512BW__)
+    return _mm512_cvtph_ps(load<__m256i>(x));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(load<__m128i>(x));
 #else
     Floats v;
-    for (int i = 0; i < LANES; i++) v[i] = w[i];
+    for (int i = 0; i < LANES; i++) v[i] = x[i];
     return v;
 #endif
+}
+
+template <typename T>
+static inline void to_floats(const T* x, int64_t n, float* y) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, floats(x + i));
+    for (; i < n; i++) y[i] = x[i];
+}
+
+// The next weights of a row as a vector of inputs
+template <typename T>
+static inline auto widen(const T* w) {
+    if constexpr (INT8) {
+#if defined(__AVX512BW__)
+        return (Shorts)_mm512_cvtepi8_epi16(load<__m256i>(w));
+#elif defined(__AVX2__)
+        return (Shorts)_mm256_cvtepi8_epi16(load<__m128i>(w));
+#else
+        using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
+        return __builtin_convertvector(load<Bytes>(w), Shorts);
+#endif
+    } else if constexpr (std::is_same_v<Input, bfloat16>) {
+        return load<Pairs>(w);
+    } else {
+        return floats(w);
+    }
 }
 
 static inline Floats scaled(Floats sums, Floats) { return sums; }
@@ -286,41 +310,53 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
     int64_t distance = (end - begin + PLACES - 1) / PLACES;
-    for (int64_t i = begin; i < begin + distance; i++)
+    for (int64_t i = begin; i < begin + distance; i++) {
+        int64_t row[PLACES];
+        const Weight* w[PLACES];
+        for (int r = 0; r < PLACES; r++) {
+            row[r] = std::min(i + r * distance, end - 1);
+            w[r] = matrix.values + row[r] * x.width;
+        }
         for (int64_t t = 0; t < x.count; t += COLUMNS) {
             Floats totals[PLACES][COLUMNS] = {};
-            for (int64_t j = 0; j < x.chunks; j++) {
-                Weight filled_up[PLACES][CHUNK];
-                const Weight* w[PLACES];
-                float scales[PLACES];
-                for (int r = 0; r < PLACES; r++) {
-                    int64_t row = std::min(i + r * distance, end - 1);
-                    w[r] = matrix.values + row * x.width + j * CHUNK;
-                    scales[r] = INT8 ? matrix.scales[row * x.chunks + j] : 1;
-                    if ((j + 1) * CHUNK > x.width) {  // the last chunk of a row, if it is not full
-                        std::fill(filled_up[r], filled_up[r] + CHUNK, Weight(0));
-                        std::copy(w[r], w[r] + x.width % CHUNK, filled_up[r]);
-                        w[r] = filled_up[r];
-                    }
-                }
+            auto add_chunk = [&](int64_t j, const Weight* const* w) {
                 typename Vectors<Input>::Sums sums[PLACES][COLUMNS] = {};
-                for (int k = 0; k < CHUNK; k += STEP)
+                const Input* inputs = x.at(t) + j * CHUNK;
+                for (int k = 0; k < CHUNK; k += STEP) {
+                    Vector tokens[COLUMNS];
+                    for (int c = 0; c < COLUMNS; c++) tokens[c] = load<Vector>(inputs + c * x.chunks * CHUNK + k);
                     for (int r = 0; r < PLACES; r++) {
                         Vector weights = widen(w[r] + k);
                         for (int c = 0; c < COLUMNS; c++)
-                            sums[r][c] = add_product(sums[r][c], weights,
-                                                     load<Vector>(x.at(t + c) + j * CHUNK + k));
+                            sums[r][c] = add_product(sums[r][c], weights, tokens[c]);
                     }
-                for (int r = 0; r < PLACES; r++)
-                    for (int c = 0; c < COLUMNS; c++) {
-                        float scale = INT8 ? scales[r] * x.scales_at(t + c)[j] : 1;
-                        totals[r][c] += scaled(sums[r][c], Floats{} + scale);
-                    }
+                }
+                for (int r = 0; r < PLACES; r++) {
+                    Floats scale = Floats{} + (INT8 ? matrix.scales[row[r] * x.chunks + j] : 1);
+                    for (int c = 0; c < COLUMNS; c++)
+                        totals[r][c] += scaled(sums[r][c], scale * (INT8 ? x.scales_at(t + c)[j] : 1));
+                }
+            };
+            int64_t full = x.width / CHUNK;
+            for (int64_t j = 0; j < full; j++) {
+                const Weight* chunk[PLACES];
+                for (int r = 0; r < PLACES; r++) chunk[r] = w[r] + j * CHUNK;
+                add_chunk(j, chunk);
+            }
+            if (full < x.chunks) {
+                Weight filled_up[PLACES][CHUNK] = {};
+                const Weight* chunk[PLACES];
+                for (int r = 0; r < PLACES; r++) {
+                    std::copy(w[r] + full * CHUNK, w[r] + x.width, filled_up[r]);
+                    chunk[r] = filled_up[r];
+                }
+                add_chunk(full, chunk);
             }
             for (int r = 0; r < PLACES && i + r * distance < end; r++)
                 for (int c = 0; c < COLUMNS && t + c < x.count; c++)
-                    y[(t + c) * rows + i + r * distance] = sum(totals[r][c]);
+                    y[(t + c) * rows + row[r]] = sum(totals[r][c]);
         }
+    }
 }
 
 // For many tokens, a block of the matrix and of tokens after the other. The weights are widened to inputs
@@ -454,9 +490,9 @@ static void attend(const Model& model, Room& room, int64_t T, const float* q, co
         int64_t size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
         for (int64_t s = 0; s < size; s++) {
             const Value* from = keys + (begin + s) * stride;
-            if (T == 1) for (int64_t d = 0; d < D; d++) key[s * width + d] = from[d];
+            if (T == 1) to_floats(from, D, key + s * width);
             else for (int64_t d = 0; d < D; d++) key[d * BLOCK + s] = from[d];
-            for (int64_t d = 0; d < D; d++) value[s * width + d] = values[(begin + s) * stride + d];
+            to_floats(values + (begin + s) * stride, D, value + s * width);
         }
         // A token's products are sums over its elements. The many products of a prompt are made without sums
         // across vectors, from transposed keys.
@@ -464,9 +500,10 @@ static void attend(const Model& model, Room& room, int64_t T, const float* q, co
         if (T == 1) {
             for (int64_t s = 0; s < size; s++)
                 for (int64_t i = 0; i < G; i++) {
-                    float product = 0;
-                    for (int64_t d = 0; d < D; d++) product += query[i * width + d] * key[s * width + d];
-                    scores[i * BLOCK + s] = product;
+                    Floats products = {};
+                    for (int64_t d = 0; d < width; d += LANES)
+                        products += load<Floats>(query + i * width + d) * load<Floats>(key + s * width + d);
+                    scores[i * BLOCK + s] = sum(products);
                 }
         } else {
             for (int64_t s = 0; s < size; s += WIDTH)

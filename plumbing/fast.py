@@ -347,11 +347,12 @@ class CompiledReader:
         weight_dtype = torch.int8 if is_int8 else model.output.weight.dtype
         names = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16",
                  torch.int8: "int8_t"}
-        for dtype in (model.dtype, weight_dtype):
+        self.dtype = model.dtype
+        for dtype in (self.dtype, weight_dtype):
             if dtype not in names:
                 raise OSError(f"no kernels for {name_of(dtype)}, take --dtype float32")
         # Compile first: if that fails, the model is still as it was.
-        self.kernels = compile_kernels(VALUE=names[model.dtype], WEIGHT=names[weight_dtype])
+        self.kernels = compile_kernels(VALUE=names[self.dtype], WEIGHT=names[weight_dtype])
         move_to_huge_pages(model)
         self.model = model
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
@@ -369,7 +370,7 @@ class CompiledReader:
                            args.n_kv_heads, args.norm_eps, self.layers.data_ptr())
         # Of all products, PyTorch makes this one faster, where the processor has instructions for it.
         fast = fast_dtype(model.norm.weight.device)
-        self.torch_multiplies = model.dtype == weight_dtype == fast == torch.bfloat16
+        self.torch_multiplies = self.dtype == weight_dtype == fast == torch.bfloat16
 
     @staticmethod
     def addresses(*places):
@@ -390,7 +391,7 @@ class CompiledReader:
         B, T = tokens.shape
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
         x = model.tok_embeddings(tokens).float()
-        h = torch.empty_like(x, dtype=model.dtype)
+        h = torch.empty_like(x, dtype=self.dtype)
         where = *model.angles(positions), positions
         room = caches[0].k.size(1)
         caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
