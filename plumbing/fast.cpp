@@ -1,21 +1,23 @@
 // Fast inference on the CPU: fast.py compiles this file and calls it to read tokens and to make logits.
 //
-// A product of a matrix with few tokens uses every weight once or a few times: the memory's bandwidth is its
-// limit. A product with many tokens is limited by the arithmetic. PyTorch reaches a third of the first limit,
-// and of the second an eighth where the processor has no instructions for bfloat16, a fiftieth for int8. So
-// there is a function for each, multiply_few and multiply_many. All sums are float32.
+// To multiply a matrix by few tokens, every weight is used a few times, so that the memory's bandwidth is the
+// limit, of which PyTorch's operations reach a third. To multiply it by many tokens, arithmetic is the limit, of
+// which PyTorch reaches a tenth in bfloat16, where the processor has no instructions for it, and a fortieth in
+// int8. So there is a function for each, multiply_few and multiply_many. All sums are float32.
 //
-// fast.py defines two types, and calls the functions that are extern "C"; sizes come with every call.
+// fast.py defines two types; one library serves models of all sizes.
 //
-//     VALUE          of caches, and of what lies between PyTorch's products: float, bfloat16 or float16
-//     WEIGHT         of matrices: the same, or int8_t, of which each CHUNK in a row shares a scale
+//     VALUE   of caches, and of what lies between PyTorch's products: float, bfloat16 or float16
+//     WEIGHT  of matrices: float, bfloat16, float16, or int8_t, of which each CHUNK in a row shares a scale
 //
-//     read_tokens       takes tokens through all layers, whose caches they extend
+// It calls the functions that are extern "C":
+//
+//     read_tokens       takes tokens through all layers, and their keys and values into the caches
 //     head              makes logits
 //     add_and_norm      adds to the stream what a part of a layer made of it, and normalizes it
-//     attend_to_prompt  attention, where PyTorch makes a prompt's products
-//     swiglu            the gates of the feed-forward layer, there as well
-//     instructions      names what this file was compiled for
+//     attend_to_prompt  is attention, for prompts whose products PyTorch makes
+//     swiglu            is the feed-forward layer's gate, for the same
+//     instructions      names the processor's instructions that are used
 
 #include <algorithm>
 #include <cmath>
@@ -31,21 +33,21 @@
 #endif
 
 // -----------------------------------------------------------------------------
-// Vectors and their products
+// Types
 
 #if defined(__AVX512BW__)
-constexpr int LANES = 16, ROWS = 12;  // floats of a register; rows of a tile, see add_tile
+constexpr int LANES = 16, REGISTERS = 32;  // floats of a vector register, and how many there are
 #elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 6;
+constexpr int LANES = 8, REGISTERS = 16;
 #elif defined(__aarch64__)
-constexpr int LANES = 4, ROWS = 12;
+constexpr int LANES = 4, REGISTERS = 32;
 #else
-constexpr int LANES = 4, ROWS = 6;
+constexpr int LANES = 4, REGISTERS = 16;
 #endif
 using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
-using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 
 struct bfloat16 {  // the upper half of a float
     uint16_t bits;
@@ -66,141 +68,162 @@ struct float16 {
     operator float() const { return _cvtsh_ss(bits); }
 };
 #else
-using float16 = _Float16;
+using float16 = __fp16;
 #endif
 
 using Value = VALUE;
 using Weight = WEIGHT;
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
-constexpr int CHUNK = 64;  // inputs of a token, or weights of a row, that are handled at once
+constexpr int CHUNK = 64;  // weights of a row, or activations of a token, that are handled at once
 
-// What weights and activations become for their product. Int8 weights are multiplied as integers, which is
-// faster than converting them to floats: activations become integers of 16 bits times a scale for each CHUNK,
-// so exact that it can't be told from floats. A CHUNK's sum is at most 64 * 127 * 32767, and fits 32 bits.
+// What weights and activations become for their product. Int8 weights are multiplied as integers, because to
+// make floats of them takes longer. Activations become integers of 16 bits times a scale for each CHUNK, which
+// is a hundred times more exact than the weights are. Sums of a CHUNK, at most 64 * 127 * 32767, fit 32 bits.
 #ifdef __AVX512BF16__
 using Half = std::conditional_t<std::is_same_v<Weight, bfloat16>, bfloat16, float>;
+using Pairs = __m512bh;
 #else
 using Half = float;
+using Pairs = Words;
 #endif
 using Input = std::conditional_t<INT8, int16_t, Half>;
 
-template <typename Vector, typename T>
-static inline Vector load(const T* x) { Vector v; memcpy(&v, x, sizeof v); return v; }
-static inline void store(float* x, Floats v) { memcpy(x, &v, sizeof v); }
-static inline float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+// The vector that a type of inputs is loaded into, and the sums of its products
+template <typename T> struct Types { using Vector = Floats; using Sums = Floats; };
+template <> struct Types<int16_t> { using Vector = Shorts; using Sums = Ints; };
+template <> struct Types<bfloat16> { using Vector = Pairs; using Sums = Floats; };
 
-static inline Floats add_product(Floats sums, Floats a, Floats b) { return sums + a * b; }
+// -----------------------------------------------------------------------------
+// Instructions
 
-// sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
-static inline Ints add_product(Ints sums, Shorts a, Shorts b) {
-#if defined(__AVX512VNNI__)
+template <typename Vector>
+inline Vector load(const void* from) { Vector v; memcpy(&v, from, sizeof v); return v; }
+inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
+inline float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+inline Floats add_product(Floats sums, Floats a, Floats b) { return sums + a * b; }
+
+// Of integers of 16 bits: sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]. And vectors of wider numbers.
+#if defined(__AVX512BW__)
+inline Ints add_product(Ints sums, Shorts a, Shorts b) {
+#ifdef __AVX512VNNI__
     return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
+#else
     return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVXVNNI__)
-    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#endif
+}
+inline Shorts widen_8_bits(const void* x) { return (Shorts)_mm512_cvtepi8_epi16(load<__m256i>(x)); }
+// With a mask of all lanes, as GCC 12 warns of what its own header does without one (bug 105593)
+inline Words widen_16_bits(const void* x) {
+    return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(x));
+}
+inline Floats widen_float16(const float16* x) { return _mm512_maskz_cvtph_ps(0xffff, load<__m256i>(x)); }
 #elif defined(__AVX2__)
+inline Ints add_product(Ints sums, Shorts a, Shorts b) {
+#ifdef __AVXVNNI__
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#else
     return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__aarch64__)
+#endif
+}
+inline Shorts widen_8_bits(const void* x) { return (Shorts)_mm256_cvtepi8_epi16(load<__m128i>(x)); }
+inline Words widen_16_bits(const void* x) { return (Words)_mm256_cvtepu16_epi32(load<__m128i>(x)); }
+inline Floats widen_float16(const float16* x) { return _mm256_cvtph_ps(load<__m128i>(x)); }
+#else
+using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+inline Ints add_product(Ints sums, Shorts a, Shorts b) {
+#ifdef __aarch64__
     int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-    int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
-    return sums + (Ints)vpaddq_s32(low, high);
+    return sums + (Ints)vpaddq_s32(low, vmull_high_s16((int16x8_t)a, (int16x8_t)b));
 #else
     for (int i = 0; i < LANES; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return sums;
 #endif
 }
-
-#ifdef __AVX512BF16__
-using Pairs = __m512bh;
-static inline Floats add_product(Floats sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
-#else
-using Pairs = Words;
-#endif
-
-// The vectors that an Input is loaded into, and the sums of their products
-template <typename T> struct Vectors { using Inputs = Floats; using Sums = Floats; };
-template <> struct Vectors<int16_t> { using Inputs = Shorts; using Sums = Ints; };
-template <> struct Vectors<bfloat16> { using Inputs = Pairs; using Sums = Floats; };
-
-// The next LANES values as floats
-static inline Floats floats(const float* x) { return load<Floats>(x); }
-static inline Floats floats(const bfloat16* x) {
-#if defined(__AVX512BW__)
-    return (Floats)((Words)_mm512_cvtepu16_epi32(load<__m256i>(x)) << 16);
-#elif defined(__AVX2__)
-    return (Floats)((Words)_mm256_cvtepu16_epi32(load<__m128i>(x)) << 16);
-#else
-    using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
-    return (Floats)(__builtin_convertvector(load<Halves>(x), Words) << 16);
-#endif
-}
-static inline Floats floats(const float16* x) {
-#if defined(__AVX512BW__)
-    return _mm512_cvtph_ps(load<__m256i>(x));
-#elif defined(__AVX2__)
-    return _mm256_cvtph_ps(load<__m128i>(x));
-#else
+inline Shorts widen_8_bits(const void* x) { return __builtin_convertvector(load<Bytes>(x), Shorts); }
+inline Words widen_16_bits(const void* x) { return __builtin_convertvector(load<Halves>(x), Words); }
+inline Floats widen_float16(const float16* x) {
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = x[i];
     return v;
+}
 #endif
+#ifdef __AVX512BF16__
+inline Floats add_product(Floats sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
+#endif
+
+// The next values, weights or cached ones, as a vector of inputs or of floats
+template <typename To, typename From>
+inline auto widen(const From* x) {
+    if constexpr (std::is_same_v<From, int8_t>) return widen_8_bits(x);
+    else if constexpr (std::is_same_v<To, bfloat16>) return load<Pairs>(x);
+    else if constexpr (std::is_same_v<From, bfloat16>) return (Floats)(widen_16_bits(x) << 16);
+    else if constexpr (std::is_same_v<From, float16>) return widen_float16(x);
+    else return load<Floats>(x);
 }
 
-template <typename T>
-static inline void to_floats(const T* x, int64_t n, float* y) {
+// The next n values widened, and zeros after them up to length
+template <typename To, typename From>
+inline void widen_row(const From* x, int64_t n, int64_t length, To* y) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(y + i, floats(x + i));
-    for (; i < n; i++) y[i] = x[i];
-}
-
-// The next weights of a row as a vector of inputs
-template <typename T>
-static inline auto widen(const T* w) {
-    if constexpr (INT8) {
-#if defined(__AVX512BW__)
-        return (Shorts)_mm512_cvtepi8_epi16(load<__m256i>(w));
-#elif defined(__AVX2__)
-        return (Shorts)_mm256_cvtepi8_epi16(load<__m128i>(w));
-#else
-        using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
-        return __builtin_convertvector(load<Bytes>(w), Shorts);
-#endif
-    } else if constexpr (std::is_same_v<Input, bfloat16>) {
-        return load<Pairs>(w);
-    } else {
-        return floats(w);
+    for (constexpr int step = 4 * LANES / sizeof(To); i + step <= n; i += step) {
+        auto vector = widen<To>(x + i);
+        memcpy(y + i, &vector, sizeof vector);
     }
+    for (; i < n; i++) y[i] = x[i];
+    std::fill(y + i, y + length, To(0));
 }
 
-static inline Floats scaled(Floats sums, Floats) { return sums; }
-static inline Floats scaled(Ints sums, Floats scale) { return __builtin_convertvector(sums, Floats) * scale; }
+// At most CHUNK activations as inputs, and zeros after them up to CHUNK; returns their scale
+static float to_inputs(const float* x, int64_t n, Input* y) {
+    float scale = 1;
+    if (INT8) {
+        uint32_t top = 0;  // The bits of floats above 0 are in their order, and those of NaN above infinity's.
+        for (int64_t k = 0; k < n; k++) {
+            uint32_t bits;
+            memcpy(&bits, x + k, 4);
+            top = std::max(top, bits & 0x7fffffff);
+        }
+        memcpy(&scale, &top, 4);
+        scale = std::max(scale, 1e-30f) / 32767;  // NaN and infinity stay, and make all products NaN.
+    }
+    for (int64_t k = 0; k < n; k++) y[k] = INT8 ? Input(std::rint(x[k] / scale)) : Input(x[k]);
+    std::fill(y + n, y + CHUNK, Input(0));
+    return scale;
+}
 
-// c (ROWS, 2 * LANES) += a (ROWS, n) times b (n, 2 * LANES). The sums stay in registers, 12 of 16 or 24 of
-// 32: for each input of a, which is repeated in all lanes of a register, there are two products. Inputs of 16
-// bits come in pairs, (2i, 2i + 1), which are added up. Integers have a scale for each CHUNK.
-constexpr int WIDTH = 2 * LANES;
-template <typename T> struct Operand { const T* values; int64_t stride; const float* scales; int64_t chunks; };
+inline Floats scaled(Floats sums, Floats) { return sums; }
+inline Floats scaled(Ints sums, Floats scale) { return __builtin_convertvector(sums, Floats) * scale; }
+
+// -----------------------------------------------------------------------------
+// A tile of a product
+
+// c (TILE, WIDTH) += a (TILE, n) times b (n, WIDTH). All sums stay in registers. An input of a is repeated in all
+// lanes of one and multiplied by two vectors of b. Inputs of 16 bits come in pairs, (2i, 2i + 1), whose products
+// are added up. Integers have a scale for each CHUNK.
+constexpr int WIDTH = 2 * LANES, TILE = REGISTERS == 32 ? 12 : 6;
+template <typename T> struct Operand { const T* inputs; int64_t stride; const float* scales; int64_t chunks; };
 template <typename T>
 [[gnu::noinline]] static void add_tile(int64_t n, Operand<T> a, Operand<T> b, float* c, int64_t c_stride) {
-    using Inputs = typename Vectors<T>::Inputs;
+    using Vector = typename Types<T>::Vector;
     constexpr int PAIR = 4 / sizeof(T);
     constexpr bool has_scales = std::is_same_v<T, int16_t>;
-    int64_t length = has_scales ? CHUNK : n;
+    const int64_t length = has_scales ? CHUNK : n;
     for (int64_t begin = 0; begin < n; begin += length) {
-        typename Vectors<T>::Sums sums[ROWS][2] = {};
+        typename Types<T>::Sums sums[TILE][2] = {};
         for (int64_t k = begin; k < begin + length; k += PAIR) {
-            Inputs left = load<Inputs>(b.values + k / PAIR * b.stride);
-            Inputs right = load<Inputs>(b.values + k / PAIR * b.stride + LANES * PAIR);
-            for (int r = 0; r < ROWS; r++) {
+            Vector left = load<Vector>(b.inputs + k / PAIR * b.stride);
+            Vector right = load<Vector>(b.inputs + k / PAIR * b.stride + LANES * PAIR);
+            for (int r = 0; r < TILE; r++) {
                 uint32_t word;
-                memcpy(&word, a.values + r * a.stride + k, 4);
-                Inputs repeated = (Inputs)(Words{} + word);
+                memcpy(&word, a.inputs + r * a.stride + k, 4);
+                Vector repeated = (Vector)(Words{} + word);
                 sums[r][0] = add_product(sums[r][0], repeated, left);
                 sums[r][1] = add_product(sums[r][1], repeated, right);
             }
         }
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < TILE; r++)
             for (int v = 0; v < 2; v++) {
                 float* place = c + r * c_stride + v * LANES;
                 Floats scale = {};
@@ -239,34 +262,15 @@ class Buffer {
     std::vector<Line> lines;
 public:
     explicit Buffer(int64_t size) : lines(size * sizeof(T) / 64 + 1) {}
-    T* data() { return lines[0].values; }
-    const T* data() const { return lines[0].values; }
+    operator T*() { return lines[0].values; }
+    operator const T*() const { return lines[0].values; }
 };
-
-// A chunk of at most CHUNK activations as inputs, followed by zeros; returns their scale
-static float to_inputs(const float* x, int n, Input* y) {
-    float scale = 1;
-    if (INT8) {
-        uint32_t top = 0;  // The bits of positive floats are in the order of the floats, NaN above infinity.
-        for (int k = 0; k < n; k++) {
-            uint32_t bits;
-            memcpy(&bits, x + k, 4);
-            top = std::max(top, bits & 0x7fffffff);
-        }
-        memcpy(&scale, &top, 4);
-        scale = std::max(scale, 1e-30f) / 32767;  // It stays NaN, which then all products are.
-    }
-    for (int k = 0; k < n; k++) y[k] = INT8 ? Input(std::rint(x[k] / scale)) : Input(x[k]);
-    std::fill(y + n, y + CHUNK, Input(0));
-    return scale;
-}
 
 // What count tokens have to be multiplied, width elements each. Few tokens lie one behind the other, many in
 // panels of WIDTH tokens: first the first element (or pair) of each, then the second one of each, and so on.
 class Inputs {
-    static constexpr int PAIR = 4 / sizeof(Input);
     Buffer<Input> inputs;
-    Buffer<float> input_scales;
+    Buffer<float> scales;
 public:
     const int64_t count, width;
     const int64_t chunks;  // of a token, the last one filled up with zeros
@@ -274,25 +278,25 @@ public:
 
     Inputs(int64_t count, int64_t width, bool in_panels)
         : inputs(round_up(count, WIDTH) * round_up(width, CHUNK)),
-          input_scales(round_up(count, WIDTH) * round_up(width, CHUNK) / CHUNK),
+          scales(round_up(count, WIDTH) * round_up(width, CHUNK) / CHUNK),
           count(count), width(width), chunks(round_up(width, CHUNK) / CHUNK), in_panels(in_panels) {}
 
-    const Input* at(int64_t t) const { return inputs.data() + t * chunks * CHUNK; }
-    const float* scales_at(int64_t t) const { return input_scales.data() + t * chunks; }
+    // Chunk j of token t, or of the panel that token t begins
+    int64_t place(int64_t t, int64_t j) const { return t * chunks + j * (in_panels ? WIDTH : 1); }
+    const Input* at(int64_t t, int64_t j) const { return inputs + place(t, j) * CHUNK; }
+    const float* scale(int64_t t, int64_t j) const { return scales + place(t, j); }
 
     void set(int64_t t, const float* row) {
+        constexpr int PAIR = 4 / sizeof(Input);
+        int64_t in_panel = in_panels ? t % WIDTH : 0;
         for (int64_t j = 0; j < chunks; j++) {
             alignas(64) Input chunk[CHUNK];
             float scale = to_inputs(row + j * CHUNK, std::min<int64_t>(CHUNK, width - j * CHUNK), chunk);
-            if (!in_panels) {
-                memcpy(inputs.data() + (t * chunks + j) * CHUNK, chunk, sizeof chunk);
-                input_scales.data()[t * chunks + j] = scale;
-                continue;
-            }
-            int64_t first = t / WIDTH * WIDTH;
-            Input* to = inputs.data() + (first * chunks + j * WIDTH) * CHUNK + (t - first) * PAIR;
-            for (int k = 0; k < CHUNK; k += PAIR) memcpy(to + k * WIDTH, chunk + k, 4);
-            input_scales.data()[first * chunks + j * WIDTH + t - first] = scale;
+            int64_t to = place(t - in_panel, j);
+            scales[to + in_panel] = scale;
+            if (!in_panels) memcpy(inputs + to * CHUNK, chunk, sizeof chunk);
+            else for (int k = 0; k < CHUNK; k += PAIR)
+                memcpy(inputs + to * CHUNK + k * WIDTH + in_panel * PAIR, chunk + k, 4);
         }
     }
 };
@@ -304,29 +308,33 @@ public:
 // the memory then delivers up to twice as much.
 template <int COLUMNS>
 static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
-    constexpr int PLACES = COLUMNS < 4 ? 4 : 3;  // so that their sums, at most 12, fit the registers
+    constexpr int PLACES = COLUMNS < 4 ? 4 : 3;  // so that the sums, at most 12, fit the registers
     constexpr int STEP = 4 * LANES / sizeof(Input);
-    using Vector = typename Vectors<Input>::Inputs;
+    using Vector = typename Types<Input>::Vector;
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
     int64_t distance = (end - begin + PLACES - 1) / PLACES;
     for (int64_t i = begin; i < begin + distance; i++) {
         int64_t row[PLACES];
-        const Weight* w[PLACES];
-        for (int r = 0; r < PLACES; r++) {
-            row[r] = std::min(i + r * distance, end - 1);
-            w[r] = matrix.values + row[r] * x.width;
-        }
+        for (int r = 0; r < PLACES; r++) row[r] = std::min(i + r * distance, end - 1);
         for (int64_t t = 0; t < x.count; t += COLUMNS) {
             Floats totals[PLACES][COLUMNS] = {};
-            auto add_chunk = [&](int64_t j, const Weight* const* w) {
-                typename Vectors<Input>::Sums sums[PLACES][COLUMNS] = {};
-                const Input* inputs = x.at(t) + j * CHUNK;
+            for (int64_t j = 0; j < x.chunks; j++) {
+                const Weight* w[PLACES];
+                for (int r = 0; r < PLACES; r++) w[r] = matrix.values + row[r] * x.width + j * CHUNK;
+                Weight filled_up[PLACES][CHUNK];
+                if (j == x.width / CHUNK)  // the last chunk of a row, if it is not full
+                    for (int r = 0; r < PLACES; r++) {
+                        std::fill_n(std::copy_n(w[r], x.width % CHUNK, filled_up[r]),
+                                    CHUNK - x.width % CHUNK, Weight(0));
+                        w[r] = filled_up[r];
+                    }
+                typename Types<Input>::Sums sums[PLACES][COLUMNS] = {};
                 for (int k = 0; k < CHUNK; k += STEP) {
                     Vector tokens[COLUMNS];
-                    for (int c = 0; c < COLUMNS; c++) tokens[c] = load<Vector>(inputs + c * x.chunks * CHUNK + k);
+                    for (int c = 0; c < COLUMNS; c++) tokens[c] = load<Vector>(x.at(t + c, j) + k);
                     for (int r = 0; r < PLACES; r++) {
-                        Vector weights = widen(w[r] + k);
+                        Vector weights = widen<Input>(w[r] + k);
                         for (int c = 0; c < COLUMNS; c++)
                             sums[r][c] = add_product(sums[r][c], weights, tokens[c]);
                     }
@@ -334,23 +342,8 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
                 for (int r = 0; r < PLACES; r++) {
                     Floats scale = Floats{} + (INT8 ? matrix.scales[row[r] * x.chunks + j] : 1);
                     for (int c = 0; c < COLUMNS; c++)
-                        totals[r][c] += scaled(sums[r][c], scale * (INT8 ? x.scales_at(t + c)[j] : 1));
+                        totals[r][c] += scaled(sums[r][c], scale * *x.scale(t + c, j));
                 }
-            };
-            int64_t full = x.width / CHUNK;
-            for (int64_t j = 0; j < full; j++) {
-                const Weight* chunk[PLACES];
-                for (int r = 0; r < PLACES; r++) chunk[r] = w[r] + j * CHUNK;
-                add_chunk(j, chunk);
-            }
-            if (full < x.chunks) {
-                Weight filled_up[PLACES][CHUNK] = {};
-                const Weight* chunk[PLACES];
-                for (int r = 0; r < PLACES; r++) {
-                    std::copy(w[r] + full * CHUNK, w[r] + x.width, filled_up[r]);
-                    chunk[r] = filled_up[r];
-                }
-                add_chunk(full, chunk);
             }
             for (int r = 0; r < PLACES && i + r * distance < end; r++)
                 for (int c = 0; c < COLUMNS && t + c < x.count; c++)
@@ -359,56 +352,42 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
     }
 }
 
-// For many tokens, a block of the matrix and of tokens after the other. The weights are widened to inputs
-// once for all tokens of a block; the widened ones stay in the second level of the processor's cache, and a
-// part of a panel of tokens in the first.
+// For many tokens, a block of the matrix and of tokens after the other. A block's weights are widened once for
+// all its tokens. They stay in the second level of the processor's cache, and a part of a panel in the first.
 static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
-    constexpr int BLOCK_ROWS = 48, BLOCK_TOKENS = 128, DEPTH = 6 * CHUNK;
-    static_assert(BLOCK_ROWS % ROWS == 0 && BLOCK_TOKENS % WIDTH == 0);
-    int64_t width = x.chunks * CHUNK;
-    Buffer<Input> widened(BLOCK_ROWS * DEPTH);
-    Buffer<float> scales(BLOCK_ROWS * DEPTH / CHUNK);
-    Buffer<float> sums(BLOCK_ROWS * BLOCK_TOKENS);
+    constexpr int BLOCK_ROWS = 48, BLOCK_TOKENS = 128, DEPTH = 6;  // in chunks
+    constexpr int LENGTH = DEPTH * CHUNK;
+    static_assert(BLOCK_ROWS % TILE == 0 && BLOCK_TOKENS % WIDTH == 0);
+    Buffer<Input> widened(BLOCK_ROWS * LENGTH);
+    Buffer<float> scales(BLOCK_ROWS * DEPTH), sums(BLOCK_ROWS * BLOCK_TOKENS);
     #pragma omp for collapse(2) schedule(dynamic) nowait
-    for (int64_t first_row = 0; first_row < rows; first_row += BLOCK_ROWS)
-        for (int64_t first = 0; first < x.count; first += BLOCK_TOKENS) {
-            int64_t tokens = std::min<int64_t>(BLOCK_TOKENS, x.count - first);
-            memset(sums.data(), 0, BLOCK_ROWS * BLOCK_TOKENS * sizeof(float));
-            for (int64_t j = 0; j < width; j += DEPTH) {
-                int64_t depth = std::min<int64_t>(DEPTH, width - j);
-                for (int r = 0; r < BLOCK_ROWS; r++) {
-                    int64_t row = std::min(first_row + r, rows - 1);
-                    const Weight* w = matrix.values + row * x.width + j;
-                    Input* to = widened.data() + r * DEPTH;
-                    int64_t length = std::min<int64_t>(depth, x.width - j);
-                    constexpr int STEP = 4 * LANES / sizeof(Input);
-                    int64_t k = 0;
-                    for (; k + STEP <= length; k += STEP) {
-                        auto inputs = widen(w + k);
-                        memcpy(to + k, &inputs, sizeof inputs);
-                    }
-                    for (; k < depth; k++) to[k] = k < length ? Input(w[k]) : Input(0);
-                    for (int c = 0; INT8 && c < depth / CHUNK; c++)
-                        scales.data()[r * DEPTH / CHUNK + c] = matrix.scales[row * x.chunks + j / CHUNK + c];
+    for (int64_t row = 0; row < rows; row += BLOCK_ROWS)
+        for (int64_t token = 0; token < x.count; token += BLOCK_TOKENS) {
+            int64_t block_rows = std::min<int64_t>(BLOCK_ROWS, rows - row);
+            int64_t tokens = std::min<int64_t>(BLOCK_TOKENS, x.count - token);
+            std::fill_n((float*)sums, BLOCK_ROWS * BLOCK_TOKENS, 0.0f);
+            for (int64_t j = 0; j < x.chunks; j += DEPTH) {
+                int64_t depth = std::min<int64_t>(DEPTH, x.chunks - j);
+                for (int64_t r = 0; r < block_rows; r++) {
+                    const Weight* w = matrix.values + (row + r) * x.width + j * CHUNK;
+                    widen_row(w, std::min(depth * CHUNK, x.width - j * CHUNK), depth * CHUNK,
+                              widened + r * LENGTH);
+                    if (INT8) std::copy_n(matrix.scales + (row + r) * x.chunks + j, depth, scales + r * DEPTH);
                 }
                 for (int64_t t = 0; t < tokens; t += WIDTH)
-                    for (int r = 0; r < BLOCK_ROWS; r += ROWS)
+                    for (int64_t r = 0; r < block_rows; r += TILE)
                         add_tile<Input>(
-                            depth,
-                            {widened.data() + r * DEPTH, DEPTH, scales.data() + r * DEPTH / CHUNK,
-                             DEPTH / CHUNK},
-                            {x.at(first + t) + j * WIDTH, WIDTH * 4 / sizeof(Input),
-                             x.scales_at(first + t) + j / CHUNK * WIDTH, 0},
-                            sums.data() + r * BLOCK_TOKENS + t, BLOCK_TOKENS);
+                            depth * CHUNK, {widened + r * LENGTH, LENGTH, scales + r * DEPTH, DEPTH},
+                            {x.at(token + t, j), WIDTH * 4 / sizeof(Input), x.scale(token + t, j), 0},
+                            sums + r * BLOCK_TOKENS + t, BLOCK_TOKENS);
             }
-            int64_t block_rows = std::min<int64_t>(BLOCK_ROWS, rows - first_row);
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t r = 0; r < block_rows; r++)
-                    y[(first + t) * rows + first_row + r] = sums.data()[r * BLOCK_TOKENS + t];
+                    y[(token + t) * rows + row + r] = sums[r * BLOCK_TOKENS + t];
         }
 }
 
-constexpr int64_t FEW = 8;  // tokens; for more, multiply_many is faster
+constexpr int64_t FEW = 8;  // tokens, up to which multiply_few is faster
 static void multiply(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
     if (x.in_panels) return multiply_many(x, matrix, rows, y);
     int64_t times = (x.count + 3) / 4;
@@ -423,7 +402,7 @@ static void multiply(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
 // -----------------------------------------------------------------------------
 // Between the products
 
-static inline float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
+inline float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
     x = std::min(std::max(x * 1.44269504f, -126.0f), 127.0f);
     float n = std::floor(x), f = x - n, power;
     uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
@@ -432,7 +411,7 @@ static inline float exponential(float x) {  // to 4e-6, in a form that compilers
                        + f * (0.00901703029f + f * 0.00186713011f)))));
 }
 
-static inline float silu(float x) { return x / (1 + exponential(-x)); }
+inline float silu(float x) { return x / (1 + exponential(-x)); }
 
 template <typename To>
 static void norm(const Model& model, const float* x, const float* weight, To* y) {
@@ -457,13 +436,13 @@ static void rotate(int64_t D, const float* x, const float* cos, const float* sin
 constexpr int BLOCK = 64;  // positions at once
 
 // Memory for the attention of some tokens in the query heads that share one head of keys and values. Rows, one
-// for each token and query head, are a multiple of ROWS, and widths of WIDTH: what is added stays zero.
+// for each token and query head, are a multiple of TILE, and widths of WIDTH: what is added stays zero.
 struct Room {
     const int64_t group, tokens, rows, width;
     Buffer<float> query, scores, sums, key, value, top, total;
     Room(const Model& model, int64_t T)
         : group(model.n_heads / model.n_kv_heads), tokens(std::clamp<int64_t>(96 / group, 1, T)),
-          rows(round_up(tokens * group, ROWS)), width(round_up(model.head_dim(), WIDTH)),
+          rows(round_up(tokens * group, TILE)), width(round_up(model.head_dim(), WIDTH)),
           query(rows * width), scores(rows * BLOCK), sums(rows * width), key(BLOCK * width),
           value(BLOCK * width), top(rows), total(rows) {}
 };
@@ -474,9 +453,8 @@ static void attend(const Model& model, Room& room, int64_t T, const float* q, co
                    const float* sin, const int64_t* positions, const Value* keys, const Value* values,
                    float* y) {
     const int64_t D = model.head_dim(), stride = model.kv_dim(), width = room.width, G = room.group;
-    float *query = room.query.data(), *scores = room.scores.data(), *sums = room.sums.data();
-    float *key = room.key.data(), *value = room.value.data();
-    float *top = room.top.data(), *total = room.total.data();
+    float *query = room.query, *scores = room.scores, *sums = room.sums, *key = room.key;
+    float *value = room.value, *top = room.top, *total = room.total;
     for (int64_t i = 0; i < T * G; i++) {
         rotate(D, q + (i / G * model.n_heads + i % G) * D, cos + i / G * D / 2, sin + i / G * D / 2,
                query + i * width);
@@ -485,14 +463,14 @@ static void attend(const Model& model, Room& room, int64_t T, const float* q, co
         total[i] = 0;
     }
     memset(sums, 0, room.rows * width * sizeof *sums);
-    int64_t rows = round_up(T * G, ROWS);
+    int64_t rows = round_up(T * G, TILE);
     for (int64_t begin = 0; begin <= positions[T - 1]; begin += BLOCK) {
         int64_t size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
         for (int64_t s = 0; s < size; s++) {
             const Value* from = keys + (begin + s) * stride;
-            if (T == 1) to_floats(from, D, key + s * width);
+            if (T == 1) widen_row(from, D, D, key + s * width);
             else for (int64_t d = 0; d < D; d++) key[d * BLOCK + s] = from[d];
-            to_floats(values + (begin + s) * stride, D, value + s * width);
+            widen_row(values + (begin + s) * stride, D, D, value + s * width);
         }
         // A token's products are sums over its elements. The many products of a prompt are made without sums
         // across vectors, from transposed keys.
@@ -507,7 +485,7 @@ static void attend(const Model& model, Room& room, int64_t T, const float* q, co
                 }
         } else {
             for (int64_t s = 0; s < size; s += WIDTH)
-                for (int64_t i = 0; i < rows; i += ROWS)
+                for (int64_t i = 0; i < rows; i += TILE)
                     add_tile<float>(D, {query + i * width, width, nullptr, 0}, {key + s, BLOCK, nullptr, 0},
                                     scores + i * BLOCK + s, BLOCK);
         }
@@ -529,7 +507,7 @@ static void attend(const Model& model, Room& room, int64_t T, const float* q, co
             for (int64_t d = 0; d < width; d++) sums[i * width + d] *= kept;
         }
         for (int64_t d = 0; d < width; d += WIDTH)
-            for (int64_t i = 0; i < rows; i += ROWS)
+            for (int64_t i = 0; i < rows; i += TILE)
                 add_tile<float>(size, {scores + i * BLOCK, BLOCK, nullptr, 0}, {value + d, width, nullptr, 0},
                                 sums + i * width + d, width);
     }
@@ -592,7 +570,7 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
             }
         };
         auto add_to_stream = [&](int64_t t) {
-            for (int64_t i = t * dim; i < (t + 1) * dim; i++) stream[i] += added.data()[i];
+            for (int64_t i = t * dim; i < (t + 1) * dim; i++) stream[i] += added[i];
         };
         auto add_and_normalize = [&](const float* weight) {
             each_token([&](int64_t t) {
@@ -604,25 +582,25 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
         for (int64_t l = 0; l < model.n_layers; l++) {
             const Layer& layer = model.layers[l];
             add_and_normalize(layer.attention_norm);
-            multiply(narrow, layer.wq, dim, q.data());
-            multiply(narrow, layer.wk, kv_dim, k.data());
-            multiply(narrow, layer.wv, kv_dim, v.data());
+            multiply(narrow, layer.wq, dim, q);
+            multiply(narrow, layer.wk, kv_dim, k);
+            multiply(narrow, layer.wv, kv_dim, v);
             #pragma omp barrier
-            attention(model, B, T, q.data(), k.data(), v.data(), cos, sin, positions, caches[l], room,
-                      attended.data());
-            each_token([&](int64_t t) { narrow.set(t, attended.data() + t * dim); });
-            multiply(narrow, layer.wo, dim, added.data());
+            attention(model, B, T, q, k, v, cos, sin, positions, caches[l], room,
+                      attended);
+            each_token([&](int64_t t) { narrow.set(t, attended + t * dim); });
+            multiply(narrow, layer.wo, dim, added);
             #pragma omp barrier
             add_and_normalize(layer.ffn_norm);
-            multiply(narrow, layer.w1, hidden, gate.data());
-            multiply(narrow, layer.w3, hidden, up.data());
+            multiply(narrow, layer.w1, hidden, gate);
+            multiply(narrow, layer.w3, hidden, up);
             #pragma omp barrier
             each_token([&](int64_t t) {
                 for (int64_t i = 0; i < hidden; i++)
-                    row[i] = silu(gate.data()[t * hidden + i]) * up.data()[t * hidden + i];
+                    row[i] = silu(gate[t * hidden + i]) * up[t * hidden + i];
                 wide.set(t, row.data());
             });
-            multiply(wide, layer.w2, dim, added.data());
+            multiply(wide, layer.w2, dim, added);
             #pragma omp barrier
         }
         each_token(add_to_stream);
@@ -675,7 +653,6 @@ extern "C" void swiglu(int64_t N, Value* gate, const Value* up) {
     for (int64_t i = 0; i < N; i++) gate[i] = silu(gate[i]) * up[i];
 }
 
-// The instruction set that this was compiled for
 extern "C" const char* instructions() {
 #if defined(__AVX512BF16__)
     return "AVX512-BF16";
@@ -687,9 +664,7 @@ extern "C" const char* instructions() {
     return "AVX-VNNI";
 #elif defined(__AVX2__)
     return "AVX2";
-#elif defined(__aarch64__)
-    return "NEON";
 #else
-    return "128-bit vectors";
+    return LANES * REGISTERS == 128 ? "NEON" : "vectors of 128 bits";
 #endif
 }
