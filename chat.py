@@ -132,12 +132,13 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         seed: the same seed and messages give the same answers
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
-        compile: run faster, the first time after some seconds; None: where it works
+        compile: run faster; None: where it works, the first time after some seconds; --nocompile: never
         quantize: int8, in half of bfloat16's memory; None: weights stay as they are
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
-                        compile=compile, quantize=quantize)
-    note(choices(llama))
+                        compile=False, quantize=quantize)
+    note(choices(llama.model))
+    llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(llama.model.norm.weight.device)
     if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)

@@ -1305,22 +1305,23 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
         max_seq_len: most tokens of a prompt and its completion together; None: the model's own limit
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
-        compile: run faster, the first time after some seconds; None: where it works
+        compile: run faster; None: where it works, the first time after some seconds; --nocompile: never
         quantize: int8, in half of bfloat16's memory
     """
     stop = [cli.unescape(text) for text in ([stop] if isinstance(stop, str) else stop or [])]
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                     repetition_penalty=repetition_penalty, seed=seed)
-    has_dialogs = prompt is None and answers.holds_dialogs(prompt_file)
+    has_dialogs = prompt is None and prompt_file is not None and cli.holds_dialogs(prompt_file)
     if has_dialogs:
         expect(not special, "special", special, "left out, as a dialog's texts spell no special tokens")
         rows, prompts = answers.read_dialogs(prompt_file)
     else:
         prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
-                        max_batch_size=len(prompts), device=device, dtype=dtype, compile=compile,
+                        max_batch_size=len(prompts), device=device, dtype=dtype, compile=False,
                         quantize=quantize)
-    print(answers.choices(llama), file=sys.stderr)
+    print(answers.choices(llama.model), file=sys.stderr)
+    llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(llama.model.norm.weight.device)
     if has_dialogs:
         answers.print_answers(llama, prompt_file, rows, prompts, max_gen_len, stop, **sampling)

@@ -12,7 +12,7 @@ import sys
 from tqdm import tqdm
 
 from plumbing.cli import expect, say_cut
-from plumbing.documents import FIELD, kind_of, read_json, read_records
+from plumbing.documents import FIELD, read_json, read_records
 from plumbing.fast import name_of, weight_type
 from plumbing.run import Stopwatch, collected
 
@@ -20,12 +20,10 @@ BATCH = 8  # dialogs that are answered at once
 EXPECTED = "expected messages or conversations, the last one the user's"
 
 
-def choices(llama):
-    """What Llama.build has chosen where it was free to, in one line."""
-    model = llama.model
-    compiled = "not compiled" if llama.reader is None else "compiled"
+def choices(model):
+    """What was chosen for a model where that was free, in one line."""
     return (f"weights in {weight_type(model)}, arithmetic in {name_of(model.dtype)}, on "
-            f"{model.norm.weight.device}, {compiled}")
+            f"{model.norm.weight.device}")
 
 # -----------------------------------------------------------------------------
 # Completions
@@ -67,11 +65,6 @@ def count_cut(llama, prompt_tokens, rows, max_gen_len, stop):
 # Answers to dialogs
 
 
-def holds_dialogs(path):
-    """Whether a file of prompts holds dialogs, by its name; else each of its lines is a prompt."""
-    return path is not None and kind_of(os.fspath(path)) in (".jsonl", ".ndjson")
-
-
 def read_dialogs(path):
     """The rows of a JSON Lines file, and the messages of each.
 
@@ -93,11 +86,24 @@ def read_dialogs(path):
     for number, (row, record) in enumerate(zip(rows, records, strict=True)):
         if messages_of(row) is None or "messages" not in record:
             raise ValueError(f"{path}, dialog {number}: found keys {', '.join(row)}, {EXPECTED}")
+        if unwritable(row):
+            raise ValueError(f"{path}, dialog {number}: found a number that JSON has not, such as NaN")
         if not record["messages"] or record["messages"][-1]["role"] == "assistant":
             raise ValueError(f"{path}, dialog {number}: found "
                              f"{'an answer as the last message' if record['messages'] else 'no message'}, "
                              f"{EXPECTED}")
+    if tools := sum(record.get("tools", False) for record in records):
+        print(f"{path}: {tools} dialogs define tools, which are not read", file=sys.stderr)
     return rows, [record["messages"] for record in records]
+
+
+def unwritable(row):
+    """Whether a row holds NaN or an infinity, which Python reads, but which is no JSON."""
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError:
+        return True
+    return False
 
 
 def messages_of(row):
@@ -123,6 +129,7 @@ def print_answers(llama, path, rows, dialogs, max_gen_len, stop, seed, **samplin
     for number, prompt in enumerate(prompts):
         expect(len(prompt) < llama.max_seq_len, f"{path}, dialog {number}", f"{len(prompt)} tokens long",
                f"fewer than the {llama.max_seq_len} of the context; shorten it, or raise --max_seq_len")
+    expect(seed + len(rows) <= 2**62, "seed", seed, f"at most 2**62 - {len(rows)}: each dialog has its own")
     is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
     cut = 0
     with tqdm(total=len(rows), unit="dialog") as bar:

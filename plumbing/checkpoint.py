@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shutil
+import struct
 import sys
 import warnings
 import zipfile
@@ -80,6 +81,8 @@ def load_file(path, map_location="cpu"):
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
     try:
         state = torch.load(path, map_location, weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # There are as many kinds of errors as ways to be damaged.
         raise damaged(path, error) from error
     if not isinstance(state, dict):
@@ -92,17 +95,29 @@ def damaged(path, error):
     return ValueError(f"{path}: damaged, or not from torch.save; download it again ({reason})")
 
 
+def record_begins(path):
+    """Where the contents of a zip archive's records begin, in bytes."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for record in archive.infolist():
+            file.seek(record.header_offset + 26)  # behind it, the lengths of the name and of what follows it
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            yield record.header_offset + 30 + name_length + extra_length
+
+
 def map_file(path):
     """As load_file, each tensor in a memory map of its own, which goes from memory when the tensor goes."""
     if not zipfile.is_zipfile(path):  # Files of torch before 1.6 can't be mapped; what isn't there, neither.
         return load_file(path)
     state = load_file(path, "meta")  # Of the tensors, only shapes, and where they lie in the file.
+    begins = set(record_begins(path))
     maps = {}  # by their place, as tied weights are one
     for name, tensor in state.items():
         if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
             continue
         storage = tensor.untyped_storage()
         offset = storage._checkpoint_offset
+        if offset not in begins:  # torch reckons with its own alignment, which another program's zip lacks.
+            return load_file(path)
         try:
             if offset not in maps:
                 bytes_there = np.memmap(path, np.uint8, "c", offset, shape=storage.nbytes())

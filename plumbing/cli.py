@@ -92,8 +92,34 @@ def open_streams():
             continue
         if name != "stdin":
             stream.reconfigure(errors="backslashreplace")
-        elif codecs.lookup(stream.encoding).name == "ascii":
+        if name == "stderr":
+            sys.stderr = Remarks(stream)
+        elif name == "stdin" and codecs.lookup(stream.encoding).name == "ascii":
             stream.reconfigure(encoding="utf-8")
+
+
+class Remarks:
+    """Standard error that ends nothing: what can't be written, as its reader is gone, is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.do_or_drop(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.do_or_drop(self.stream.flush)
+
+    def do_or_drop(self, act):
+        try:
+            act()
+        except (OSError, ValueError):  # A ValueError says that it is closed.
+            with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def flush_or_drop_output():
@@ -221,6 +247,11 @@ def unescape(text):
     return re.sub(r"\\[nt\\]", lambda escape: ESCAPES[escape[0]], text)
 
 
+def holds_dialogs(path):
+    """Whether a file of prompts holds dialogs, as its name says; else each of its lines is a prompt."""
+    return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+
+
 def read_prompts(prompt, prompt_file, default):
     """The texts to complete: --prompt, unescaped, or --prompt_file's lines as they are, or the default.
 
@@ -233,8 +264,9 @@ def read_prompts(prompt, prompt_file, default):
         return [unescape(prompt)]
     if prompt_file is None:
         return list(default)
-    if str(prompt_file).lower().endswith((".jsonl", ".ndjson")):
-        raise ValueError(f"found {prompt_file}, whose name says that it holds dialogs, expected text")
+    if holds_dialogs(prompt_file):
+        raise ValueError(f"{prompt_file}: its name says that it holds dialogs, which `python llama31.py` "
+                         "answers; expected a text file")
     prompts = read_lines(prompt_file)
     for number, line in enumerate(prompts, 1):
         expect(line, f"{prompt_file}, line {number}", "empty", "a prompt in every line")

@@ -24,13 +24,19 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi"
          "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 
 
+def words_of(variable):
+    """The words of an environment variable, as a shell splits them; OSError where a quote is not closed."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise OSError(f"{variable} is {text}: {error}") from None
+
+
 def find_compiler():
     """The words that begin a C++ compiler's command, CXX or g++; OSError if there is none."""
     text = os.environ.get("CXX", "").strip() or "g++"
-    try:
-        words = [text] if shutil.which(text) else shlex.split(text)  # A path may have spaces.
-    except ValueError as error:
-        raise OSError(f"CXX is {text}: {error}") from None
+    words = [text] if shutil.which(text) else words_of("CXX") or [text]  # A path may have spaces.
     if shutil.which(words[0]) is None:
         raise OSError(f"no C++ compiler found ({words[0]}, or CXX)")
     return words
@@ -38,7 +44,7 @@ def find_compiler():
 
 def run_compiler(command, source, name):
     """What the compiler prints; OSError with its first error if it fails on the file of that name."""
-    done = subprocess.run(command, input=source, encoding="utf-8", capture_output=True)
+    done = subprocess.run(command, input=source, encoding="utf-8", errors="replace", capture_output=True)
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0])
@@ -51,6 +57,8 @@ def cache_folder():
     home = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(home):
         home = os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):
+        raise OSError("found no home folder and no XDG_CACHE_HOME")
     folder = Path(home, "llama31")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     refuse_others(folder)
@@ -61,7 +69,7 @@ def refuse_others(path):
     """Raises PermissionError where another user than this one could have written what lies at a path."""
     status = os.stat(path)
     if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise PermissionError(f"{path}: other users can write to it, expected only this one")
+        raise PermissionError(f"{path}: it is another user's, or others can write to it")
 
 
 def load_kept(path):
@@ -99,9 +107,10 @@ def compile_library(path, **constants):
     compiler = find_compiler()
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     source += f'#line 1 "{path.name}"\n' + path.read_text(encoding="utf-8")
-    command = [*compiler, "-x", "c++", "-", *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    command = [*compiler, "-x", "c++", "-", *FLAGS, *words_of("CXXFLAGS")]
     macros = run_compiler([*command, "-dM", "-E"], "", path.name)
-    key = hashlib.sha256("\0".join([*command, macros, source]).encode()).hexdigest()
+    made_of = "\0".join([*command, macros, source])
+    key = hashlib.sha256(made_of.encode(errors="surrogateescape")).hexdigest()
     try:
         kept = cache_folder() / f"{key}.so"
         if library := load_kept(kept):

@@ -165,11 +165,18 @@ GROUP = 64  # Weights of a row that share a scale; one scale for a whole row wou
 def quantize(weight):
     """weight (out, in) -> integers in [-127, 127], int8 (out, in), and scales, float32 (out, groups).
 
-    Every GROUP weights of a row share a scale; a last group may have fewer.
+    Every GROUP weights of a row share a scale; a last group may have fewer. A few rows go at a time, as
+    their floats take four times the memory of what they become.
     """
-    scale = torch.stack([group.abs().amax(1) for group in weight.float().split(GROUP, 1)], 1)
-    scale = scale.clamp(min=1e-30) / 127
-    return (weight / spread(scale, weight.size(1))).round().to(torch.int8), scale
+    out, size = weight.shape
+    quantized = torch.empty(out, size, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(out, math.ceil(size / GROUP), device=weight.device)
+    rows = max(1, WIDENED_ENTRIES // size)
+    for w, q, s in zip(weight.split(rows), quantized.split(rows), scale.split(rows), strict=True):
+        largest = torch.stack([group.abs().amax(1) for group in w.float().split(GROUP, 1)], 1)
+        s.copy_(largest.clamp(min=1e-30) / 127)
+        q.copy_((w / spread(s, size)).round())
+    return quantized, scale
 
 
 def spread(scale, size):
@@ -205,7 +212,7 @@ class Int8Linear(Int8Weight):
     """Linear with int8 weights."""
 
     def forward(self, x):
-        rows = max(1, 2**18 // x.size(-1))  # Dequantized so many at a time, they stay in the CPU's cache.
+        rows = max(1, WIDENED_ENTRIES // x.size(-1))
         pieces = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
         return torch.cat([F.linear(x, dequantize(*piece).to(x.dtype)) for piece in pieces], -1)
 
@@ -267,11 +274,13 @@ def can_compile(device):
 def compile_blocks(model, dynamic=None):
     """Compiles a model's blocks with torch.compile, for training, or for inference on other devices.
 
-    One block is compiled, once, and serves all layers. dynamic: for any number of tokens at once.
+    One block is compiled, once, and serves all layers. dynamic: for any number of tokens at once. Returns
+    whether it could.
     """
-    if can_compile(model.norm.weight.device):
-        for layer in model.layers:
-            layer.compile(dynamic=dynamic)
+    can = can_compile(model.norm.weight.device)
+    for layer in model.layers if can else ():
+        layer.compile(dynamic=dynamic)
+    return can
 
 
 def compile_inference(model):
@@ -281,10 +290,9 @@ def compile_inference(model):
     on standard error that says why, where nothing can be compiled.
     """
     if model.norm.weight.device.type != "cpu":
-        compile_blocks(model, dynamic=True)
-        return model
+        return model if compile_blocks(model, dynamic=True) else None
     try:
-        find_compiler()  # Kernels for one row may be at hand, but other sizes of batch will need it.
+        find_compiler()  # Also where this process has compiled the kernels before, CXX may have changed.
         return CompiledReader(model)
     except OSError as error:
         say_uncompiled(error)
@@ -355,6 +363,7 @@ class CompiledReader:
         self.kernels = compile_kernels(VALUE=names[self.dtype], WEIGHT=names[weight_dtype])
         move_to_huge_pages(model)
         self.model = model
+        self.weights_at = model.norm.weight.data_ptr()
         self.weights = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]  # kept alive
         norms = [norm for layer in model.layers for norm in (layer.attention_norm, layer.ffn_norm)]
         self.norms = torch.stack([norm.weight.detach().float() for norm in (*norms, model.norm)])
@@ -386,8 +395,11 @@ class CompiledReader:
         return addresses
 
     def extend(self, tokens, start_pos, caches):
-        """As Transformer.extend."""
+        """As Transformer.extend; ValueError if the model has other weights than when it was compiled."""
         model = self.model
+        if model.dtype != self.dtype or model.norm.weight.data_ptr() != self.weights_at:
+            raise ValueError("the model was changed after its inference was compiled; build it with "
+                             "compile=False to change it")
         B, T = tokens.shape
         positions = torch.tensor(start_pos)[:, None] + torch.arange(T)
         x = model.tok_embeddings(tokens).float()

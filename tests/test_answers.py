@@ -11,7 +11,7 @@ import pytest
 from tiny import ROOT, random_llama, random_model, write_checkpoint
 
 from llama31 import Llama, sample
-from plumbing import answers
+from plumbing import answers, cli
 
 ROWS = [{"id": 7, "messages": [{"role": "user", "content": "a cat Zoë"}]},
         {"conversations": [{"from": "human", "value": "once"}], "k": None},
@@ -71,7 +71,7 @@ def test_what_is_printed_can_be_read_whatever_the_encoding(ckpt_dir, tmp_path):
 def test_gzipped_dialogs_are_read_too(tmp_path):
     with gzip.open(tmp_path / "dialogs.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROWS[0]))
-    assert answers.holds_dialogs(str(tmp_path / "dialogs.jsonl.gz"))
+    assert cli.holds_dialogs(str(tmp_path / "dialogs.jsonl.gz"))
     assert answers.read_dialogs(str(tmp_path / "dialogs.jsonl.gz"))[0] == ROWS[:1]
 
 
@@ -139,3 +139,31 @@ def test_equal_seeds_give_equal_answers_in_batches_of_any_size(tokenizer, tmp_pa
         answers.print_answers(llama, "dialogs.jsonl", rows, dialogs, 12, (), seed=3, temperature=1.0)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("stderr", ["closed pipe", "full disk"])
+def test_a_standard_error_that_cannot_be_written_ends_nothing(stderr, ckpt_dir, tmp_path):
+    path = write(tmp_path / "dialogs.jsonl", ROWS)
+    words = ["llama31.py", "--ckpt_dir", ckpt_dir, "--prompt_file", path, "--nocompile", "--device", "cpu",
+             "--max_gen_len", "5"]
+    if stderr == "full disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full")
+        error = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, error = os.pipe()
+        os.close(reader)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=error)
+    os.close(error)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+
+
+def test_seeds_numbers_and_tools_that_cannot_be_had_are_said(ckpt_dir, tmp_path, capsys):
+    path = write(tmp_path / "dialogs.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"seed is \d+; expected at most 2\*\*62 - 3"):
+        answered(ckpt_dir, path, capsys, seed=2**62 - 3 + 1)
+    with pytest.raises(ValueError, match="dialog 1: found a number that JSON has not"):
+        answered(ckpt_dir, write(tmp_path / "nan.jsonl", [ROWS[0], ROWS[0] | {"p": float("nan")}]), capsys)
+    answered(ckpt_dir, write(tmp_path / "tools.jsonl", [ROWS[0] | {"tools": [{}]}]), capsys)
+    _, err = answered(ckpt_dir, write(tmp_path / "tools.jsonl", [ROWS[0] | {"tools": [{}]}]), capsys)
+    assert "1 dialogs define tools, which are not read" in err

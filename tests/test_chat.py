@@ -20,7 +20,7 @@ from tokenizer import train_tokenizer
 
 TEXT = string.ascii_lowercase + " "
 COMMAND = ["chat.py", "--device", "cpu", "--nocompile", "--temperature", "0", "--ckpt_dir"]
-CHOSEN = "[weights in float32, arithmetic in float32, on cpu, not compiled]"
+CHOSEN = "[weights in float32, arithmetic in float32, on cpu]"
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": ""}
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -313,7 +314,7 @@ def test_weights_stay_as_stored_where_arithmetic_is_in_float32(tied, stored, com
     assert state.keys() == source.state_dict().keys()
     assert all(torch.equal(state[name], p) for name, p in source.state_dict().items())
     kind = "bfloat16" if stored is torch.bfloat16 else "float16"
-    assert choices(llama).startswith(f"weights in {kind}, arithmetic in float32, on cpu")
+    assert choices(llama.model).startswith(f"weights in {kind}, arithmetic in float32, on cpu")
     tokens = torch.arange(20).view(2, 10)
     assert_close(llama.model(tokens), exact.model(tokens))
     for start in (0, 7):  # a prompt, and behind it single tokens
@@ -336,3 +337,24 @@ def test_the_default_type_is_fast_and_loses_nothing_on_a_cpu(device, stored, abl
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     assert fast_dtype(torch.device(device), stored) is expected
+
+
+def test_a_file_that_was_zipped_again_has_the_same_tensors(tmp_path):
+    model = model_of()
+    write_checkpoint(tmp_path, model)
+    path = tmp_path / "consolidated.00.pth"
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.read(record)) for record in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records:
+            archive.writestr(name, data)
+    state = Llama.build(tmp_path, device="cpu", compile=False).model.state_dict()
+    assert all(torch.equal(state[name], p) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [lambda model: model.bfloat16(), lambda model: model.double()])
+def test_a_model_that_changes_after_it_was_compiled_is_an_error(change, tmp_path):
+    llama = Llama.build(write_checkpoint(tmp_path / "ckpt", model_of()), device="cpu")
+    change(llama.model)
+    with pytest.raises(ValueError, match="build it with compile=False"):
+        llama.generate([[1, 2]], 2)

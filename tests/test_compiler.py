@@ -98,7 +98,7 @@ def test_code_that_others_could_have_written_is_not_loaded(place, source, folder
     [kept] = folder.iterdir()
     path = folder if place == "folder" else kept
     path.chmod(0o777)
-    assert compiled(source, capsys) == (f"{path}: other users can write to it, expected only this one; "
+    assert compiled(source, capsys) == (f"{path}: it is another user's, or others can write to it; "
                                         "compiling answer.cpp for this start alone\n")
 
 
@@ -106,7 +106,7 @@ def test_code_that_others_could_have_written_is_not_loaded(place, source, folder
 def test_a_folder_of_another_user_is_not_used(source, folder, capsys, monkeypatch):
     compiled(source, capsys)
     monkeypatch.setattr(os, "geteuid", lambda: os.stat(folder).st_uid + 1)
-    assert f"{folder}: other users can write to it" in compiled(source, capsys)
+    assert f"{folder}: it is another user's" in compiled(source, capsys)
 
 
 @pytest.mark.parametrize("fault", ["a file in its place", "full", "noexec"])
@@ -156,3 +156,24 @@ def test_compiling_is_the_default_and_can_be_left_out(tmp_path):
     ckpt_dir = write_checkpoint(tmp_path / "ckpt", random_llama().model)
     for compile, kind in ((None, fast.CompiledReader), (True, fast.CompiledReader), (False, type(None))):
         assert type(Llama.build(ckpt_dir, device="cpu", compile=compile).reader) is kind
+
+
+@pytest.mark.parametrize("name, text", [("CXXFLAGS", '-O2 "'), ("CXX", "latin")])
+def test_odd_variables_and_messages_are_one_line(name, text, tmp_path, capsys, monkeypatch):
+    if text == "latin":
+        compiler_path = tmp_path / "c++"
+        compiler_path.write_bytes(b"#!/bin/sh\nprintf 'c++: error: d\\351faut\\n' >&2\nexit 1\n")
+        compiler_path.chmod(0o755)
+        text = str(compiler_path)
+    monkeypatch.setenv(name, text)
+    fast.compile_kernels.cache_clear()
+    llama = Llama.build(write_checkpoint(tmp_path / "ckpt", random_llama().model), device="cpu")
+    assert llama.reader is None and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_without_a_home_a_library_serves_one_start(source, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert compiled(source, capsys).startswith("found no home folder and no XDG_CACHE_HOME; compiling")
+    assert not (tmp_path / "~").exists()
