@@ -365,7 +365,8 @@ class Transformer(nn.Module):
     @property
     def dtype(self):
         """The type of hidden states and caches: what the embedding makes of its weights, or theirs."""
-        return getattr(self.tok_embeddings, "dtype", self.tok_embeddings.weight.dtype)
+        embedding = self.tok_embeddings
+        return embedding.dtype if hasattr(embedding, "dtype") else embedding.weight.dtype
 
     def angles(self, positions):
         """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
