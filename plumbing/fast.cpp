@@ -1,11 +1,10 @@
 // Fast inference on the CPU: fast.py compiles this file and calls it to read tokens and to make logits.
 //
-// To multiply a matrix by few tokens, every weight is used a few times, so that the memory's bandwidth is the
-// limit, of which PyTorch's operations reach a third. To multiply it by many tokens, arithmetic is the limit, of
-// which PyTorch reaches a tenth in bfloat16, where the processor has no instructions for it, and a fortieth in
-// int8. So there is a function for each, multiply_few and multiply_many. All sums are float32.
-//
-// fast.py defines two types; one library serves models of all sizes.
+// To multiply a matrix by few tokens, each weight is used a few times, and the memory's bandwidth is the
+// limit; PyTorch reaches a third of it. To multiply it by many, arithmetic is the limit; PyTorch reaches a
+// tenth of it in bfloat16, if the processor has no instructions for that, and less in int8. So there is a
+// function for each, multiply_few and multiply_many. One library serves models of all sizes. fast.py defines
+// two types:
 //
 //     VALUE   of caches, and of what lies between PyTorch's products: float, bfloat16 or float16
 //     WEIGHT  of matrices: float, bfloat16, float16, or int8_t, of which each CHUNK in a row shares a scale
@@ -42,7 +41,7 @@ constexpr int LANES = 8, REGISTERS = 16;
 #elif defined(__aarch64__)
 constexpr int LANES = 4, REGISTERS = 32;
 #else
-constexpr int LANES = 4, REGISTERS = 16;
+#error "fast.cpp needs AVX2, AVX512 or 64-bit ARM"
 #endif
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -76,9 +75,9 @@ using Weight = WEIGHT;
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;
 constexpr int CHUNK = 64;  // weights of a row, or activations of a token, that are handled at once
 
-// What weights and activations become for their product. Int8 weights are multiplied as integers, because to
-// make floats of them takes longer. Activations become integers of 16 bits times a scale for each CHUNK, which
-// is a hundred times more exact than the weights are. Sums of a CHUNK, at most 64 * 127 * 32767, fit 32 bits.
+// What weights and activations become for their product. Int8 weights are multiplied as integers, because
+// to make floats of them takes longer. Activations become integers of 16 bits times a scale for each CHUNK,
+// which is a hundred times as exact as the weights. Sums of a CHUNK, at most 64 * 127 * 32767, fit 32 bits.
 #ifdef __AVX512BF16__
 using Half = std::conditional_t<std::is_same_v<Weight, bfloat16>, bfloat16, float>;
 using Pairs = __m512bh;
@@ -133,21 +132,12 @@ inline Floats widen_float16(const float16* x) { return _mm256_cvtph_ps(load<__m1
 using Bytes = int8_t __attribute__((vector_size(2 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 inline Ints add_product(Ints sums, Shorts a, Shorts b) {
-#ifdef __aarch64__
     int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
     return sums + (Ints)vpaddq_s32(low, vmull_high_s16((int16x8_t)a, (int16x8_t)b));
-#else
-    for (int i = 0; i < LANES; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-    return sums;
-#endif
 }
 inline Shorts widen_8_bits(const void* x) { return __builtin_convertvector(load<Bytes>(x), Shorts); }
 inline Words widen_16_bits(const void* x) { return __builtin_convertvector(load<Halves>(x), Words); }
-inline Floats widen_float16(const float16* x) {
-    Floats v;
-    for (int i = 0; i < LANES; i++) v[i] = x[i];
-    return v;
-}
+inline Floats widen_float16(const float16* x) { return (Floats)vcvt_f32_f16(load<float16x4_t>(x)); }
 #endif
 #ifdef __AVX512BF16__
 inline Floats add_product(Floats sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
@@ -175,35 +165,18 @@ inline void widen_row(const From* x, int64_t n, int64_t length, To* y) {
     std::fill(y + i, y + length, To(0));
 }
 
-// At most CHUNK activations as inputs, and zeros after them up to CHUNK; returns their scale
-static float to_inputs(const float* x, int64_t n, Input* y) {
-    float scale = 1;
-    if (INT8) {
-        uint32_t top = 0;  // The bits of floats above 0 are in their order, and those of NaN above infinity's.
-        for (int64_t k = 0; k < n; k++) {
-            uint32_t bits;
-            memcpy(&bits, x + k, 4);
-            top = std::max(top, bits & 0x7fffffff);
-        }
-        memcpy(&scale, &top, 4);
-        scale = std::max(scale, 1e-30f) / 32767;  // NaN and infinity stay, and make all products NaN.
-    }
-    for (int64_t k = 0; k < n; k++) y[k] = INT8 ? Input(std::rint(x[k] / scale)) : Input(x[k]);
-    std::fill(y + n, y + CHUNK, Input(0));
-    return scale;
-}
-
 inline Floats scaled(Floats sums, Floats) { return sums; }
 inline Floats scaled(Ints sums, Floats scale) { return __builtin_convertvector(sums, Floats) * scale; }
 
 // -----------------------------------------------------------------------------
 // A tile of a product
 
-// c (TILE, WIDTH) += a (TILE, n) times b (n, WIDTH). All sums stay in registers. An input of a is repeated in all
-// lanes of one and multiplied by two vectors of b. Inputs of 16 bits come in pairs, (2i, 2i + 1), whose products
-// are added up. Integers have a scale for each CHUNK.
+// c (TILE, WIDTH) += a (TILE, n) times b (n, WIDTH). All sums stay in registers. An input of a is repeated
+// in all lanes of one and multiplied by two vectors of b. Inputs of 16 bits come in pairs, (2i, 2i + 1),
+// whose products are added up. Integers have a scale for each CHUNK.
 constexpr int WIDTH = 2 * LANES, TILE = REGISTERS == 32 ? 12 : 6;
-template <typename T> struct Operand { const T* inputs; int64_t stride; const float* scales; int64_t chunks; };
+template <typename T>
+struct Operand { const T* inputs; int64_t stride; const float* scales = nullptr; int64_t chunks = 0; };
 template <typename T>
 [[gnu::noinline]] static void add_tile(int64_t n, Operand<T> a, Operand<T> b, float* c, int64_t c_stride) {
     using Vector = typename Types<T>::Vector;
@@ -266,8 +239,21 @@ public:
     operator const T*() const { return lines[0].values; }
 };
 
-// What count tokens have to be multiplied, width elements each. Few tokens lie one behind the other, many in
-// panels of WIDTH tokens: first the first element (or pair) of each, then the second one of each, and so on.
+// The largest |x|; NaN if one is NaN. The bits of floats above 0 are in their order, NaN above infinity.
+static float largest(const float* x, int64_t n) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        top = std::max(top, bits & 0x7fffffff);
+    }
+    return load<float>(&top);
+}
+
+constexpr int64_t FEW = 8;  // tokens, up to which multiply_few is faster than multiply_many
+
+// What count tokens have to be multiplied, width elements each. Few tokens lie one behind the other, many
+// in panels of WIDTH tokens: first the first element (or pair) of each, then the second of each, and so on.
 class Inputs {
     Buffer<Input> inputs;
     Buffer<float> scales;
@@ -276,10 +262,10 @@ public:
     const int64_t chunks;  // of a token, the last one filled up with zeros
     const bool in_panels;
 
-    Inputs(int64_t count, int64_t width, bool in_panels)
+    Inputs(int64_t count, int64_t width)
         : inputs(round_up(count, WIDTH) * round_up(width, CHUNK)),
           scales(round_up(count, WIDTH) * round_up(width, CHUNK) / CHUNK),
-          count(count), width(width), chunks(round_up(width, CHUNK) / CHUNK), in_panels(in_panels) {}
+          count(count), width(width), chunks(round_up(width, CHUNK) / CHUNK), in_panels(count > FEW) {}
 
     // Chunk j of token t, or of the panel that token t begins
     int64_t place(int64_t t, int64_t j) const { return t * chunks + j * (in_panels ? WIDTH : 1); }
@@ -289,9 +275,12 @@ public:
     void set(int64_t t, const float* row) {
         constexpr int PAIR = 4 / sizeof(Input);
         int64_t in_panel = in_panels ? t % WIDTH : 0;
-        for (int64_t j = 0; j < chunks; j++) {
-            alignas(64) Input chunk[CHUNK];
-            float scale = to_inputs(row + j * CHUNK, std::min<int64_t>(CHUNK, width - j * CHUNK), chunk);
+        for (int64_t j = 0; j < chunks; j++, row += CHUNK) {
+            int64_t n = std::min<int64_t>(CHUNK, width - j * CHUNK);
+            float scale = INT8 ? std::max(largest(row, n), 1e-30f) / 32767 : 1;
+            alignas(64) Input chunk[CHUNK] = {};
+            for (int64_t k = 0; k < n; k++)
+                chunk[k] = INT8 ? Input(std::rint(row[k] / scale)) : Input(row[k]);
             int64_t to = place(t - in_panel, j);
             scales[to + in_panel] = scale;
             if (!in_panels) memcpy(inputs + to * CHUNK, chunk, sizeof chunk);
@@ -304,8 +293,8 @@ public:
 // -----------------------------------------------------------------------------
 // Products: y (x.count, rows) = x times the matrix (rows, x.width). All threads call them, none waits.
 
-// For few tokens, COLUMNS at a time. A thread reads its share of the matrix in several places at once, because
-// the memory then delivers up to twice as much.
+// For few tokens, COLUMNS at a time. A thread reads its share of the matrix in several places at once,
+// because the memory then delivers up to twice as much.
 template <int COLUMNS>
 static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
     constexpr int PLACES = COLUMNS < 4 ? 4 : 3;  // so that the sums, at most 12, fit the registers
@@ -352,8 +341,8 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
     }
 }
 
-// For many tokens, a block of the matrix and of tokens after the other. A block's weights are widened once for
-// all its tokens. They stay in the second level of the processor's cache, and a part of a panel in the first.
+// For many tokens, a block of the matrix and of tokens after the other. A block's weights are widened once
+// for all its tokens. They stay in the second level of the processor's cache, part of a panel in the first.
 static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
     constexpr int BLOCK_ROWS = 48, BLOCK_TOKENS = 128, DEPTH = 6;  // in chunks
     constexpr int LENGTH = DEPTH * CHUNK;
@@ -372,13 +361,14 @@ static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y
                     const Weight* w = matrix.values + (row + r) * x.width + j * CHUNK;
                     widen_row(w, std::min(depth * CHUNK, x.width - j * CHUNK), depth * CHUNK,
                               widened + r * LENGTH);
-                    if (INT8) std::copy_n(matrix.scales + (row + r) * x.chunks + j, depth, scales + r * DEPTH);
+                    if (INT8)
+                        std::copy_n(matrix.scales + (row + r) * x.chunks + j, depth, scales + r * DEPTH);
                 }
                 for (int64_t t = 0; t < tokens; t += WIDTH)
                     for (int64_t r = 0; r < block_rows; r += TILE)
                         add_tile<Input>(
                             depth * CHUNK, {widened + r * LENGTH, LENGTH, scales + r * DEPTH, DEPTH},
-                            {x.at(token + t, j), WIDTH * 4 / sizeof(Input), x.scale(token + t, j), 0},
+                            {x.at(token + t, j), WIDTH * 4 / sizeof(Input), x.scale(token + t, j)},
                             sums + r * BLOCK_TOKENS + t, BLOCK_TOKENS);
             }
             for (int64_t t = 0; t < tokens; t++)
@@ -387,7 +377,6 @@ static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y
         }
 }
 
-constexpr int64_t FEW = 8;  // tokens, up to which multiply_few is faster
 static void multiply(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
     if (x.in_panels) return multiply_many(x, matrix, rows, y);
     int64_t times = (x.count + 3) / 4;
@@ -435,86 +424,83 @@ static void rotate(int64_t D, const float* x, const float* cos, const float* sin
 
 constexpr int BLOCK = 64;  // positions at once
 
-// Memory for the attention of some tokens in the query heads that share one head of keys and values. Rows, one
-// for each token and query head, are a multiple of TILE, and widths of WIDTH: what is added stays zero.
-struct Room {
-    const int64_t group, tokens, rows, width;
+// The attention of some tokens in the G query heads that share one head of keys and values, and its memory.
+// There is a row for each token and query head. Rows are a multiple of TILE, widths of WIDTH.
+struct Attention {
+    const int64_t H, D, G, stride, width;  // stride: from one position in the cache to the next
+    const int64_t tokens, rows;  // at most
     Buffer<float> query, scores, sums, key, value, top, total;
-    Room(const Model& model, int64_t T)
-        : group(model.n_heads / model.n_kv_heads), tokens(std::clamp<int64_t>(96 / group, 1, T)),
-          rows(round_up(tokens * group, TILE)), width(round_up(model.head_dim(), WIDTH)),
-          query(rows * width), scores(rows * BLOCK), sums(rows * width), key(BLOCK * width),
-          value(BLOCK * width), top(rows), total(rows) {}
-};
 
-// Softmax is that of the positions seen so far, rescaled with every further block of them (Milakov and
-// Gimelshein, 2018).
-static void attend(const Model& model, Room& room, int64_t T, const float* q, const float* cos,
-                   const float* sin, const int64_t* positions, const Value* keys, const Value* values,
-                   float* y) {
-    const int64_t D = model.head_dim(), stride = model.kv_dim(), width = room.width, G = room.group;
-    float *query = room.query, *scores = room.scores, *sums = room.sums, *key = room.key;
-    float *value = room.value, *top = room.top, *total = room.total;
-    for (int64_t i = 0; i < T * G; i++) {
-        rotate(D, q + (i / G * model.n_heads + i % G) * D, cos + i / G * D / 2, sin + i / G * D / 2,
-               query + i * width);
-        for (int64_t d = 0; d < D; d++) query[i * width + d] /= std::sqrt(float(D));
-        top[i] = -INFINITY;
-        total[i] = 0;
-    }
-    memset(sums, 0, room.rows * width * sizeof *sums);
-    int64_t rows = round_up(T * G, TILE);
-    for (int64_t begin = 0; begin <= positions[T - 1]; begin += BLOCK) {
-        int64_t size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
-        for (int64_t s = 0; s < size; s++) {
-            const Value* from = keys + (begin + s) * stride;
-            if (T == 1) widen_row(from, D, D, key + s * width);
-            else for (int64_t d = 0; d < D; d++) key[d * BLOCK + s] = from[d];
-            widen_row(values + (begin + s) * stride, D, D, value + s * width);
+    Attention(const Model& model, int64_t T)
+        : H(model.n_heads), D(model.head_dim()), G(H / model.n_kv_heads), stride(model.kv_dim()),
+          width(round_up(D, WIDTH)), tokens(std::clamp<int64_t>(96 / G, 1, T)),
+          rows(round_up(tokens * G, TILE)), query(rows * width), scores(rows * BLOCK), sums(rows * width),
+          key(BLOCK * width), value(BLOCK * width), top(rows), total(rows) {}
+
+    // Softmax is that of the positions seen so far, rescaled with every further block of them (Milakov and
+    // Gimelshein, 2018).
+    void attend(int64_t T, const float* q, const float* cos, const float* sin, const int64_t* positions,
+                const Value* keys, const Value* values, float* y) {
+        const int64_t used = T * G;
+        for (int64_t i = 0; i < used; i++) {
+            int64_t angle = i / G * D / 2;
+            rotate(D, q + (i / G * H + i % G) * D, cos + angle, sin + angle, query + i * width);
+            for (int64_t d = 0; d < D; d++) query[i * width + d] /= std::sqrt(float(D));
+            top[i] = -INFINITY;
+            total[i] = 0;
         }
-        // A token's products are sums over its elements. The many products of a prompt are made without sums
-        // across vectors, from transposed keys.
-        memset(scores, 0, rows * BLOCK * sizeof *scores);
-        if (T == 1) {
-            for (int64_t s = 0; s < size; s++)
+        std::fill_n((float*)sums, rows * width, 0.0f);
+        for (int64_t begin = 0; begin <= positions[T - 1]; begin += BLOCK) {
+            int64_t size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
+            for (int64_t s = 0; s < size; s++) {
+                const Value* from = keys + (begin + s) * stride;
+                if (T == 1) widen_row(from, D, D, key + s * width);
+                else for (int64_t d = 0; d < D; d++) key[d * BLOCK + s] = from[d];
+                widen_row(values + (begin + s) * stride, D, D, value + s * width);
+            }
+            // One token's products are sums across vectors. The many of a prompt need none, as they are made
+            // from transposed keys.
+            std::fill_n((float*)scores, rows * BLOCK, 0.0f);
+            for (int64_t s = 0; T == 1 && s < size; s++)
                 for (int64_t i = 0; i < G; i++) {
                     Floats products = {};
                     for (int64_t d = 0; d < width; d += LANES)
                         products += load<Floats>(query + i * width + d) * load<Floats>(key + s * width + d);
                     scores[i * BLOCK + s] = sum(products);
                 }
-        } else {
-            for (int64_t s = 0; s < size; s += WIDTH)
-                for (int64_t i = 0; i < rows; i += TILE)
-                    add_tile<float>(D, {query + i * width, width, nullptr, 0}, {key + s, BLOCK, nullptr, 0},
-                                    scores + i * BLOCK + s, BLOCK);
+            for (int64_t s = 0; T > 1 && s < size; s += WIDTH)
+                for (int64_t i = 0; i < used; i += TILE)
+                    add_tile<float>(D, {query + i * width, width}, {key + s, BLOCK}, scores + i * BLOCK + s,
+                                    BLOCK);
+            for (int64_t i = 0; i < used; i++)
+                add_to_softmax(i, std::clamp<int64_t>(positions[i / G] + 1 - begin, 0, size));
+            for (int64_t d = 0; d < width; d += WIDTH)
+                for (int64_t i = 0; i < used; i += TILE)
+                    add_tile<float>(size, {scores + i * BLOCK, BLOCK}, {value + d, width},
+                                    sums + i * width + d, width);
         }
-        for (int64_t i = 0; i < T * G; i++) {
-            float* probs = scores + i * BLOCK;
-            int64_t seen = std::clamp<int64_t>(positions[i / G] + 1 - begin, 0, size);
-            std::fill(probs + seen, probs + BLOCK, -INFINITY);
-            Floats most = load<Floats>(probs);
-            for (int s = LANES; s < BLOCK; s += LANES) {
-                Floats others = load<Floats>(probs + s);
-                most = most > others ? most : others;
-            }
-            float before = top[i];
-            for (int s = 0; s < LANES; s++) top[i] = std::max(top[i], most[s]);
-            float kept = exponential(before - top[i]), added = 0;
-            for (int s = 0; s < BLOCK; s++) added += probs[s] = exponential(probs[s] - top[i]);
-            std::fill(probs + seen, probs + BLOCK, 0.0f);
-            total[i] = total[i] * kept + added;
-            for (int64_t d = 0; d < width; d++) sums[i * width + d] *= kept;
-        }
-        for (int64_t d = 0; d < width; d += WIDTH)
-            for (int64_t i = 0; i < rows; i += TILE)
-                add_tile<float>(size, {scores + i * BLOCK, BLOCK, nullptr, 0}, {value + d, width, nullptr, 0},
-                                sums + i * width + d, width);
+        for (int64_t i = 0; i < used; i++)
+            for (int64_t d = 0; d < D; d++) y[(i / G * H + i % G) * D + d] = sums[i * width + d] / total[i];
     }
-    for (int64_t i = 0; i < T * G; i++)
-        for (int64_t d = 0; d < D; d++)
-            y[(i / G * model.n_heads + i % G) * D + d] = sums[i * width + d] / total[i];
-}
+
+    // Makes weights of row i's scores, of which it sees the first ones.
+    void add_to_softmax(int64_t i, int64_t seen) {
+        float* weights = scores + i * BLOCK;
+        std::fill(weights + seen, weights + BLOCK, -INFINITY);
+        Floats most = load<Floats>(weights);
+        for (int s = LANES; s < BLOCK; s += LANES) {
+            Floats others = load<Floats>(weights + s);
+            most = most > others ? most : others;
+        }
+        float before = top[i];
+        for (int s = 0; s < LANES; s++) top[i] = std::max(top[i], most[s]);
+        float kept = exponential(before - top[i]), added = 0;
+        for (int s = 0; s < BLOCK; s++) added += weights[s] = exponential(weights[s] - top[i]);
+        std::fill(weights + seen, weights + BLOCK, 0.0f);
+        total[i] = total[i] * kept + added;
+        for (int64_t d = 0; d < width; d++) sums[i * width + d] *= kept;
+    }
+};
 
 // Writes k and v (B, T, K, D) to the cache; y (B, T, H, D) becomes q's attention to it. All threads call it.
 static void attention(const Model& model, int64_t B, int64_t T, const float* q, const float* k,
@@ -528,15 +514,15 @@ static void attention(const Model& model, int64_t B, int64_t T, const float* q, 
             rotate(D, k + from, cos + t * D / 2, sin + t * D / 2, cache.k + to);
             for (int64_t d = 0; d < D; d++) cache.v[to + d] = v[from + d];
         }
-    Room memory(model, T);
-    const int64_t tokens = memory.tokens;
+    Attention work(model, T);
+    const int64_t tokens = work.tokens;
     #pragma omp for collapse(3) schedule(dynamic)
     for (int64_t b = 0; b < B; b++)
         for (int64_t begin = (T - 1) / tokens * tokens; begin >= 0; begin -= tokens)  // the longest first
             for (int64_t h = 0; h < K; h++) {
                 int64_t t = b * T + begin, at = (b * room * K + h) * D, head = (t * H + h * H / K) * D;
-                attend(model, memory, std::min(tokens, T - begin), q + head, cos + t * D / 2,
-                       sin + t * D / 2, positions + t, cache.k + at, cache.v + at, y + head);
+                work.attend(std::min(tokens, T - begin), q + head, cos + t * D / 2, sin + t * D / 2,
+                            positions + t, cache.k + at, cache.v + at, y + head);
             }
 }
 
@@ -549,35 +535,19 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
                             const float* sin, const int64_t* positions, const Cache* caches, int64_t room) {
     const Model& model = *pointer;
     const int64_t N = B * T, dim = model.dim, hidden = model.hidden_dim, kv_dim = model.kv_dim();
-    const bool few = N <= FEW;
-    Buffer<float> q(N * dim), k(N * kv_dim), v(N * kv_dim), attended(N * dim), gate(N * hidden);
-    Buffer<float> up(N * hidden), added(N * dim);
-    Inputs shared_narrow(few ? 0 : N, dim, true), shared_wide(few ? 0 : N, hidden, true);
+    Buffer<float> q(N * dim), k(N * kv_dim), v(N * kv_dim), attended(N * dim), added(N * dim);
+    Buffer<float> gate(N * hidden), up(N * hidden);
+    Inputs narrow(N, dim), wide(N, hidden);
     #pragma omp parallel
     {
-        // Few tokens are prepared by every thread for itself, which takes less time than waiting for another.
-        Inputs own_narrow(few ? N : 0, dim, false), own_wide(few ? N : 0, hidden, false);
-        Inputs& narrow = few ? own_narrow : shared_narrow;
-        Inputs& wide = few ? own_wide : shared_wide;
-        std::vector<float> own_x(x, x + (few ? N * dim : 0)), row(std::max(dim, hidden));
-        float* stream = few ? own_x.data() : x;
-        auto each_token = [&](auto prepare) {
-            if (few) {
-                for (int64_t t = 0; t < N; t++) prepare(t);
-            } else {
-                #pragma omp for
-                for (int64_t t = 0; t < N; t++) prepare(t);
-            }
-        };
-        auto add_to_stream = [&](int64_t t) {
-            for (int64_t i = t * dim; i < (t + 1) * dim; i++) stream[i] += added[i];
-        };
+        std::vector<float> row(std::max(dim, hidden));  // each thread's own
         auto add_and_normalize = [&](const float* weight) {
-            each_token([&](int64_t t) {
-                add_to_stream(t);
-                norm(model, stream + t * dim, weight, row.data());
+            #pragma omp for
+            for (int64_t t = 0; t < N; t++) {
+                for (int64_t i = t * dim; i < (t + 1) * dim; i++) x[i] += added[i];
+                norm(model, x + t * dim, weight, row.data());
                 narrow.set(t, row.data());
-            });
+            }
         };
         for (int64_t l = 0; l < model.n_layers; l++) {
             const Layer& layer = model.layers[l];
@@ -586,32 +556,32 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
             multiply(narrow, layer.wk, kv_dim, k);
             multiply(narrow, layer.wv, kv_dim, v);
             #pragma omp barrier
-            attention(model, B, T, q, k, v, cos, sin, positions, caches[l], room,
-                      attended);
-            each_token([&](int64_t t) { narrow.set(t, attended + t * dim); });
+            attention(model, B, T, q, k, v, cos, sin, positions, caches[l], room, attended);
+            #pragma omp for
+            for (int64_t t = 0; t < N; t++) narrow.set(t, attended + t * dim);
             multiply(narrow, layer.wo, dim, added);
             #pragma omp barrier
             add_and_normalize(layer.ffn_norm);
             multiply(narrow, layer.w1, hidden, gate);
             multiply(narrow, layer.w3, hidden, up);
             #pragma omp barrier
-            each_token([&](int64_t t) {
+            #pragma omp for
+            for (int64_t t = 0; t < N; t++) {
                 for (int64_t i = 0; i < hidden; i++)
                     row[i] = silu(gate[t * hidden + i]) * up[t * hidden + i];
                 wide.set(t, row.data());
-            });
+            }
             multiply(wide, layer.w2, dim, added);
             #pragma omp barrier
         }
-        each_token(add_to_stream);
-        #pragma omp single
-        std::copy(own_x.begin(), own_x.end(), x);
+        #pragma omp for
+        for (int64_t i = 0; i < N * dim; i++) x[i] += added[i];
     }
 }
 
 // x (B, dim), normalized -> y (B, vocab_size)
 extern "C" void head(const Model* model, int64_t B, const Value* x, const Matrix* output, float* y) {
-    Inputs inputs(B, model->dim, B > FEW);
+    Inputs inputs(B, model->dim);
     std::vector<float> row(model->dim);
     for (int64_t b = 0; b < B; b++) {
         std::copy(x + b * model->dim, x + (b + 1) * model->dim, row.begin());
@@ -642,8 +612,8 @@ extern "C" void attend_to_prompt(const Model* model, int64_t B, int64_t T, const
     floats[2].assign(v, v + B * T * model->kv_dim());
     floats[3].resize(B * T * model->dim);
     #pragma omp parallel
-    attention(*model, B, T, floats[0].data(), floats[1].data(), floats[2].data(), cos, sin, positions, *cache,
-              room, floats[3].data());
+    attention(*model, B, T, floats[0].data(), floats[1].data(), floats[2].data(), cos, sin, positions,
+              *cache, room, floats[3].data());
     std::copy(floats[3].begin(), floats[3].end(), y);
 }
 
@@ -665,6 +635,6 @@ extern "C" const char* instructions() {
 #elif defined(__AVX2__)
     return "AVX2";
 #else
-    return LANES * REGISTERS == 128 ? "NEON" : "vectors of 128 bits";
+    return "NEON";
 #endif
 }
