@@ -178,6 +178,13 @@ def ours(llama):
     return run
 
 
+def way(reader):
+    """How a Llama with this reader runs: with which instructions where fast.cpp was compiled for it."""
+    if isinstance(reader, fast.CompiledReader):
+        return f"compiled for {reader.kernels.instructions().decode()}"
+    return "eager" if reader is None else "compiled"
+
+
 def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: str | None = None,
           compile: bool = True, device: str | None = None, batch_size: int = 8, prompt_len: int = 512,
           decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False):
@@ -211,8 +218,8 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
     load_seconds = time.perf_counter() - start
     fast.keep_freed_memory(device)
     args = llama.model.args
-    held = llama.model.norm.weight.dtype
-    kind = str(held).removeprefix("torch.")
+    stored = llama.model.norm.weight.dtype
+    kind = fast.name_of(stored)
     jobs = jobs_of(args, prompt_len, decode_prompt_len, new, batch_size)
     contestants = {"llama31.py": ours(llama)}
     start = time.perf_counter()
@@ -224,7 +231,7 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
         if peers:
             gguf_kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[kind]
             gguf_kind = "Q8_0" if quantize else gguf_kind
-            contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, held, device, room, batch_size)
+            contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, stored, device, room, batch_size)
         for job in jobs:
             for contestant in contestants.values():
                 contestant(job.prompts, min(job.new, 4))  # warms up
@@ -234,20 +241,22 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
 
     print(f"{machine(device)}: reads {bandwidth / 1e9:.1f} GB/s; float32 {float32_peak / 1e9:,.0f} GFLOP/s, "
           f"bfloat16 {bfloat16_peak / 1e9:,.0f} GFLOP/s")
-    weight_bytes = 1 + 4 / fast.GROUP if quantize else held.itemsize  # int8: and a float32 scale per group
+    weight_bytes = 1 + 4 / fast.GROUP if quantize else stored.itemsize  # int8: and a float32 scale per group
     print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
-          f"{'eager' if llama.reader is None else 'compiled'}; loading {load_seconds:.1f} s, two tokens "
-          f"{first_seconds:.1f} s\n")
+          f"{way(llama.reader)}, keys and values in {fast.name_of(llama.model.dtype)}; loading "
+          f"{load_seconds:.1f} s, two tokens {first_seconds:.1f} s\n")
     peer_names = list(contestants)[1:]
     print("| | tokens/s | reached | of the limit |" + "".join(f" to {name} |" for name in peer_names))
     print("|---|---|---|---|" + "---|" * len(peer_names))
     for job in jobs:
         our_rates = rates[job.name, "llama31.py"]
         rate = statistics.median(our_rates)
-        reached = job.reached(rate, args, weight_bytes, held.itemsize)
+        reached = job.reached(rate, args, weight_bytes, llama.model.dtype.itemsize)
         limit, unit = bandwidth, "GB/s"
         if job.new == 1:
-            limit, unit = bfloat16_peak if kind == "bfloat16" else float32_peak, "GFLOP/s"
+            # Where products in bfloat16 are slow, its weights are multiplied as float32.
+            limit = float32_peak if kind == "float32" else max(float32_peak, bfloat16_peak)
+            unit = "GFLOP/s"
         row = f"| {job.name} | {rate:,.0f} | {reached / 1e9:,.1f} {unit} | {reached / limit:.0%} |"
         for name in peer_names:
             ratios = [a / b for a, b in zip(our_rates, rates[job.name, name], strict=True)]
