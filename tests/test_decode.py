@@ -1,7 +1,12 @@
 """Compiled inference and int8 weights: the same numbers, compiled once, Meta's keys, half the memory."""
 
+import copy
 import math
 import mmap
+import os
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +17,8 @@ from torch._dynamo.utils import counters
 
 from llama31 import Llama, ModelArgs, Transformer, load_checkpoint
 from plumbing import fast
-from plumbing.fast import Int8Linear, compile_inference, compile_kernels, quantize
+from plumbing.compiler import FLAGS
+from plumbing.fast import Int8Linear, compile_inference, compile_kernels, load_int8, quantize, widen
 
 HEADS_OF_8 = dict(dim=48, n_heads=6)  # as wide as a register of many processors
 BATCHES = {"one token": [[5]], "one row": [[5, 6, 7]], "few rows": [[5, 6, 7], [1], [8, 9]],
@@ -75,31 +81,124 @@ SHAPES = {"a head of keys for each of queries": dict(dim=64, n_heads=4, n_kv_hea
           "one head of keys": dict(dim=64, n_heads=4, n_kv_heads=1, multiple_of=32),
           "sizes that few powers of two divide": dict(dim=60, n_heads=6, n_kv_heads=3, multiple_of=6),
           "odd hidden size": dict(dim=36, n_heads=2, n_kv_heads=1, multiple_of=7),
+          "more rows and inputs than a block": dict(dim=416, n_heads=26, n_kv_heads=2, multiple_of=30),
           "heads of 128": dict(dim=256, n_heads=2, n_kv_heads=1, multiple_of=64)}
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def in_types(model, dtype, compute_dtype):
+    """The model with its weights in a type, or "int8", and everything else in another."""
+    if dtype == "int8":
+        quantized = Transformer.on_meta(model.args)
+        load_int8(quantized, model.state_dict().items(), "cpu", compute_dtype)
+        return quantized.eval()
+    model = copy.deepcopy(model).to(dtype)
+    if compute_dtype != dtype:
+        widen(model, compute_dtype)
+    return model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape, quantize, dtype", [
-    *((shape, None, torch.float32) for shape in SHAPES), ("odd hidden size", "int8", torch.float32),
-    ("heads of 128", None, torch.bfloat16),
-    *(("one head of keys", None, dtype) for dtype in (torch.bfloat16, torch.float16)),
-    ("a head of keys for each of queries", "int8", torch.bfloat16)])
-def test_models_of_any_shape_and_type_have_eager_logits_compiled(shape, quantize, dtype, tmp_path):
+@pytest.mark.parametrize("shape, dtype, compute_dtype", [
+    *((shape, torch.float32, torch.float32) for shape in SHAPES),
+    *((shape, "int8", torch.float32) for shape in SHAPES),
+    *(("heads of 128", dtype, dtype) for dtype in HALVES),
+    *(("heads of 128", dtype, torch.float32) for dtype in HALVES),
+    ("sizes that few powers of two divide", torch.bfloat16, torch.float32),
+    *(("odd hidden size", "int8", dtype) for dtype in HALVES)])
+def test_models_of_any_shape_and_type_have_eager_logits_compiled(shape, dtype, compute_dtype):
     """In half precision: logits as near to those of float32 as eager ones."""
     source = Transformer(ModelArgs(**SHAPES[shape], n_layers=2, vocab_size=97, norm_eps=1e-3))
     source.init_weights(torch.Generator().manual_seed(0))
-    ckpt_dir = write_checkpoint(tmp_path / "ckpt", source)
-    exact, eager, compiled = (Llama(load_checkpoint(ckpt_dir, dtype=of, quantize=quantize), None)
-                              for of in (torch.float32, dtype, dtype))
+    eager, compiled = (Llama(in_types(source, dtype, compute_dtype), None) for _ in range(2))
     compiled.reader = compile_inference(compiled.model)
+    rounded = Llama(in_types(source, dtype, torch.float32), None)
     prompts = [[(7 * i * i + b) % 97 for i in range(n)] for b, n in enumerate((1, 8, 9, 70, 130))]
     for batch in ([prompts[0]], [prompts[4]], 3 * prompts):
-        expected = forced(exact, batch)
-        errors = [(forced(llama, batch) - expected).abs() for llama in (eager, compiled)]
-        if dtype is torch.float32:
-            assert errors[1].max() <= (INT8_CLOSENESS if quantize else 1e-5) * expected.abs().max()
+        expected = forced(rounded, batch)
+        errors = (forced(compiled, batch) - expected).abs()
+        if compute_dtype is torch.float32:
+            assert errors.max() <= (INT8_CLOSENESS if dtype == "int8" else 1e-5) * expected.abs().max()
         else:
-            assert errors[1].max() <= 1.3 * errors[0].max() and errors[1].mean() <= 1.1 * errors[0].mean()
+            theirs = (forced(eager, batch) - expected).abs()
+            assert errors.max() <= 1.3 * theirs.max() and errors.mean() <= 1.1 * theirs.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "int8"])
+def test_any_number_of_rows_and_threads_has_the_same_logits(dtype):
+    """A row beside others has its own logits, be it multiplied with few or with many."""
+    llama = Llama(in_types(random_model(dim=96, n_heads=3, n_kv_heads=1), dtype, torch.float32), None)
+    expected = forced(llama, [[row, 2, row + 3] for row in range(1, 20)])
+    llama.reader = compile_inference(llama.model)
+    threads = torch.get_num_threads()
+    try:
+        for number in {1, 2, threads}:
+            torch.set_num_threads(number)
+            for B in (1, 2, 3, 4, 5, 7, 8, 9, 17, 19):
+                logits = forced(llama, [[row, 2, row + 3] for row in range(1, B + 1)])
+                assert_compiled_close(logits, expected[:, :B], llama)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [48, 64, 200])
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_int8_products_are_off_by_at_most_half_a_step_of_16_bits(dim, rows):
+    """Plain Python's products; the extremes of int8 and of activations, in one sum, don't overflow."""
+    model = in_types(random_model(dim=dim, n_heads=2, n_kv_heads=1), "int8", torch.float32)
+    reader = compile_inference(model)
+    weights = model.output
+    weights.quantized[0] = 127
+    weights.quantized[1, ::2] = -127
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-4, 4, dim)
+    x[0] = 3e4
+    logits = reader.head(x)
+    for row, made in zip(x.tolist(), logits.tolist(), strict=True):
+        matrix = zip(weights.quantized.tolist(), weights.scale.tolist(), made, strict=True)
+        for values, scales, logit in matrix:
+            exact = bound = 0.0
+            for group, scale in enumerate(scales):
+                part = slice(64 * group, 64 * group + 64)
+                half_step = max(map(abs, row[part])) / 32767 / 2
+                exact += scale * sum(w * a for w, a in zip(values[part], row[part], strict=True))
+                bound += scale * sum(map(abs, values[part])) * half_step
+            assert abs(logit - exact) <= 1.001 * bound + 1e-6 * abs(exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_int8_products_of_what_is_not_finite_are_not_finite(wrong):
+    model = in_types(random_model(), "int8", torch.float32)
+    reader = compile_inference(model)
+    for rows in (1, 12):
+        x = torch.ones(rows, model.args.dim)
+        x[-1, 5] = wrong
+        logits = reader.head(x)
+        assert not logits[-1].isfinite().any() and logits[:-1].isfinite().all()
+
+
+COMPILERS = {"g++": ("x86-64-v3", "alderlake", "cascadelake", "sapphirerapids"),
+             "clang++": ("x86-64-v3", "sapphirerapids"), "aarch64-linux-gnu-g++": ("armv8-a",)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler, arch", [(name, arch) for name in COMPILERS for arch in COMPILERS[name]])
+def test_every_compiler_takes_every_pair_of_types_without_a_warning(compiler, arch):
+    """AVX2, with AVX-VNNI; AVX512, with VNNI, with BF16 too; 64-bit ARM."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    if "aarch64" not in compiler and platform.machine() != "x86_64":
+        pytest.skip("another processor than x86-64")
+    source = Path(fast.__file__).with_name("fast.cpp")
+    command = [compiler, *FLAGS, "-O1", f"-march={arch}", "-Wall", "-Wextra", "-Werror"]
+    command.remove("-march=native")
+    for value, weight in (("float", "bfloat16"), ("float", "int8_t"), ("float16", "float16"),
+                          ("bfloat16", "bfloat16")):
+        done = subprocess.run([*command, f"-DVALUE={value}", f"-DWEIGHT={weight}", "-c", source, "-o",
+                               os.devnull], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
