@@ -406,12 +406,13 @@ class CompiledReader:
         h = torch.empty_like(x, dtype=self.dtype)
         where = *model.angles(positions), positions
         room = caches[0].k.size(1)
-        caches = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
+        # Under a name of their own: the caller may hold the caches no longer.
+        addresses = torch.tensor([[cache.k.data_ptr(), cache.v.data_ptr()] for cache in caches])
         added = None
         if T > 1 and self.torch_multiplies:
-            added = self.extend_with_torch(x, h, where, caches, room)
+            added = self.extend_with_torch(x, h, where, addresses, room)
         else:
-            self.kernels.read_tokens(self.sizes, B, T, x, *where, caches, room)
+            self.kernels.read_tokens(self.sizes, B, T, x, *where, addresses, room)
         self.kernels.add_and_norm(self.sizes, B * T, x, added, self.norms[-1], h)
         return h
 
