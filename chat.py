@@ -121,7 +121,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     Args:
         ckpt_dir: checkpoint directory of an instruct model
         system: system prompt, in which \\n, \\t and \\\\ are a line break, a tab and a backslash; None: none
-        tokenizer_path: tokenizer.model to use; None: the checkpoint's own
+        tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
         max_seq_len: most tokens of a conversation; None: as in params.json, but at most 8192, to save memory
         max_gen_len: most tokens of an answer
         temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
@@ -143,7 +143,8 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:
-        raise ValueError(f"{ckpt_dir} has no tokenizer.model; put it there or give --tokenizer_path")
+        raise ValueError(f"{ckpt_dir} has no tokenizer.model or tokenizer.json; put it there or give "
+                         "--tokenizer_path")
     system = None if system is None else cli.unescape(system)
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)

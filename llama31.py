@@ -45,7 +45,7 @@ from plumbing.dialogs import describe, pack_dialogs
 from plumbing.parallel import sum_over_ranks
 from plumbing.resume import locked, resumable
 from plumbing.run import Run, entropy_floor
-from tokenizer import TextStream, Tokenizer, train_tokenizer
+from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -618,6 +618,8 @@ class Llama:
                  max_batch_size: int = 32, reader=None):
         self.model = model
         self.tokenizer = tokenizer
+        # Of the model's rows those behind the vocabulary's, which pad it to a multiple, are no tokens.
+        self.num_ids = tokenizer.n_words if tokenizer else model.args.vocab_size
         self.max_seq_len = model.args.max_seq_len if max_seq_len is None else max_seq_len
         self.max_batch_size = max_batch_size
         self.reader = reader
@@ -627,7 +629,7 @@ class Llama:
               max_seq_len: int | None = None, max_batch_size: int = 32,
               device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
               compile: bool | None = None, quantize: str | None = None) -> "Llama":
-        """Loads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another.
+        """Loads a checkpoint directory, with its own tokenizer unless tokenizer_path names another.
 
         max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
         its name; None: see load_checkpoint. compile None: where it works; where it doesn't, a line on
@@ -640,7 +642,7 @@ class Llama:
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
-        path = tokenizer_path or os.path.join(ckpt_dir, "tokenizer.model")
+        path = tokenizer_path or find_tokenizer(ckpt_dir)
         tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
         if tokenizer:
             tokenizer.check_vocabulary(model.args.vocab_size)
@@ -666,9 +668,9 @@ class Llama:
             if not 0 < len(prompt) < self.max_seq_len:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {self.max_seq_len - 1}"
                                  ", one fewer than max_seq_len: shorten it, or raise --max_seq_len")
-            if not 0 <= min(prompt) <= max(prompt) < self.model.args.vocab_size:
+            if not 0 <= min(prompt) <= max(prompt) < self.num_ids:
                 raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
-                                 f"{self.model.args.vocab_size - 1}")
+                                 f"{self.num_ids - 1}")
             expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
                    f"0 to {len(prompt) - 1}: at least its last token is to be read")
 
@@ -707,7 +709,7 @@ class Llama:
             if not torch.stack(torch.aminmax(logits)).isfinite().all():  # All are if the extremes are.
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
                                  "weights")
-            scores = logits.cpu()  # one copy for all rows
+            scores = logits[:, :self.num_ids].cpu()  # one copy for all rows
             drawn: list[int | None] = [None] * B
             for i in range(B):
                 if ended[i]:
@@ -771,7 +773,8 @@ class Llama:
     @property
     def required_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer.model; put it there or give tokenizer_path")
+            raise ValueError("the checkpoint has no tokenizer.model or tokenizer.json; put it there or give "
+                             "tokenizer_path")
         return self.tokenizer
 
     def stream(self, steps, stop=()):
@@ -983,7 +986,7 @@ def batch_on(device, loader, vocab_size, doc_mask, end=None):
     largest = max(int(inputs.max()), int(targets.max()))
     if largest >= vocab_size:
         raise ValueError(f"{loader.filename_pattern} holds token {largest}, the vocabulary ends at "
-                         f"{vocab_size - 1}; tokenize with the tokenizer.model of this training")
+                         f"{vocab_size - 1}; tokenize with the tokenizer of this training")
     return inputs.to(device), targets.to(device), starts[0].to(device) if doc_mask else None
 
 
@@ -1058,7 +1061,7 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
         raise ValueError("found neither --ckpt_dir, to finetune, nor both --preset and --tokenizer_path, to "
                          "train from scratch")
     expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
-    tokenizer = Tokenizer(tokenizer_path or Path(str(source), "tokenizer.model"))
+    tokenizer = Tokenizer(tokenizer_path or find_tokenizer(str(source)))
     asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
     if newest and ckpt_dir:
         asked = read_args(ckpt_dir)
@@ -1146,7 +1149,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         out_dir: folder that takes log.jsonl, loss.png and the checkpoints
         preset: shape to train from scratch, such as demo or llama3.2-1b; needs --tokenizer_path
         ckpt_dir: checkpoint directory to finetune
-        tokenizer_path: sets the vocabulary from scratch; None: the checkpoint's own tokenizer.model
+        tokenizer_path: sets the vocabulary from scratch; None: the checkpoint's own tokenizer
         batch_size: windows that each process computes at once
         seq_len: tokens of a window
         total_batch_tokens: tokens of a step, over processes and micro-batches; None: one micro-batch each
@@ -1193,8 +1196,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     run = Run(out_dir, resume, rank == 0)
     tokenizer, model, pieces = training_source(run.newest, ckpt_dir, preset, tokenizer_path)
     layout = batch_size, seq_len, rank, world_size
-    loader = DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.bos_id)
-    val_loader, val_remark = open_validation(val_data, train_data, *layout, bos_id=tokenizer.bos_id)
+    loader = DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.mark_id)
+    val_loader, val_remark = open_validation(val_data, train_data, *layout, bos_id=tokenizer.mark_id)
     check_data([loader, val_loader] if val_loader else [loader], tokenizer)
     eval_windows = 0
     if val_loader:
@@ -1291,7 +1294,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
 
     Args:
         ckpt_dir: checkpoint directory; None: the one last written under out/
-        tokenizer_path: tokenizer.model to use; None: the checkpoint's own
+        tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
         prompt: text to complete, in which \\n, \\t and \\\\ are a line break, a tab and a backslash
         prompt_file: file with a prompt per line, each taken as it is; a .jsonl file: with dialogs to answer
         max_gen_len: most tokens to generate

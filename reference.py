@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from plumbing import cli
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, find_tokenizer
 
 # -----------------------------------------------------------------------------
 # Model
@@ -228,7 +228,7 @@ class Llama:
 
     @staticmethod
     def build(ckpt_dir, tokenizer_path=None, max_seq_len=None):
-        """Reads a checkpoint directory, with its own tokenizer.model unless tokenizer_path names another."""
+        """Reads a checkpoint directory, with its own tokenizer unless tokenizer_path names another."""
         try:
             args = {}
             if Path(ckpt_dir, "config.json").is_file():
@@ -250,10 +250,10 @@ class Llama:
         except Exception as error:
             raise ValueError(f"{ckpt_dir}: no Llama 3 in Meta's or Hugging Face's format "
                              f"({type(error).__name__}: {error})") from error
-        path = Path(tokenizer_path or Path(ckpt_dir, "tokenizer.model"))
+        path = Path(tokenizer_path or find_tokenizer(ckpt_dir))
         tokenizer = Tokenizer(path) if tokenizer_path or path.is_file() else None
-        if tokenizer and tokenizer.n_words != len(weights["tok_embeddings.weight"]):
-            raise ValueError(f"{path}: {tokenizer.n_words} tokens, not as many as the model of {ckpt_dir}")
+        if tokenizer:
+            tokenizer.check_vocabulary(len(weights["tok_embeddings.weight"]))
         return Llama(weights, args, tokenizer, max_seq_len or args.get("max_seq_len", context))
 
     @torch.no_grad()
@@ -273,7 +273,10 @@ class Llama:
             generator = torch.Generator().manual_seed(seed + i)
             tokens = list(prompt)
             while len(tokens) < min(len(prompt) + max_gen_len, self.max_seq_len):
-                token = sample(forward(self.weights, self.args, tokens)[-1], generator, tokens, **settings)
+                logits = forward(self.weights, self.args, tokens)[-1]
+                if self.tokenizer:
+                    logits[self.tokenizer.n_words:] = -torch.inf  # rows that pad the vocabulary, no tokens
+                token = sample(logits, generator, tokens, **settings)
                 if token in stop_tokens:
                     break
                 tokens.append(token)
@@ -281,14 +284,15 @@ class Llama:
         return rows
 
     def encode(self, prompt, special=False):
-        """A prompt's ids, the first of which is BOS; ValueError if there is no tokenizer.
+        """A prompt's ids behind BOS, where texts begin with one; ValueError if there is no tokenizer.
 
         special: whether special tokens that the prompt spells out are read as such.
         """
         if self.tokenizer is None:
-            raise ValueError("no tokenizer.model beside the weights; give tokenizer_path")
+            raise ValueError("no tokenizer.model or tokenizer.json beside the weights; give tokenizer_path")
         ids = self.tokenizer.encode(prompt, allowed_special="all" if special else ())
-        return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+        bos = self.tokenizer.encode("", bos=True)
+        return ids if ids[:1] == bos else bos + ids
 
     def text_completion(self, prompts, max_gen_len=256, special=False, **settings):
         """[{"generation": text}, ...] for the prompts, in order; special: see encode."""
@@ -308,7 +312,7 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
 
     Args:
         ckpt_dir: checkpoint directory in Meta's format
-        tokenizer_path: tokenizer.model to use; None: the checkpoint's own
+        tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
         prompt: text to complete, in which \\n, \\t and \\\\ are a line break, a tab and a backslash
         prompt_file: file with a prompt per line, each taken as it is
         max_gen_len: most tokens to generate

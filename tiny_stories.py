@@ -114,7 +114,7 @@ def tokenize(data_dir: str = DATA_DIR, tokenizer_path: str = TOKENIZER_PATH, num
 
     Args:
         data_dir: folder of the downloaded shards, which takes the .bin files
-        tokenizer_path: tokenizer.model that gives the vocabulary
+        tokenizer_path: tokenizer.model or .json that gives the vocabulary
         num_workers: processes, which don't change the result; None: one per core
     """
     folder = os.path.join(data_dir, SHARDS)
@@ -157,7 +157,7 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
             print(f"Tokenizing {name} split...")
             done = list(tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard"))
             stem = os.path.join(data_dir, prefix + name)
-            made |= write_split(stem, done, digest, max_tokens, tokenizer.bos_id)
+            made |= write_split(stem, done, digest, max_tokens, tokenizer.mark_id)
             counts[name] = sum(about["tokens"] for *_, about in done)
     files.write_manifest(data_dir, files={})  # While files are replaced, the manifest describes none.
     for path in made:
@@ -171,7 +171,7 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
     return counts
 
 
-def write_split(stem, finished, tokenizer_digest, max_tokens, bos_id):
+def write_split(stem, finished, tokenizer_digest, max_tokens, mark_id):
     """Joins finished shards, each kept whole, in as few files as hold them, each written as PATH.new.
 
     Returns path -> what the manifest says about that file.
@@ -191,17 +191,17 @@ def write_split(stem, finished, tokenizer_digest, max_tokens, bos_id):
         parts, versions, shards = zip(*group, strict=True)
         about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
         print(f"writing {about['tokens']:,} tokens to {path}")
-        files.write_tokens(f"{path}.new", read_parts(parts, versions, bos_id), max(versions))
+        files.write_tokens(f"{path}.new", read_parts(parts, versions, mark_id), max(versions))
         made[path] = about | {"version": max(versions), "tokenizer": tokenizer_digest, "shards": shards}
     return made
 
 
-def read_parts(parts, versions, bos_id):
+def read_parts(parts, versions, mark_id):
     """Yields the tokens of each part, stored as the highest of their versions stores them."""
     for path, version in zip(parts, versions, strict=True):
         tokens = files.read_tokens(path)
-        if version < max(versions):  # In a part without marks BOS alone begins a document.
-            tokens[tokens == bos_id] |= files.START
+        if version < max(versions):  # In a part without marks this id alone begins a document.
+            tokens[tokens == mark_id] |= files.START
         yield tokens
 
 
@@ -237,7 +237,7 @@ def process_shard(shard_index, shard_filename, tokenizer_path):
 def encode_shard(shard_index, shard, words):
     """Returns (bytes of each record's tokens, shuffled; version of the .bin; records; bytes of text)."""
     chunks = []
-    has_marks = False
+    has_marks = words.tokenizer.mark_id is None
     num_bytes = 0
     for record in read_shard(shard):
         chunks.append(words.encode(record))
@@ -273,7 +273,7 @@ def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None
     Args:
         input: files, folders or patterns, one or several; files also gzipped (.gz)
         data_dir: folder that takes val.bin, train.bin and the trained vocabulary
-        tokenizer_path: tokenizer.model that gives the vocabulary; None: Meta's, where tokenize expects it
+        tokenizer_path: tokenizer.model or .json, the vocabulary; None: Meta's, where tokenize expects it
         vocab_size: train a vocabulary of so many tokens on the texts, data_dir/tokenizer.model; None: don't
         field: name of the text in objects and rows; another than text comes before chats and prompts
         separator: text between a .txt's documents, with \\n for a line break; None: each file is one
@@ -288,15 +288,17 @@ def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None
     paths, left_out = find_inputs(input)
     if vocab_size is None:
         tokenizer_path = tokenizer_path or TOKENIZER_PATH
-        Tokenizer(tokenizer_path)  # An unusable vocabulary is an error here, before the work.
+        spelled = Tokenizer(tokenizer_path).spelled  # An unusable one is an error here, before the work.
+    else:
+        spelled = SPELLED  # A vocabulary that is trained here has these.
     cli.expect(separator != "", "separator", "empty", "a text, such as \\n\\n")
     folder = os.path.join(data_dir, "documents.part")  # It is quick to write, so every run writes it again.
     others = f", not {left_out:,} others beside them" if left_out else ""
     print(f"Reading {len(paths):,} files{others}...")
     try:
-        least, seen = split_documents(paths, field, separator, val_fraction, folder)
+        least, seen = split_documents(paths, field, separator, val_fraction, folder, spelled)
         if least >= val_fraction:  # Validation got no document. Now it gets the one with the least hash.
-            _, seen = split_documents(paths, field, separator, math.nextafter(least, 2), folder)
+            _, seen = split_documents(paths, field, separator, math.nextafter(least, 2), folder, spelled)
         print_seen(seen, special)
         splits = {name: find_shards(os.path.join(folder, name)) for name in ("val", "train")}
         if not splits["train"]:
@@ -311,10 +313,11 @@ def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None
     print_splits(data_dir, val_fraction)
 
 
-def split_documents(paths, field, separator, val_fraction, folder):
+def split_documents(paths, field, separator, val_fraction, folder, spelled):
     """Writes each document to a shard in folder/val if its hash is below val_fraction, else in folder/train.
 
-    A hash is a number from 0 to 1. Returns the least one, and a Counter of what print_seen tells.
+    A hash is a number from 0 to 1. spelled: finds the name of a special token. Returns the least hash, and a
+    Counter of what print_seen tells.
     """
     shutil.rmtree(folder, ignore_errors=True)
     lines = {"val": [], "train": []}  # split -> documents of the shard that is being filled, as JSON
@@ -342,8 +345,8 @@ def split_documents(paths, field, separator, val_fraction, folder):
         if not any(map(str.strip, texts)):
             seen["empty"] += 1
             continue
-        if spelled := sum(len(SPELLED.findall(text)) for text in texts):
-            seen["spelled"] += spelled
+        if names := sum(len(spelled.findall(text)) for text in texts):
+            seen["spelled"] += names
             seen["spelling"] += 1
         line = json.dumps(record)
         place = int.from_bytes(hashlib.sha256(line.encode()).digest()[:6]) / 2**48
@@ -423,7 +426,7 @@ def prepare(data_dir: str = DATA_DIR, url: str = URL, tokenizer_path: str = TOKE
     Args:
         data_dir: folder that takes the archive, the shards and the .bin files
         url: address of the archive, a .tar.gz of data*.json
-        tokenizer_path: tokenizer.model that gives the vocabulary
+        tokenizer_path: tokenizer.model or .json that gives the vocabulary
         num_workers: processes, which don't change the result; None: one per core
         sha256: digest that the archive must have; None: that of an earlier download, if there was one
     """

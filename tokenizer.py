@@ -3,7 +3,8 @@
 A pattern cuts text into words. Within a word, neighbouring byte strings merge, lowest rank first, as long as
 the result is in the vocabulary: this is byte-pair encoding, which tiktoken computes. tokenizer.model holds
 one `base64-token rank` per line. Llama 3.1's 256 special tokens are not in the file; their ids follow the
-last rank.
+last rank. Hugging Face's folders have all of it, for any vocabulary, in tokenizer.json, which is read by
+plumbing/tokenizer_json.py.
 """
 
 import base64
@@ -15,6 +16,7 @@ import operator
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import tiktoken
 
@@ -35,11 +37,12 @@ SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetun
                   *[None] * 245]
 RESERVED = (f"<|reserved_special_token_{i}|>" for i in itertools.count())
 SPECIAL_NAMES = [name or next(RESERVED) for name in SPECIAL_TOKENS]
-SPELLED = re.compile("|".join(map(re.escape, SPECIAL_NAMES)))  # the name of a special token in a text
+SPELLED = re.compile("|".join(map(re.escape, SPECIAL_NAMES)))  # the name of one of them in a text
 # A message's role -> what the header of the message says. Files have two names for a tool's answer and,
 # since newer models of OpenAI, two for the system prompt.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython",
          "ipython": "ipython", "developer": "system"}
+STOPPING = "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"  # They end a text, a turn, and a message to a tool.
 LEARNED = "weight", "train", "training"  # Keys by which 0 or false keeps a message from being learned.
 BESIDE_TEXT = "function_call", "image", "images", "audio", "video", "videos"  # Keys of what would be lost.
 
@@ -52,50 +55,62 @@ REMEDY = "expected Meta's tokenizer.model; fetch it (Hugging Face: original/toke
 MISTAKEN = {  # the beginning of a file that is often taken for a tokenizer.model -> what that file is
     b"version https://git-lfs": "a git-lfs pointer, which git lfs pull replaces",
     b"<": "a web page, as servers send instead of a file",
-    b"{": "JSON, such as Hugging Face's tokenizer.json",
+    b"{": "JSON; Hugging Face's is named tokenizer.json",
     b"\n": "a SentencePiece model, such as Llama 2's",
 }
 
 
 class Tokenizer:
-    """A vocabulary, read from a tokenizer.model file. Errors: see read_vocabulary.
+    """A vocabulary, read from a tokenizer.model or, where the name ends in .json, from a tokenizer.json.
 
-    model_path: the path of that file. n_words: how many ids there are. special_tokens: name -> id.
-    stop_tokens: the ids that end a text, a turn or a message. byte_lengths: how many bytes the token of each
-    id has, 0 for a special token, which is what bits per byte need.
+    Errors: see read_vocabulary, and HuggingFaceVocabulary in plumbing/tokenizer_json.py.
+
+    model_path: the path of that file. n_words: how many ids there are. special_tokens: name -> id, of all
+    that stand for no text. stop_tokens: the ids that end a text, a turn or a message. byte_lengths: how many
+    bytes the token of each id has, 0 for a special token, which is what bits per byte need. spelled: finds
+    the name of a special token in a text. A vocabulary of a tokenizer.json may lack any of these:
+    bos_id: begins a text. eos_id: ends it. eot_id: ends a turn. eom_id: ends a message that a tool has to
+    answer. pad_id. mark_id: only ever begins a document; where there is none, documents have to be marked.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         self.model_path = os.fspath(model_path)
-        base = read_vocabulary(self.model_path)
-        self.special_tokens = {name: i for i, name in enumerate(SPECIAL_NAMES, len(base))}
-        self.n_words = len(base) + len(self.special_tokens)
-        self.bos_id = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.eot_id = self.special_tokens["<|eot_id|>"]  # end of turn
-        self.eom_id = self.special_tokens["<|eom_id|>"]  # end of a message that a tool has to answer
-        self.pad_id = self.special_tokens["<|finetune_right_pad_id|>"]
-        self.stop_tokens = [self.eos_id, self.eot_id, self.eom_id]
-        self.byte_lengths = [len(token) for token in base] + [0] * len(self.special_tokens)
-        self._bytes = base + [name.encode() for name in self.special_tokens]
-        self._encoding = tiktoken.Encoding(
-            os.path.basename(self.model_path), pat_str=SPLIT_PATTERN, special_tokens=self.special_tokens,
-            mergeable_ranks={token: rank for rank, token in enumerate(base)})
+        is_json = self.model_path.endswith(".json")
+        if is_json:
+            from plumbing.tokenizer_json import HuggingFaceVocabulary  # It imports this file.
+            vocabulary = HuggingFaceVocabulary(self.model_path)
+        else:
+            vocabulary = MetaVocabulary(self.model_path)
+        self._vocabulary = vocabulary
+        self._bytes = vocabulary.token_bytes
+        self.n_words = len(self._bytes)
+        self.special_tokens: dict[str, int] = vocabulary.special_tokens
+        self.bos_id: int | None = vocabulary.bos_id
+        self.stop_tokens: list[int] = vocabulary.stop_tokens
+        self.eos_id = self.stop_tokens[0] if self.stop_tokens else None
+        self.eot_id = self.special_tokens.get("<|eot_id|>")
+        self.eom_id = self.special_tokens.get("<|eom_id|>")
+        self.pad_id = self.special_tokens.get("<|finetune_right_pad_id|>")
+        self.mark_id = None if is_json else self.bos_id  # Many models have their BOS in every message.
+        self.spelled = names_pattern(self.special_tokens)
+        # Whether a text may be cut before a space that touches no other white space: see plumbing/words.py.
+        self.cuts_at_spaces: bool = vocabulary.cuts_at_spaces
+        self.byte_lengths = [len(token) for token in self._bytes]
+        for i in self.special_tokens.values():
+            self.byte_lengths[i] = 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError if a model has another number of token ids."""
-        if self.n_words != vocab_size:
-            raise ValueError(f"{self.model_path} has {self.n_words} tokens, the model {vocab_size}; give "
-                             "the tokenizer.model that the model was trained with")
+        """Raises ValueError if a model lacks token ids; one of Meta's has to have as many, not more."""
+        self._vocabulary.check(vocab_size)
 
     def encode(self, s: str, bos: bool = False, eos: bool = False,
                allowed_special: str | Collection[str] = ()) -> list[int]:
-        """Token ids of a text, the same as Meta's.
+        """Token ids of a text, the same as Meta's, or those of transformers for a tokenizer.json.
 
-        bos, eos: whether <|begin_of_text|> comes before and <|end_of_text|> after it. allowed_special: names
-        of special tokens, or "all", that become that token where s spells them out. Every other name is
-        ordinary characters, so that no text can forge the end of a turn. Lone surrogates, which UTF-8 lacks,
-        become U+FFFD. ValueError: s is not a str, or a name is unknown.
+        bos, eos: whether bos_id comes before and eos_id after it, where there are such. allowed_special:
+        names of special tokens, or "all", that become that token where s spells them out. Every other name
+        is ordinary characters, so that no text can forge the end of a turn. Lone surrogates, which UTF-8
+        lacks, become U+FFFD. ValueError: s is not a str, or a name is unknown.
         """
         if not isinstance(s, str):
             raise ValueError(f"encode: expected one str, found {type(s).__name__} {s!r:.60}")
@@ -108,10 +123,10 @@ class Tokenizer:
         unknown = names - self.special_tokens.keys()
         if unknown:
             raise ValueError(f"encode: no special token {unknown}; Tokenizer.special_tokens has the names")
-        tokens = [self.bos_id] if bos else []
-        for piece in split_long(s):
-            tokens += self._encoding.encode(piece, allowed_special=names, disallowed_special=())
-        if eos:
+        tokens = self._vocabulary.encode(s, names)
+        if bos and self.bos_id is not None:
+            tokens.insert(0, self.bos_id)
+        if eos and self.eos_id is not None:
             tokens.append(self.eos_id)
         return tokens
 
@@ -120,9 +135,10 @@ class Tokenizer:
 
         dialog: messages {"role": one of ROLES, "content": str} in any order, or as read_message takes them;
         the content stays as it is, and nothing in it becomes a special token. generation_prompt: whether
-        the header of an answer follows. ValueError: this is no such dialog.
+        the header of an answer follows. ValueError: this is no such dialog, or the vocabulary is without a
+        token of that format.
         """
-        tokens = [self.bos_id]
+        tokens = [self.chat_token("<|begin_of_text|>")]
         for message in read_dialog(dialog):
             tokens += self.encode_message(message)
         if generation_prompt:
@@ -132,13 +148,21 @@ class Tokenizer:
     def encode_message(self, message: dict) -> list[int]:
         """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: see read_message."""
         message = read_message(message)
-        return self.encode_header(message["role"]) + self.encode(message["content"]) + [self.eot_id]
+        end = self.chat_token("<|eot_id|>")
+        return [*self.encode_header(message["role"]), *self.encode(message["content"]), end]
 
     def encode_header(self, role: str) -> list[int]:
         """Token ids of the header that begins a message of a role. ValueError: there is no such role."""
         check_role(role)
-        return [self.special_tokens["<|start_header_id|>"], *self.encode(ROLES[role]),
-                self.special_tokens["<|end_header_id|>"], *self.encode("\n\n")]
+        return [self.chat_token("<|start_header_id|>"), *self.encode(ROLES[role]),
+                self.chat_token("<|end_header_id|>"), *self.encode("\n\n")]
+
+    def chat_token(self, name: str) -> int:
+        """The id of a special token of Llama 3's chat format; ValueError if the vocabulary lacks it."""
+        if name not in self.special_tokens:
+            raise ValueError(f"{self.model_path} has no {name}, expected the special tokens of Llama 3's "
+                             "chat format; give texts instead of a dialog, or take another model")
+        return self.special_tokens[name]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, with special tokens by name and U+FFFD for bytes that aren't UTF-8.
@@ -160,6 +184,48 @@ class Tokenizer:
             if not 0 <= i < self.n_words:
                 raise ValueError(f"found token id {i}, {self.model_path} has 0 .. {self.n_words - 1}")
         return b"".join([self._bytes[i] for i in ids])
+
+
+class MetaVocabulary:
+    """Meta's tokenizer.model: byte strings by rank, and SPECIAL_NAMES, whose ids follow the last rank."""
+
+    cuts_at_spaces = True
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        base = read_vocabulary(path)
+        self.special_tokens = {name: i for i, name in enumerate(SPECIAL_NAMES, len(base))}
+        self.token_bytes = base + [name.encode() for name in SPECIAL_NAMES]
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.stop_tokens = [self.special_tokens[name] for name in STOPPING]
+        self.encoding = tiktoken.Encoding(
+            os.path.basename(path), pat_str=SPLIT_PATTERN, special_tokens=self.special_tokens,
+            mergeable_ranks={token: rank for rank, token in enumerate(base)})
+
+    def check(self, vocab_size: int) -> None:
+        """See Tokenizer.check_vocabulary."""
+        if len(self.token_bytes) != vocab_size:
+            raise ValueError(f"{self.path} has {len(self.token_bytes)} tokens, the model {vocab_size}; give "
+                             "the tokenizer.model that the model was trained with")
+
+    def encode(self, s: str, names: Collection[str]) -> list[int]:
+        """Token ids of a text in which those special tokens are read."""
+        tokens = []
+        for piece in split_long(s):
+            tokens += self.encoding.encode(piece, allowed_special=set(names), disallowed_special=())
+        return tokens
+
+
+def names_pattern(names: Iterable[str]) -> re.Pattern:
+    """What finds names in a text, of several that begin alike the longest; nothing, if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
+    """The tokenizer's file of a folder, Meta's where it has both; tokenizer.model's path where neither."""
+    meta = Path(folder, "tokenizer.model")
+    other = Path(folder, "tokenizer.json")
+    return other if other.exists() and not meta.exists() else meta
 
 
 def read_dialog(dialog: Sequence[dict]) -> list[dict]:

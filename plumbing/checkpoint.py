@@ -23,6 +23,7 @@ import torch.distributed as dist
 from plumbing.cli import say
 from plumbing.files import complete_folder
 from plumbing.parallel import whole_weights
+from plumbing.tokenizer_json import copy_tokenizer
 
 OUR_PARAMS = "llama31.json"
 OUR_FIELDS = ("rope_scale_factor", "tie_word_embeddings", "max_seq_len")
@@ -256,7 +257,7 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
         for name, fields in (("params.json", metas), (OUR_PARAMS, ours)):
             (part / name).write_text(json.dumps(fields, indent=2) + "\n")
         if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, part / "tokenizer.model")
+            copy_tokenizer(tokenizer_path, part)
         for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):
             if content is not None:
                 with open(part / name, "wb") as file:  # Given a path, torch.save doesn't say why it fails.

@@ -130,6 +130,19 @@ def decode(data, name, first_line=1):
                      f"iconv -f {encoding} -t UTF-8 FILE > NEW converts it")
 
 
+def read_json(path):
+    """The object in a JSON file; FileNotFoundError or ValueError names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected one of Hugging Face's; download it again")
+    try:
+        found = json.loads(path.read_bytes())  # Unlike text, bytes may begin with a byte order mark.
+        if not isinstance(found, dict):
+            raise ValueError(f"found {found!r:.40}, expected an object")
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, download it again: {error}") from None
+    return found
+
+
 def likely_encoding(data):
     """What iconv calls the encoding that bytes are likely to be in if they aren't UTF-8."""
     head = data[:64]

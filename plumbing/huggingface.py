@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.checkpoint import check_tensors
+from plumbing.files import read_json
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -236,19 +237,6 @@ def open_pieces(ckpt_dir, args, shapes):
 
 # -----------------------------------------------------------------------------
 # JSON
-
-
-def read_json(path):
-    """The object in a JSON file; FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected one beside the weights; download it again")
-    try:
-        found = json.loads(path.read_bytes())  # Unlike text, bytes may begin with a byte order mark.
-        if not isinstance(found, dict):
-            raise ValueError(f"found {found!r:.40}, expected an object")
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, download it again: {error}") from None
-    return found
 
 
 def write_json(path, content):

@@ -17,6 +17,7 @@ from plumbing.checkpoint import checkpoints_of_run, point_best, remove
 from plumbing.cli import say
 from plumbing.files import check_disk, complete
 from plumbing.parallel import largest_over_ranks
+from plumbing.tokenizer_json import copy_tokenizer, name_of_copy
 
 # -----------------------------------------------------------------------------
 # What is measured
@@ -142,9 +143,8 @@ class Run:
     def prepare(self, last_step, tokenizer_path):
         """Makes the folder, or frees it of what a killed run left after last_step.
 
-        Returns the path of a copy of the tokenizer, as the checkpoint that has it may be dropped.
+        Returns the path of a copy of the tokenizer's file, as the checkpoint that has it may be dropped.
         """
-        copy = self.out_dir / "tokenizer.model"
         if dist.is_initialized():
             dist.barrier()  # Every rank has looked at the folder before the master changes it.
         if self.is_master:
@@ -152,10 +152,9 @@ class Run:
             for part in self.out_dir.glob("*.part"):
                 remove(part)
             point_best(self.out_dir, self.best_folder)
-            with complete(copy) as file:
-                file.write(Path(tokenizer_path).read_bytes())
+            copy_tokenizer(tokenizer_path, self.out_dir)
             self.cut_log(last_step)
-        return copy
+        return self.out_dir / name_of_copy(tokenizer_path)
 
     def cut_log(self, last_step):
         """Cuts the log back to last_step: a killed run leaves later lines, and one that is half-written."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from plumbing import files
 from plumbing.documents import is_learned, texts_of
-from tokenizer import MAX_CHARS, SPELLED
+from tokenizer import MAX_CHARS
 
 BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # a space that touches no other white space
 
@@ -15,7 +15,8 @@ class Words:
     """Encodes records to the bytes of uint32 tokens, quickly, because it remembers the tokens of each word.
 
     A text may be cut before every space that touches no other white space, because Llama 3's pattern joins
-    such a space to what follows and never to what precedes. Only a text's first word has no such space.
+    such a space to what follows and never to what precedes. Only a text's first word has no such space. With
+    another pattern, of which that isn't known, texts are encoded whole.
 
     special: whether special tokens that a story, prompt or completion spells are read as tokens. In a chat
     they never are, as they would forge turns.
@@ -24,6 +25,8 @@ class Words:
     def __init__(self, tokenizer, special=False):
         self.tokenizer = tokenizer
         self.special = special
+        self.bos = tokenizer.encode("", bos=True)  # what begins a text: one token or none
+        self.eos = tokenizer.encode("", eos=True)
         self.first = {}  # word -> bytes of its tokens
         self.later = {}  # word -> bytes of the tokens of a space and the word
 
@@ -35,12 +38,14 @@ class Words:
             return self.encode_completion(record["prompt"], record["completion"])
         [text] = texts_of(record)
         if self.reads_special(text):
-            tokens = [as_bytes(self.encode_text(without_eos(without_bos(text))))]
+            tokens = [as_bytes(self.encode_text(self.without_eos(self.without_bos(text))))]
+        elif not self.tokenizer.cuts_at_spaces:
+            tokens = [as_bytes(self.encode_text(text))]
         elif not text or len(text) > MAX_CHARS:  # The tokenizer cuts a longer text, even within a word.
             tokens = [as_bytes(self.encode_text(text))]
         else:  # The regular expression is slower and needed only for texts with double spaces and the like.
             tokens = self.look_up(text.split(" ")) or self.look_up(BETWEEN_WORDS.split(text))
-        return b"".join([as_bytes([self.tokenizer.bos_id]), *tokens, as_bytes([self.tokenizer.eos_id])])
+        return b"".join([as_bytes(self.bos), *tokens, as_bytes(self.eos)])
 
     def look_up(self, words):
         """The bytes of each word's tokens; None if the text must not be cut there."""
@@ -62,7 +67,7 @@ class Words:
 
     def reads_special(self, text):
         """Whether a text spells special tokens that are read as tokens."""
-        return self.special and SPELLED.search(text) is not None
+        return self.special and self.tokenizer.spelled.search(text) is not None
 
     def encode_text(self, text):
         """The token ids of a whole text."""
@@ -70,7 +75,8 @@ class Words:
 
     def encode_chat(self, messages):
         """A dialog, whose targets are the words of learned messages and the <|eot_id|> after them."""
-        tokens = [self.tokenizer.bos_id | files.MASKED]
+        bos = self.tokenizer.encode_dialog([], generation_prompt=False)
+        tokens = [i | files.MASKED for i in bos]
         header = self.tokenizer.encode_header("assistant")
         for message in messages:
             ids = self.tokenizer.encode_message(message)
@@ -85,21 +91,19 @@ class Words:
         Prompt and completion are encoded apart, because a prompt that is sampled from is encoded alone.
         """
         if self.special:
-            prompt = without_bos(prompt)
-            completion = without_eos(completion)
-        masked = [self.tokenizer.bos_id, *self.encode_text(prompt)]
-        learned = [*self.encode_text(completion), self.tokenizer.eos_id]
+            prompt = self.without_bos(prompt)
+            completion = self.without_eos(completion)
+        masked = self.bos + self.encode_text(prompt)
+        learned = self.encode_text(completion) + self.eos
         return as_bytes([i | files.MASKED for i in masked] + learned)
 
+    def without_bos(self, text):
+        """A text that may spell <BOS>, which is put before it anyway."""
+        return text.removeprefix(self.tokenizer.decode(self.bos))
 
-def without_bos(text):
-    """A text that may spell <BOS>, which is put before it anyway."""
-    return text.removeprefix("<|begin_of_text|>")
-
-
-def without_eos(text):
-    """A text that may spell <EOS>, which is put behind it anyway."""
-    return text.removesuffix("<|end_of_text|>")
+    def without_eos(self, text):
+        """A text that may spell <EOS>, which is put behind it anyway."""
+        return text.removesuffix(self.tokenizer.decode(self.eos))
 
 
 def with_start(chunk):
