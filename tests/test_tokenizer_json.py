@@ -369,6 +369,19 @@ def test_records_are_encoded_whole_behind_bos_where_there_is_one(digits):
         assert (found % files.MASKED).tolist() == tokens
 
 
+def test_a_text_is_not_cut_where_a_splitter_joins_spaces_to_what_precedes(digits):
+    def join(data):
+        data["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[
+            dict(type="Split", pattern=dict(Regex=r"\S+ ?"), behavior="Isolated", invert=False),
+            dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)])
+        data["model"]["vocab"]["eĠ"] = 383
+        data["model"]["merges"].insert(0, ["e", "Ġ"])
+    change(digits / "tokenizer.json", join)
+    ours = Tokenizer(digits / "tokenizer.json")
+    ids = ours.encode("the cat", eos=True)
+    assert 383 in ids and np.frombuffer(Words(ours).encode({"story": "the cat"}), "<u4").tolist() == ids
+
+
 def test_a_bos_within_documents_begins_none(digits, tmp_path):
     """BOS stands in every message: only marks, which its shards always have, tell where documents begin."""
     (digits / CONFIG).write_text(json.dumps(CHATML | {"add_bos_token": True}))
