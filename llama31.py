@@ -574,11 +574,18 @@ class Sampler:
             raise ValueError(f"found {largest} as the largest logit; expected a finite one")
         if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
             return int(scores.argmax())
-        weights = np.exp((scores - largest) / np.float32(self.temperature))  # 1 for the likeliest token
-        ids = self.kept(weights)
-        cdf = weights[ids].cumsum(dtype=np.float64)
+        # The exponentials of all V tokens take longest, and nearly always those near the likeliest suffice:
+        # the others, each below exp(-20), can't hold enough to change what top_p leaves.
+        for reach in (20.0, math.inf) if self.top_p < 1 else (math.inf,):
+            near = np.flatnonzero(scores >= largest - reach * self.temperature)
+            weights = np.exp((scores[near] - largest) / np.float32(self.temperature))  # the likeliest has 1
+            rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
+            kept = self.kept(weights, rest)
+            if kept is not None:
+                break
+        cdf = weights[kept].cumsum(dtype=np.float64)
         uniform = float(torch.rand((), dtype=torch.float64, generator=generator)) * cdf[-1]
-        return int(ids[cdf.searchsorted(uniform, side="right")])
+        return int(near[kept[cdf.searchsorted(uniform, side="right")]])
 
     def penalized(self, scores, text):
         """The logits with a text's tokens made less likely, each once (Keskar et al., 2019)."""
@@ -589,8 +596,11 @@ class Sampler:
         scores[ids] = np.where(held < 0, held * self.repetition_penalty, held / self.repetition_penalty)
         return scores
 
-    def kept(self, weights):
-        """The ids that the limits leave, ascending; weights (V,) are probabilities times a constant."""
+    def kept(self, weights, rest=0.0):
+        """Which tokens the limits leave, ascending; None if that depends on others, which hold at most rest.
+
+        weights: probabilities times a constant, the largest of which is 1.
+        """
         total = weights.sum(dtype=np.float64)
         # Sorting all of V is slow: those rarer than this hold less than 1 - top_p together (0.9: rounding).
         rare = 0.9 * (1 - self.top_p) / len(weights) * total
@@ -601,8 +611,13 @@ class Sampler:
         count = len(ids)
         if self.top_p < 1:
             # A token is dropped when the likelier ones alone already hold top_p.
-            likelier = weights[ids].cumsum(dtype=np.float64) - weights[ids]
+            held = weights[ids].cumsum(dtype=np.float64)
+            likelier = held - weights[ids]
             count = np.count_nonzero(likelier < self.top_p * total)
+            most = self.top_p * (total + rest)
+            is_short = rare > self.min_p and held[-1] < most  # Some of the rare ones might be left, too.
+            if rest and (is_short or np.count_nonzero(likelier < most) > count):
+                return None
         if self.top_k:
             count = min(count, self.top_k)
         return np.sort(ids[:max(count, 1)])  # one, also where top_p is 0

@@ -9,7 +9,7 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1375,  # 1300, a line of help for each of the 49 flags, rows that are no tokens
+    "llama31.py": 1390,  # 1300, a line of help for each of the 49 flags, a sampler that hardly costs time
     "tokenizer.py": 480,  # 360, the kinds of messages that files have, two kinds of vocabulary
     "tiny_stories.py": 440,  # 420, and what text() says of its splits
     "stories.py": 400,
