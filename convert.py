@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as BPE
 import llama31
 from plumbing import cli
 from plumbing.checkpoint import merge_pieces, save_checkpoint
-from plumbing.files import complete_folder
+from plumbing.files import complete_folder, read_json
 from plumbing.huggingface import (
     FIELDS,
     INDEX,
@@ -31,7 +31,6 @@ from plumbing.huggingface import (
     SINGLE,
     open_pieces,
     read_config,
-    read_json,
     reordered,
     tensor_names,
     write_json,

@@ -365,8 +365,7 @@ class Transformer(nn.Module):
     @property
     def dtype(self):
         """The type of hidden states and caches: what the embedding makes of its weights, or theirs."""
-        embedding = self.tok_embeddings
-        return embedding.dtype if hasattr(embedding, "dtype") else embedding.weight.dtype
+        return getattr(self.tok_embeddings, "dtype", None) or self.tok_embeddings.weight.dtype
 
     def angles(self, positions):
         """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
@@ -581,7 +580,7 @@ class Sampler:
             weights = np.exp((scores[near] - largest) / np.float32(self.temperature))  # the likeliest has 1
             rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
             kept = self.kept(weights, rest)
-            if kept is not None:
+            if len(kept) > 0:
                 break
         cdf = weights[kept].cumsum(dtype=np.float64)
         uniform = float(torch.rand((), dtype=torch.float64, generator=generator)) * cdf[-1]
@@ -597,7 +596,7 @@ class Sampler:
         return scores
 
     def kept(self, weights, rest=0.0):
-        """Which tokens the limits leave, ascending; None if that depends on others, which hold at most rest.
+        """Which tokens the limits leave, ascending; none if that depends on others, which hold at most rest.
 
         weights: probabilities times a constant, the largest of which is 1.
         """
@@ -617,7 +616,7 @@ class Sampler:
             most = self.top_p * (total + rest)
             is_short = rare > self.min_p and held[-1] < most  # Some of the rare ones might be left, too.
             if rest and (is_short or np.count_nonzero(likelier < most) > count):
-                return None
+                return ids[:0]
         if self.top_k:
             count = min(count, self.top_k)
         return np.sort(ids[:max(count, 1)])  # one, also where top_p is 0
@@ -808,17 +807,18 @@ class Llama:
         if rows:
             yield [row.push(None) for row in rows]  # Nothing is held back any longer.
 
-    def texts(self, prompt_tokens, max_gen_len, stop, settings):
-        """The whole text that follows each prompt."""
-        texts = [""] * len(prompt_tokens)
-        for pieces in self.stream(self.steps(prompt_tokens, max_gen_len, **settings), stop):
+    def texts(self, steps, num_rows, stop):
+        """The whole text of each row of some steps, of which there may be none; see stream."""
+        texts = [""] * num_rows
+        for pieces in self.stream(steps, stop):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
     def text_completion(self, prompts: Sequence[str], max_gen_len: int = 256, echo: bool = False,
                         stop: str | Sequence[str] = (), special: bool = False, **settings) -> list[dict]:
         """[{"generation": text}] per prompt, echo: behind it; for the rest see stream, encode and steps."""
-        texts = self.texts(self.encode(prompts, special), max_gen_len, stop, settings)
+        tokens = self.encode(prompts, special)
+        texts = self.texts(self.steps(tokens, max_gen_len, **settings), len(tokens), stop)
         return [{"generation": (prompt if echo else "") + text}
                 for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -831,7 +831,7 @@ class Llama:
         """
         tokens = [self.required_tokenizer.encode_dialog(dialog) for dialog in dialogs]
         return [{"generation": {"role": "assistant", "content": text}}
-                for text in self.texts(tokens, max_gen_len, stop, settings)]
+                for text in self.texts(self.steps(tokens, max_gen_len, **settings), len(tokens), stop)]
 
 # -----------------------------------------------------------------------------
 # Data loader

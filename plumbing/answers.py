@@ -84,7 +84,7 @@ def read_dialogs(path):
         records = list(read_records(path, "dialog", collect(read_json(file)), FIELD, EXPECTED))
     expect(records, path, "empty", "a dialog in every line")
     for number, (row, record) in enumerate(zip(rows, records, strict=True)):
-        if messages_of(row) is None or "messages" not in record:
+        if row.get(key_of(row)) is None or "messages" not in record:
             raise ValueError(f"{path}, dialog {number}: found keys {', '.join(row)}, {EXPECTED}")
         if unwritable(row):
             raise ValueError(f"{path}, dialog {number}: found a number that JSON has not, such as NaN")
@@ -106,14 +106,14 @@ def unwritable(row):
     return False
 
 
-def messages_of(row):
-    """A row's list of messages or turns, None if it has neither."""
-    return row.get("conversations") if row.get("messages") is None else row["messages"]
+def key_of(row):
+    """Under which key a row has its messages, where it has some."""
+    return "conversations" if row.get("messages") is None else "messages"
 
 
 def with_answer(row, text):
     """The row with the answer appended, in the form that its messages have."""
-    key = "conversations" if row.get("messages") is None else "messages"
+    key = key_of(row)
     is_turn = "from" in row[key][-1]
     answer = {"from": "gpt", "value": text} if is_turn else {"role": "assistant", "content": text}
     return row | {key: [*row[key], answer]}
@@ -136,10 +136,8 @@ def print_answers(llama, path, rows, dialogs, max_gen_len, stop, seed, **samplin
         for begin in range(0, len(rows), BATCH):
             batch = prompts[begin:begin + BATCH]
             answers = [[] for _ in batch]  # their tokens
-            texts = [""] * len(batch)
             steps = llama.steps(batch, max_gen_len, seed=seed + begin, **sampling)
-            for pieces in llama.stream(collected(steps, answers), stop):
-                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            texts = llama.texts(collected(steps, answers), len(batch), stop)
             for row, text in zip(rows[begin:begin + BATCH], texts, strict=True):
                 line = json.dumps(with_answer(row, text), ensure_ascii=not is_utf8)
                 with tqdm.external_write_mode():

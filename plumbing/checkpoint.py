@@ -111,7 +111,7 @@ def map_file(path):
         return load_file(path)
     state = load_file(path, "meta")  # Of the tensors, only shapes, and where they lie in the file.
     begins = set(record_begins(path))
-    maps = {}  # by their place, as tied weights are one
+    maps = {}  # offset in the file -> its bytes; tied weights share one
     for name, tensor in state.items():
         if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
             continue

@@ -108,18 +108,23 @@ class Remarks:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.do_or_drop(lambda: self.stream.write(text))
+        with dropping(self.stream):
+            self.stream.write(text)
         return len(text)
 
     def flush(self):
-        self.do_or_drop(self.stream.flush)
+        with dropping(self.stream):
+            self.stream.flush()
 
-    def do_or_drop(self, act):
-        try:
-            act()
-        except (OSError, ValueError):  # A ValueError says that it is closed.
-            with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+@contextlib.contextmanager
+def dropping(stream):
+    """Drops what can't be written to a stream, with all that follows."""
+    try:
+        yield
+    except (OSError, ValueError):  # A ValueError says that it is closed.
+        with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def flush_or_drop_output():
@@ -219,12 +224,8 @@ def say(text, stream=None):
     stream: None: standard output.
     """
     stream = stream or sys.stdout
-    try:
-        with tqdm.external_write_mode(file=stream):
-            print(text, file=stream, flush=True)
-    except (OSError, ValueError):  # A ValueError says that it is closed.
-        with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with dropping(stream), tqdm.external_write_mode(file=stream):
+        print(text, file=stream, flush=True)
 
 
 def expect(fits, name, value, expected):

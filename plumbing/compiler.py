@@ -18,7 +18,7 @@ from pathlib import Path
 
 from plumbing.files import complete
 
-DIGEST_BYTES = 32  # of SHA-256
+DIGEST_BYTES = hashlib.sha256().digest_size
 # -fassociative-math and what it needs lets sums be taken in any order, as vectors take them.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi", "-fno-math-errno",
          "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")

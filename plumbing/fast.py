@@ -231,8 +231,7 @@ def load_int8(model, tensors, device, dtype):
         path = name.removesuffix(".weight")
         tensor = tensor.to(device)
         if tensor.dim() == 1:
-            # A copy, as a slice would keep its whole file mapped into memory.
-            model.get_submodule(path).weight = nn.Parameter(tensor.to(dtype, copy=True))
+            model.get_submodule(path).weight = nn.Parameter(tensor.to(dtype))
             continue
         kind = Int8Embedding if path == "tok_embeddings" else Int8Linear
         model.set_submodule(path, kind(*quantize(tensor), dtype))
@@ -487,7 +486,7 @@ def check_memory(what, num_bytes, device):
     """Raises ValueError if a device has less than num_bytes free."""
     free = free_memory(device)
     if num_bytes > free and device.type != "cuda":
-        return_freed_memory()  # what keep_freed_memory keeps
+        return_freed_memory()  # A command keeps it for later tensors: see keep_freed_memory.
         free = free_memory(device)
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "

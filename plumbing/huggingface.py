@@ -235,9 +235,5 @@ def open_pieces(ckpt_dir, args, shapes):
     return pieces, tied
 
 
-# -----------------------------------------------------------------------------
-# JSON
-
-
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
