@@ -78,8 +78,10 @@ constexpr int CHUNK = 64;  // weights of a row, or activations of a token, that 
 // What weights and activations become for their product. Int8 weights are multiplied as integers, because
 // to make floats of them takes longer. Activations become integers of 16 bits times a scale for each CHUNK,
 // which is a hundred times as exact as the weights. Sums of a CHUNK, at most 64 * 127 * 32767, fit 32 bits.
+// A pair of bfloat16 is multiplied at once where the processor can and the activations are bfloat16 anyway.
 #ifdef __AVX512BF16__
-using Half = std::conditional_t<std::is_same_v<Weight, bfloat16>, bfloat16, float>;
+constexpr bool ALL_BFLOAT16 = std::is_same_v<Weight, bfloat16> && std::is_same_v<Value, bfloat16>;
+using Half = std::conditional_t<ALL_BFLOAT16, bfloat16, float>;
 using Pairs = __m512bh;
 #else
 using Half = float;

@@ -347,6 +347,7 @@ def test_sample_prints_each_prompt_with_its_completion(ckpt_dir, tokenizer, tmp_
     settings = dict(max_gen_len=12, temperature=0.8, seed=5)
     expected = [c["generation"] for c in llama.text_completion(["a cat", "once"], echo=True, **settings)]
     (tmp_path / "prompts.txt").write_text("a cat\nonce\n")
+    capsys.readouterr()  # Building may have compiled, and said so.
     sample(ckpt_dir=ckpt_dir, prompt_file=tmp_path / "prompts.txt", device="cpu", compile=False, **settings)
     printed = capsys.readouterr()
     assert printed.out == "\n\n".join(expected) + "\n"
