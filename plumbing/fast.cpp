@@ -297,9 +297,10 @@ public:
 
 // For few tokens, COLUMNS at a time. A thread reads its share of the matrix in several places at once,
 // because the memory then delivers up to twice as much.
+constexpr int MOST_SUMS = REGISTERS == 32 ? 24 : 12, MOST_COLUMNS = MOST_SUMS / 3;  // that fit the registers
 template <int COLUMNS>
 static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
-    constexpr int PLACES = COLUMNS < 4 ? 4 : 3;  // so that the sums, at most 12, fit the registers
+    constexpr int PLACES = std::min(4, MOST_SUMS / COLUMNS);
     constexpr int STEP = 4 * LANES / sizeof(Input);
     using Vector = typename Types<Input>::Vector;
     int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -321,6 +322,7 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
                         w[r] = filled_up[r];
                     }
                 typename Types<Input>::Sums sums[PLACES][COLUMNS] = {};
+                if constexpr (!INT8) memcpy(sums, totals, sizeof sums);
                 for (int k = 0; k < CHUNK; k += STEP) {
                     Vector tokens[COLUMNS];
                     for (int c = 0; c < COLUMNS; c++) tokens[c] = load<Vector>(x.at(t + c, j) + k);
@@ -330,11 +332,12 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
                             sums[r][c] = add_product(sums[r][c], weights, tokens[c]);
                     }
                 }
-                for (int r = 0; r < PLACES; r++) {
-                    Floats scale = Floats{} + (INT8 ? matrix.scales[row[r] * x.chunks + j] : 1);
+                for (int r = 0; r < PLACES; r++)
                     for (int c = 0; c < COLUMNS; c++)
-                        totals[r][c] += scaled(sums[r][c], scale * *x.scale(t + c, j));
-                }
+                        if constexpr (INT8)
+                            totals[r][c] += __builtin_convertvector(sums[r][c], Floats)
+                                * (matrix.scales[row[r] * x.chunks + j] * *x.scale(t + c, j));
+                        else totals[r][c] = sums[r][c];
             }
             for (int r = 0; r < PLACES && i + r * distance < end; r++)
                 for (int c = 0; c < COLUMNS && t + c < x.count; c++)
@@ -346,8 +349,8 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
 // For many tokens, a block of the matrix and of tokens after the other. A block's weights are widened once
 // for all its tokens. They stay in the second level of the processor's cache, part of a panel in the first.
 static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
-    constexpr int BLOCK_ROWS = 48, BLOCK_TOKENS = 128, DEPTH = 6;  // in chunks
-    constexpr int LENGTH = DEPTH * CHUNK;
+    constexpr int BLOCK_ROWS = 48, BLOCK_TOKENS = 128;
+    constexpr int LENGTH = 24 * 1024 / (WIDTH * sizeof(Input)), DEPTH = LENGTH / CHUNK;  // in chunks
     static_assert(BLOCK_ROWS % TILE == 0 && BLOCK_TOKENS % WIDTH == 0);
     Buffer<Input> widened(BLOCK_ROWS * LENGTH);
     Buffer<float> scales(BLOCK_ROWS * DEPTH), sums(BLOCK_ROWS * BLOCK_TOKENS);
@@ -381,28 +384,49 @@ static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y
 
 static void multiply(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
     if (x.in_panels) return multiply_many(x, matrix, rows, y);
-    int64_t times = (x.count + 3) / 4;
+    int64_t times = (x.count + MOST_COLUMNS - 1) / MOST_COLUMNS;
     switch ((x.count + times - 1) / times) {
         case 1: return multiply_few<1>(x, matrix, rows, y);
         case 2: return multiply_few<2>(x, matrix, rows, y);
         case 3: return multiply_few<3>(x, matrix, rows, y);
-        default: return multiply_few<4>(x, matrix, rows, y);
+        case 4: return multiply_few<4>(x, matrix, rows, y);
+        case 5: case 6: return multiply_few<std::min(6, MOST_COLUMNS)>(x, matrix, rows, y);
+        default: return multiply_few<MOST_COLUMNS>(x, matrix, rows, y);
     }
 }
 
 // -----------------------------------------------------------------------------
 // Between the products
 
-inline float exponential(float x) {  // to 4e-6, in a form that compilers vectorize
-    x = std::min(std::max(x * 1.44269504f, -126.0f), 127.0f);
-    float n = std::floor(x), f = x - n, power;
-    uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
-    memcpy(&power, &bits, 4);  // 2 to the n; times 2 to the f:
+constexpr int BLOCK = 64;  // numbers that are handled at once, and positions in attention
+
+// To 4e-6. In vectors, because compilers make branches of a number's limits, and multiply in each of them.
+inline Floats exponential(Floats x) {
+    const Floats least = Floats{} - 126, most = Floats{} + 126;
+    x *= 1.44269504f;
+    x = x < least ? least : x > most ? most : x;
+    Ints n = __builtin_convertvector(x + 127, Ints);  // rounded down, as it is above 0
+    Floats f = x - __builtin_convertvector(n - 127, Floats);
+    Floats power = (Floats)(n << 23);  // 2 to the n - 127; times 2 to the f:
     return power * (1 + f * (0.693151312f + f * (0.24016445f + f * (0.055799913f
                        + f * (0.00901703029f + f * 0.00186713011f)))));
 }
+inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
-inline float silu(float x) { return x / (1 + exponential(-x)); }
+// y (n) = silu(gate) * up, for the feed-forward layer
+template <typename From, typename To>
+static void apply_gate(int64_t n, const From* gate, const From* up, To* y) {
+    float row[BLOCK];
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        int64_t size = std::min<int64_t>(BLOCK, n - begin);
+        widen_row(gate + begin, size, BLOCK, row);
+        for (int i = 0; i < BLOCK; i += LANES) {
+            Floats x = load<Floats>(row + i);
+            store(row + i, x / (1 + exponential(-x)));
+        }
+        for (int64_t i = 0; i < size; i++) y[begin + i] = row[i] * up[begin + i];
+    }
+}
 
 template <typename To>
 static void norm(const Model& model, const float* x, const float* weight, To* y) {
@@ -412,8 +436,8 @@ static void norm(const Model& model, const float* x, const float* weight, To* y)
     for (int64_t i = 0; i < model.dim; i++) y[i] = x[i] * scale * weight[i];
 }
 
-template <typename To>
-static void rotate(int64_t D, const float* x, const float* cos, const float* sin, To* y) {
+template <typename From, typename To>
+static void rotate(int64_t D, const From* x, const float* cos, const float* sin, To* y) {
     for (int64_t i = 0; i < D / 2; i++) {
         float a = x[2 * i], b = x[2 * i + 1];
         y[2 * i] = a * cos[i] - b * sin[i];
@@ -423,8 +447,6 @@ static void rotate(int64_t D, const float* x, const float* cos, const float* sin
 
 // -----------------------------------------------------------------------------
 // Attention
-
-constexpr int BLOCK = 64;  // positions at once
 
 // The attention of some tokens in the G query heads that share one head of keys and values, and its memory.
 // There is a row for each token and query head. Rows are a multiple of TILE, widths of WIDTH.
@@ -441,8 +463,9 @@ struct Attention {
 
     // Softmax is that of the positions seen so far, rescaled with every further block of them (Milakov and
     // Gimelshein, 2018).
-    void attend(int64_t T, const float* q, const float* cos, const float* sin, const int64_t* positions,
-                const Value* keys, const Value* values, float* y) {
+    template <typename Number>
+    void attend(int64_t T, const Number* q, const float* cos, const float* sin, const int64_t* positions,
+                const Value* keys, const Value* values, Number* y) {
         const int64_t used = T * G;
         for (int64_t i = 0; i < used; i++) {
             int64_t angle = i / G * D / 2;
@@ -497,7 +520,11 @@ struct Attention {
         float before = top[i];
         for (int s = 0; s < LANES; s++) top[i] = std::max(top[i], most[s]);
         float kept = exponential(before - top[i]), added = 0;
-        for (int s = 0; s < BLOCK; s++) added += weights[s] = exponential(weights[s] - top[i]);
+        for (int s = 0; s < BLOCK; s += LANES) {
+            Floats weight = exponential(load<Floats>(weights + s) - top[i]);
+            store(weights + s, weight);
+            added += sum(weight);
+        }
         std::fill(weights + seen, weights + BLOCK, 0.0f);
         total[i] = total[i] * kept + added;
         for (int64_t d = 0; d < width; d++) sums[i * width + d] *= kept;
@@ -505,9 +532,10 @@ struct Attention {
 };
 
 // Writes k and v (B, T, K, D) to the cache; y (B, T, H, D) becomes q's attention to it. All threads call it.
-static void attention(const Model& model, int64_t B, int64_t T, const float* q, const float* k,
-                      const float* v, const float* cos, const float* sin, const int64_t* positions,
-                      Cache cache, int64_t room, float* y) {
+template <typename Number>
+static void attention(const Model& model, int64_t B, int64_t T, const Number* q, const Number* k,
+                      const Number* v, const float* cos, const float* sin, const int64_t* positions,
+                      Cache cache, int64_t room, Number* y) {
     const int64_t D = model.head_dim(), H = model.n_heads, K = model.n_kv_heads;
     #pragma omp for collapse(2)
     for (int64_t t = 0; t < B * T; t++)
@@ -558,7 +586,7 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
             multiply(narrow, layer.wk, kv_dim, k);
             multiply(narrow, layer.wv, kv_dim, v);
             #pragma omp barrier
-            attention(model, B, T, q, k, v, cos, sin, positions, caches[l], room, attended);
+            attention<float>(model, B, T, q, k, v, cos, sin, positions, caches[l], room, attended);
             #pragma omp for
             for (int64_t t = 0; t < N; t++) narrow.set(t, attended + t * dim);
             multiply(narrow, layer.wo, dim, added);
@@ -569,8 +597,7 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
             #pragma omp barrier
             #pragma omp for
             for (int64_t t = 0; t < N; t++) {
-                for (int64_t i = 0; i < hidden; i++)
-                    row[i] = silu(gate[t * hidden + i]) * up[t * hidden + i];
+                apply_gate(hidden, gate + t * hidden, up + t * hidden, row.data());
                 wide.set(t, row.data());
             }
             multiply(wide, layer.w2, dim, added);
@@ -608,21 +635,15 @@ extern "C" void add_and_norm(const Model* model, int64_t N, float* x, const Valu
 extern "C" void attend_to_prompt(const Model* model, int64_t B, int64_t T, const Value* q, const Value* k,
                                  const Value* v, const float* cos, const float* sin,
                                  const int64_t* positions, const Cache* cache, int64_t room, Value* y) {
-    std::vector<float> floats[4];
-    floats[0].assign(q, q + B * T * model->dim);
-    floats[1].assign(k, k + B * T * model->kv_dim());
-    floats[2].assign(v, v + B * T * model->kv_dim());
-    floats[3].resize(B * T * model->dim);
     #pragma omp parallel
-    attention(*model, B, T, floats[0].data(), floats[1].data(), floats[2].data(), cos, sin, positions,
-              *cache, room, floats[3].data());
-    std::copy(floats[3].begin(), floats[3].end(), y);
+    attention(*model, B, T, q, k, v, cos, sin, positions, *cache, room, y);
 }
 
 // gate = silu(gate) * up
 extern "C" void swiglu(int64_t N, Value* gate, const Value* up) {
     #pragma omp parallel for
-    for (int64_t i = 0; i < N; i++) gate[i] = silu(gate[i]) * up[i];
+    for (int64_t i = 0; i < N; i += BLOCK)
+        apply_gate(std::min<int64_t>(BLOCK, N - i), gate + i, up + i, gate + i);
 }
 
 extern "C" const char* instructions() {
