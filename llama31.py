@@ -564,8 +564,9 @@ class Sampler:
         kept, in the order of their ids. At temperature 0 none is taken, and the first of equals wins.
         ValueError if the largest logit isn't finite.
         """
-        # NumPy's operations begin within a microsecond: on arrays of this size they are twice as fast.
-        scores = logits.float().cpu().numpy()
+        # NumPy's operations begin within a microsecond: on arrays of this size they are twice as fast. Their
+        # number counts, because a step of the model drives the code of each from the processor's caches.
+        scores = logits.to("cpu", torch.float32).numpy()
         if self.repetition_penalty != 1:
             scores = self.penalized(scores, text)
         largest = scores.max()
@@ -576,15 +577,16 @@ class Sampler:
         # The exponentials of all V tokens take longest, and nearly always those near the likeliest suffice:
         # the others, each below exp(-20), can't hold enough to change what top_p leaves.
         for reach in (20.0, math.inf) if self.top_p < 1 else (math.inf,):
-            near = np.flatnonzero(scores >= largest - reach * self.temperature)
+            near, = (scores >= largest - reach * self.temperature).nonzero()
             weights = np.exp((scores[near] - largest) / np.float32(self.temperature))  # the likeliest has 1
+            weights = weights.astype(np.float64)  # in which sums are exact enough
             rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
             kept = self.kept(weights, rest)
             if len(kept) > 0:
                 break
-        cdf = weights[kept].cumsum(dtype=np.float64)
-        uniform = float(torch.rand((), dtype=torch.float64, generator=generator)) * cdf[-1]
-        return int(near[kept[cdf.searchsorted(uniform, side="right")]])
+        cdf = weights[kept].cumsum()
+        uniform = float(torch.empty((), dtype=torch.float64).uniform_(generator=generator))
+        return int(near[kept[cdf.searchsorted(uniform * cdf[-1], side="right")]])
 
     def penalized(self, scores, text):
         """The logits with a text's tokens made less likely, each once (Keskar et al., 2019)."""
@@ -600,26 +602,23 @@ class Sampler:
 
         weights: probabilities times a constant, the largest of which is 1.
         """
-        total = weights.sum(dtype=np.float64)
+        total = weights.sum()
         # Sorting all of V is slow: those rarer than this hold less than 1 - top_p together (0.9: rounding).
         rare = 0.9 * (1 - self.top_p) / len(weights) * total
-        ids = np.flatnonzero(weights >= max(rare, self.min_p))
+        ids, = (weights >= max(rare, self.min_p)).nonzero()
         if self.top_p == 1 and self.top_k == 0:
             return ids
-        ids = ids[np.argsort(-weights[ids], kind="stable")]  # the likeliest first; of equals, the lower id
-        count = len(ids)
+        ids = ids[(-weights[ids]).argsort(kind="stable")]  # the likeliest first; of equals, the lower id
         if self.top_p < 1:
             # A token is dropped when the likelier ones alone already hold top_p.
-            held = weights[ids].cumsum(dtype=np.float64)
-            likelier = held - weights[ids]
-            count = np.count_nonzero(likelier < self.top_p * total)
-            most = self.top_p * (total + rest)
-            is_short = rare > self.min_p and held[-1] < most  # Some of the rare ones might be left, too.
-            if rest and (is_short or np.count_nonzero(likelier < most) > count):
+            held = weights[ids].cumsum()
+            count = held.searchsorted(self.top_p * total) + 1
+            most = held.searchsorted(self.top_p * (total + rest)) + 1
+            # Where it is all of these, the rare ones might be left, too.
+            if most > count and (count < len(ids) or rare > self.min_p):
                 return ids[:0]
-        if self.top_k:
-            count = min(count, self.top_k)
-        return np.sort(ids[:max(count, 1)])  # one, also where top_p is 0
+            ids = ids[:count]
+        return np.sort(ids[:self.top_k or None])
 
 # -----------------------------------------------------------------------------
 # Generation
