@@ -100,11 +100,13 @@ def matrix_weights(args):
 def prefill_flops(args, lengths):
     """Operations that reading prompts of these lengths takes, of which only the last tokens have logits.
 
-    2 per weight and token, and attention's: 4 dim per layer and pair of a query and a key that it sees.
+    2 per weight and token, and attention's: in each layer 4 per pair of a query and a key that it sees, and
+    element of the query heads.
     """
     layers, output = matrix_weights(args)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
-    return 2 * layers * sum(lengths) + 4 * args.n_layers * args.dim * pairs + 2 * output * len(lengths)
+    attention = 4 * args.n_layers * args.n_heads * args.head_dim * pairs
+    return 2 * layers * sum(lengths) + attention + 2 * output * len(lengths)
 
 
 def decode_bytes(args, lengths, weight_bytes, cache_bytes):
@@ -384,7 +386,8 @@ def transformers_model(args):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.hidden_dim,
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads, tie_word_embeddings=args.tie_word_embeddings, use_cache=False))
+        num_key_value_heads=args.n_kv_heads, head_dim=args.head_dim,
+        tie_word_embeddings=args.tie_word_embeddings, use_cache=False))
 
 
 def random_documents(vocab_size, batch_size, seq_len, document):

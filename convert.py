@@ -27,7 +27,7 @@ from plumbing.huggingface import (
     FIELDS,
     INDEX,
     LLAMA,
-    LLAMA3_ROPE,
+    ROPE_FIELDS,
     SINGLE,
     open_pieces,
     read_config,
@@ -80,13 +80,13 @@ def write_tensors(folder, args, pieces, max_file_bytes):
 
 def write_config(folder, args, dtype, ids):
     """Writes config.json and generation_config.json; ids: special tokens, which go into both."""
-    rope = {"rope_type": "llama3", "factor": args.rope_scale_factor, **LLAMA3_ROPE}
+    rope = {"rope_type": "llama3", **{theirs: getattr(args, ours) for ours, theirs in ROPE_FIELDS.items()}}
     write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], **LLAMA, **ids,
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs: getattr(args, ours) for ours, (theirs, _) in FIELDS.items()},
-        "head_dim": args.head_dim, "intermediate_size": args.hidden_dim, "rope_theta": args.rope_theta,
+        "intermediate_size": args.hidden_dim, "rope_theta": args.rope_theta,
         "rope_scaling": rope if args.use_scaled_rope else None})
 
 # -----------------------------------------------------------------------------

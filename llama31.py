@@ -59,8 +59,9 @@ class ModelArgs:
     """
     dim: int = 4096  # width of the residual stream, which every block reads and adds to
     n_layers: int = 32  # blocks, one after the other
-    n_heads: int = 32  # query heads; each has dim / n_heads elements
+    n_heads: int = 32  # query heads
     n_kv_heads: int | None = None  # key/value heads, fewer so that the cache is smaller; None: n_heads
+    head_dim: int | None = None  # elements of each head; None: dim / n_heads
     vocab_size: int = 128256  # token ids; 128,000 byte sequences and 256 special tokens in Meta's vocabulary
     multiple_of: int = 256  # the SwiGLU hidden size is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None  # widens the SwiGLU hidden size beyond 8/3 dim; None: 8/3 dim
@@ -68,6 +69,9 @@ class ModelArgs:
     rope_theta: float = 500000.0  # RoPE's slowest pairs turn once in about 2 pi rope_theta positions
     use_scaled_rope: bool = False  # Llama 3.1's stretch of the context from 8,192 to 131,072 tokens
     rope_scale_factor: float = 8.0  # how much that stretch slows the slow pairs; 32 for Llama 3.2 1B and 3B
+    rope_low_freq_factor: float = 1.0  # turns in the old context up to which a pair is slowed in full
+    rope_high_freq_factor: float = 4.0  # turns from which on a pair stays as it is
+    rope_old_context: int = 8192  # tokens that were trained before the stretch
     tie_word_embeddings: bool = False  # one matrix serves as embedding and as output
     max_seq_len: int = 2048  # prompt and generated tokens together, unless Llama.build is told otherwise
 
@@ -88,12 +92,12 @@ class ModelArgs:
             self.n_kv_heads = self.n_heads
         expect(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
                f"a divisor of n_heads, here {self.n_heads}")
-        expect(self.dim % (2 * self.n_heads) == 0, "dim", self.dim, f"a multiple of 2 * n_heads = "
-               f"{2 * self.n_heads}: RoPE turns pairs of a head's elements")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        if self.head_dim is None:
+            expect(self.dim % self.n_heads == 0, "dim", self.dim, f"a multiple of n_heads {self.n_heads}")
+            self.head_dim = self.dim // self.n_heads
+        expect(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, as RoPE turns pairs")
+        expect(self.rope_low_freq_factor < self.rope_high_freq_factor, "rope_high_freq_factor",
+               self.rope_high_freq_factor, f"more than rope_low_freq_factor {self.rope_low_freq_factor}")
 
     @property
     def hidden_dim(self) -> int:
@@ -170,17 +174,14 @@ def rope_frequencies(args):
 
     Queries and keys are turned by their position times these, so that their product depends on how far apart
     they are: fast pairs tell neighbours apart, slow ones paragraphs. use_scaled_rope stretches the context
-    as Llama 3.1 does: pairs that turn at least 4 times within the old context stay, those that don't turn
-    once are slowed by rope_scale_factor, those between are blended.
+    as Llama 3.1 does: pairs that turn often within the old one stay, slow ones are slowed, others blended.
     """
     with torch.device("cpu"):  # They are computed even while the model is laid out on the meta device.
         freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
     if not args.use_scaled_rope:
         return freqs
-    low = 1.0  # turns up to which a pair is slowed in full
-    high = 4.0  # turns from which on it stays as it is
-    old_context = 8192  # tokens, what Llama 3 was trained for
-    turns = old_context / (2 * math.pi / freqs)  # how often each pair turns within the old context
+    low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+    turns = args.rope_old_context / (2 * math.pi / freqs)  # how often each pair turns within the old context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * freqs / args.rope_scale_factor + kept * freqs
 
@@ -464,10 +465,10 @@ class Transformer(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention."""
-        weights = sum(p.numel() for p in self.parameters())
-        if not self.args.tie_word_embeddings:
-            weights -= self.tok_embeddings.weight.numel()  # The embedding is looked up, not multiplied.
-        return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.dim
+        parts = self.layers, self.norm, self.output  # The embedding is looked up, not multiplied.
+        weights = sum(p.numel() for part in parts for p in part.parameters())
+        assert self.args.head_dim  # ModelArgs has worked it out.
+        return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.n_heads * self.args.head_dim
 
     def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
                              betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
@@ -1230,8 +1231,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                 vocabulary=[tokenizer.model_path])
     progress = run.load_progress(flags, data)
     num_parameters = sum(p.numel() for p in model.parameters())
-    stored = checkpoint.stored_dtype(pieces) if pieces else torch.float32
-    saved_dtype = stored if stored in (torch.bfloat16, torch.float16) else torch.float32
+    saved_dtype = checkpoint.stored_dtype(pieces) if pieces else torch.float32
     # Trained weights and AdamW's two averages; what is saved in another type comes on top.
     bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
     run.check_disk(bytes_per_parameter * num_parameters, progress["step"])

@@ -83,8 +83,8 @@ def write_gguf(path, model, pieces, kind):
     settings = dict(
         vocab_size=args.vocab_size, context_length=args.max_seq_len, embedding_length=args.dim,
         block_count=args.n_layers, feed_forward_length=args.hidden_dim, head_count=args.n_heads,
-        head_count_kv=args.n_kv_heads, rope_freq_base=args.rope_theta, rope_dimension_count=args.head_dim,
-        layer_norm_rms_eps=args.norm_eps)
+        head_count_kv=args.n_kv_heads, key_length=args.head_dim, value_length=args.head_dim,
+        rope_freq_base=args.rope_theta, rope_dimension_count=args.head_dim, layer_norm_rms_eps=args.norm_eps)
     for name, value in settings.items():
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)  # It knows Meta's, too.

@@ -27,9 +27,14 @@ from tokenizer import Tokenizer, find_tokenizer
 # Model
 
 
+def head_size(args):
+    """D, the elements of a head: the width shared out, unless args have a number of their own."""
+    return args.get("head_dim") or args["dim"] // args["n_heads"]
+
+
 def rope_frequencies(args):
     """Radians by which one position turns each of a head's pairs, (D/2), as args' use_scaled_rope asks."""
-    D = args["dim"] // args["n_heads"]
+    D = head_size(args)
     # The power, too, is in float32, because Llama was trained that way: at position 8,000 the last bit of a
     # frequency makes a difference of up to 5e-4 radians.
     frequencies = 1.0 / args.get("rope_theta", 500000.0) ** (torch.arange(0, D, 2).float() / D)
@@ -40,15 +45,18 @@ def rope_frequencies(args):
     shape = (args["dim"], args["n_layers"], args["n_heads"], args.get("n_kv_heads"))
     is_llama_32 = shape in ((2048, 16, 32, 8), (3072, 28, 24, 8))
     factor = args.get("rope_scale_factor", 32 if is_llama_32 else 8)
+    few = args.get("rope_low_freq_factor", 1)
+    many = args.get("rope_high_freq_factor", 4)
     scaled = []
     for frequency in frequencies.tolist():
-        turns = 8192 * frequency / (2 * math.pi)  # full turns within the 8,192 tokens of Llama 3's context
-        if turns > 4:    # Fast pairs distinguish near positions and keep their frequency.
+        # full turns within the context that was trained first, Llama 3's 8,192 tokens
+        turns = args.get("rope_old_context", 8192) * frequency / (2 * math.pi)
+        if turns > many:   # Fast pairs distinguish near positions and keep their frequency.
             scaled.append(frequency)
-        elif turns < 1:  # Slow pairs never made a full turn and are slowed by the whole factor.
+        elif turns < few:  # Slow pairs never made a full turn and are slowed by the whole factor.
             scaled.append(frequency / factor)
-        else:            # Between the two, the frequency is a weighted mean of both.
-            kept = (turns - 1) / (4 - 1)
+        else:              # Between the two, the frequency is a weighted mean of both.
+            kept = (turns - few) / (many - few)
             scaled.append(kept * frequency + (1 - kept) * frequency / factor)
     return torch.tensor(scaled, dtype=torch.float32)
 
@@ -69,7 +77,7 @@ def attention(x, wq, wk, wv, wo, args, rotations):
     """Causal self-attention, (T, dim) -> (T, dim); consecutive query heads share a key and value head."""
     T = len(x)
     H = args["n_heads"]
-    D = args["dim"] // H
+    D = head_size(args)
     n_kv_heads = args.get("n_kv_heads") or H
     future = torch.arange(T)[None, :] > torch.arange(T)[:, None]  # (T, T): row t is true after position t
     outputs = []
@@ -192,11 +200,17 @@ def read_hugging_face(folder):
     args = {"dim": config["hidden_size"], "n_layers": config["num_hidden_layers"],
             "n_heads": config["num_attention_heads"],
             "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "head_dim": config.get("head_dim"),
             "norm_eps": config.get("rms_norm_eps", 1e-6),
             "rope_theta": config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            "use_scaled_rope": rope.get("rope_type") == "llama3",
-            "rope_scale_factor": rope.get("factor", 8.0),
+            "use_scaled_rope": rope.get("rope_type", rope.get("type")) == "llama3",
             "max_seq_len": config.get("max_position_embeddings", 2048)}
+    if args["use_scaled_rope"]:
+        args["rope_scale_factor"] = rope["factor"]
+        args["rope_low_freq_factor"] = rope["low_freq_factor"]
+        args["rope_high_freq_factor"] = rope["high_freq_factor"]
+        name = "original_max_position_embeddings"  # may also lie outside, where it counts first
+        args["rope_old_context"] = config.get(name) or rope.get(name) or args["max_seq_len"]
     index = Path(folder, "model.safetensors.index.json")
     files = Path(folder).glob("model*.safetensors")
     if index.is_file():
@@ -208,7 +222,7 @@ def read_hugging_face(folder):
             if parts[-1] == "weight":
                 weights[".".join(parts)] = weight.float()
     weights.setdefault("tok_embeddings.weight", weights.get("output.weight"))
-    D = args["dim"] // args["n_heads"]
+    D = head_size(args)
     # It turns element i of a head together with i + D/2, Meta 2i with 2i + 1: so rows change places.
     order = torch.arange(D).view(2, D // 2).T.flatten()
     for name, weight in weights.items():

@@ -26,7 +26,8 @@ from plumbing.parallel import whole_weights
 from plumbing.tokenizer_json import copy_tokenizer
 
 OUR_PARAMS = "llama31.json"
-OUR_FIELDS = ("rope_scale_factor", "tie_word_embeddings", "max_seq_len")
+OUR_FIELDS = ("head_dim", "rope_scale_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+              "rope_old_context", "tie_word_embeddings", "max_seq_len")
 
 # -----------------------------------------------------------------------------
 # Reading
@@ -42,7 +43,7 @@ def read_params(path, shape):
         raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
     known = [field.name for field in dataclasses.fields(shape)]
     fields = {}
-    for file in (path, path.with_name(OUR_PARAMS)):
+    for file in (path.with_name(OUR_PARAMS), path):  # What ours has, such as head_dim, decides what fits.
         if not file.exists():  # Meta's folders have no llama31.json.
             continue
         try:
@@ -51,7 +52,7 @@ def read_params(path, shape):
                 raise ValueError(f"found {json.dumps(found):.40}; expected an object of fields")
             if unknown := sorted(found.keys() - known):
                 raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
-            fields |= found
+            fields = found | fields
             args = shape(**fields)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: {error}: found no JSON, expected an object of fields; get the file "

@@ -220,13 +220,13 @@ struct Layer {
 };
 struct Cache { Value *k, *v; };  // (B, room, n_kv_heads, head_dim) each
 struct Model {
-    int64_t dim, hidden_dim, vocab_size, n_layers, n_heads, n_kv_heads;
+    int64_t dim, hidden_dim, vocab_size, n_layers, n_heads, n_kv_heads, head_dim;
     double norm_eps;
     const Layer* layers;
-    int64_t head_dim() const { return dim / n_heads; }
-    int64_t kv_dim() const { return n_kv_heads * head_dim(); }
+    int64_t q_dim() const { return n_heads * head_dim; }
+    int64_t kv_dim() const { return n_kv_heads * head_dim; }
 };
-static_assert(sizeof(Layer) == 16 * 8 && sizeof(Cache) == 2 * 8 && sizeof(Model) == 8 * 8);  // as in fast.py
+static_assert(sizeof(Layer) == 16 * 8 && sizeof(Cache) == 2 * 8 && sizeof(Model) == 9 * 8);  // as in fast.py
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -456,7 +456,7 @@ struct Attention {
     Buffer<float> query, scores, sums, key, value, top, total;
 
     Attention(const Model& model, int64_t T)
-        : H(model.n_heads), D(model.head_dim()), G(H / model.n_kv_heads), stride(model.kv_dim()),
+        : H(model.n_heads), D(model.head_dim), G(H / model.n_kv_heads), stride(model.kv_dim()),
           width(round_up(D, WIDTH)), tokens(std::clamp<int64_t>(96 / G, 1, T)),
           rows(round_up(tokens * G, TILE)), query(rows * width), scores(rows * BLOCK), sums(rows * width),
           key(BLOCK * width), value(BLOCK * width), top(rows), total(rows) {}
@@ -536,7 +536,7 @@ template <typename Number>
 static void attention(const Model& model, int64_t B, int64_t T, const Number* q, const Number* k,
                       const Number* v, const float* cos, const float* sin, const int64_t* positions,
                       Cache cache, int64_t room, Number* y) {
-    const int64_t D = model.head_dim(), H = model.n_heads, K = model.n_kv_heads;
+    const int64_t D = model.head_dim, H = model.n_heads, K = model.n_kv_heads;
     #pragma omp for collapse(2)
     for (int64_t t = 0; t < B * T; t++)
         for (int64_t h = 0; h < K; h++) {
@@ -564,10 +564,11 @@ static void attention(const Model& model, int64_t B, int64_t T, const Number* q,
 extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x, const float* cos,
                             const float* sin, const int64_t* positions, const Cache* caches, int64_t room) {
     const Model& model = *pointer;
-    const int64_t N = B * T, dim = model.dim, hidden = model.hidden_dim, kv_dim = model.kv_dim();
-    Buffer<float> q(N * dim), k(N * kv_dim), v(N * kv_dim), attended(N * dim), added(N * dim);
+    const int64_t N = B * T, dim = model.dim, hidden = model.hidden_dim;
+    const int64_t q_dim = model.q_dim(), kv_dim = model.kv_dim();
+    Buffer<float> q(N * q_dim), k(N * kv_dim), v(N * kv_dim), attended(N * q_dim), added(N * dim);
     Buffer<float> gate(N * hidden), up(N * hidden);
-    Inputs narrow(N, dim), wide(N, hidden);
+    Inputs narrow(N, dim), heads(N, q_dim), wide(N, hidden);
     #pragma omp parallel
     {
         std::vector<float> row(std::max(dim, hidden));  // each thread's own
@@ -582,14 +583,14 @@ extern "C" void read_tokens(const Model* pointer, int64_t B, int64_t T, float* x
         for (int64_t l = 0; l < model.n_layers; l++) {
             const Layer& layer = model.layers[l];
             add_and_normalize(layer.attention_norm);
-            multiply(narrow, layer.wq, dim, q);
+            multiply(narrow, layer.wq, q_dim, q);
             multiply(narrow, layer.wk, kv_dim, k);
             multiply(narrow, layer.wv, kv_dim, v);
             #pragma omp barrier
             attention<float>(model, B, T, q, k, v, cos, sin, positions, caches[l], room, attended);
             #pragma omp for
-            for (int64_t t = 0; t < N; t++) narrow.set(t, attended + t * dim);
-            multiply(narrow, layer.wo, dim, added);
+            for (int64_t t = 0; t < N; t++) heads.set(t, attended + t * q_dim);
+            multiply(heads, layer.wo, dim, added);
             #pragma omp barrier
             add_and_normalize(layer.ffn_norm);
             multiply(narrow, layer.w1, hidden, gate);
@@ -631,12 +632,12 @@ extern "C" void add_and_norm(const Model* model, int64_t N, float* x, const Valu
     }
 }
 
-// The attention of a prompt's q (B, T, H, D), which becomes y; k and v (B, T, K, D) go to the cache.
-extern "C" void attend_to_prompt(const Model* model, int64_t B, int64_t T, const Value* q, const Value* k,
+// A prompt's q (B, T, H, D) becomes its attention; k and v (B, T, K, D) go to the cache.
+extern "C" void attend_to_prompt(const Model* model, int64_t B, int64_t T, Value* q, const Value* k,
                                  const Value* v, const float* cos, const float* sin,
-                                 const int64_t* positions, const Cache* cache, int64_t room, Value* y) {
+                                 const int64_t* positions, const Cache* cache, int64_t room) {
     #pragma omp parallel
-    attention(*model, B, T, q, k, v, cos, sin, positions, *cache, room, y);
+    attention<Value>(*model, B, T, q, k, v, cos, sin, positions, *cache, room, q);
 }
 
 // gate = silu(gate) * up

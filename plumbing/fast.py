@@ -309,11 +309,11 @@ class Address(ctypes.c_void_p):
 class Model(ctypes.Structure):
     """fast.cpp's Model."""
     _fields_ = [*((name, ctypes.c_int64) for name in (
-        "dim", "hidden_dim", "vocab_size", "n_layers", "n_heads", "n_kv_heads")),
+        "dim", "hidden_dim", "vocab_size", "n_layers", "n_heads", "n_kv_heads", "head_dim")),
         ("norm_eps", ctypes.c_double), ("layers", ctypes.c_void_p)]
 
 
-assert ctypes.sizeof(Model) == 8 * 8  # as fast.cpp asserts
+assert ctypes.sizeof(Model) == 9 * 8  # as fast.cpp asserts
 
 
 @functools.cache
@@ -326,7 +326,7 @@ def compile_kernels(**constants):
     library.read_tokens.argtypes = [model, number, number, *[Address] * 5, number]
     library.head.argtypes = [model, number, *[Address] * 3]
     library.add_and_norm.argtypes = [model, number, *[Address] * 4]
-    library.attend_to_prompt.argtypes = [model, number, number, *[Address] * 7, number, Address]
+    library.attend_to_prompt.argtypes = [model, number, number, *[Address] * 7, number]
     library.swiglu.argtypes = [number, Address, Address]
     library.instructions.restype = ctypes.c_char_p
     return library
@@ -375,7 +375,7 @@ class CompiledReader:
         self.output = torch.tensor(self.addresses(model.output))
         args = model.args
         self.sizes = Model(args.dim, args.hidden_dim, args.vocab_size, args.n_layers, args.n_heads,
-                           args.n_kv_heads, args.norm_eps, self.layers.data_ptr())
+                           args.n_kv_heads, args.head_dim, args.norm_eps, self.layers.data_ptr())
         # Of all products, PyTorch makes this one faster, where the processor has instructions for it.
         fast = fast_dtype(model.norm.weight.device)
         self.torch_multiplies = self.dtype == weight_dtype == fast == torch.bfloat16
@@ -427,8 +427,8 @@ class CompiledReader:
             q = attention.wq(h)
             k = attention.wk(h)
             v = attention.wv(h)
-            kernels.attend_to_prompt(self.sizes, B, T, q, k, v, *where, cache, room, h)
-            added = attention.wo(h)
+            kernels.attend_to_prompt(self.sizes, B, T, q, k, v, *where, cache, room)
+            added = attention.wo(q)
             kernels.add_and_norm(self.sizes, B * T, x, added, self.norms[2 * i + 1], h)
             gate = ffn.w1(h)
             kernels.swiglu(gate.numel(), gate, ffn.w3(h))

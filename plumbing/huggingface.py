@@ -24,16 +24,22 @@ FIELDS = {  # field of ModelArgs -> (field of config.json, its value where confi
     "n_layers": ("num_hidden_layers", None),
     "n_heads": ("num_attention_heads", None),
     "n_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", None),
     "vocab_size": ("vocab_size", None),
     "norm_eps": ("rms_norm_eps", 1e-6),
     "max_seq_len": ("max_position_embeddings", 2048),
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 # We write LLAMA into every config.json; one that we read may leave out all of it but model_type. IF_GIVEN is
-# not written, but must hold where a config.json has these fields. LLAMA3_ROPE is how Llama 3.1 scales RoPE.
+# not written, but must hold where a config.json has these fields.
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 IF_GIVEN = {"pretraining_tp": 1, "sliding_window": None, "quantization_config": None}
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE_FIELDS = {  # field of ModelArgs -> what config.json calls it, where it scales RoPE as Llama 3.1 does
+    "rope_scale_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_old_context": "original_max_position_embeddings",
+}
 
 
 def read_config(folder, shape, presets):
@@ -50,9 +56,12 @@ def read_config(folder, shape, presets):
     if not isinstance(rope, dict):
         raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object or null")
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", 10000.0),
-            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope,
-            **{name: config[name] for name in LLAMA3_ROPE if name in config}}
-    scaled = rope["rope_type"] != "default"
+            "partial_rotary_factor": config.get("partial_rotary_factor", 1.0), **rope}
+    # This one counts first outside of both, and is the whole context where it is nowhere.
+    old_context = ROPE_FIELDS["rope_old_context"]
+    rope[old_context] = config.get(old_context, rope.get(old_context, config.get("max_position_embeddings")))
+    kind = rope["rope_type"]
+    scaling = {ours: rope.get(theirs) for ours, theirs in ROPE_FIELDS.items()} if kind == "llama3" else {}
 
     def require(expected, found):
         for name, value in expected.items():
@@ -62,13 +71,13 @@ def read_config(folder, shape, presets):
     try:
         require({**LLAMA, **IF_GIVEN}, {**LLAMA, **IF_GIVEN, "model_type": None, **config})
         require({"partial_rotary_factor": 1.0}, rope)
-        require({"rope_type": "llama3", **LLAMA3_ROPE} if scaled else {}, rope)
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"rope_type is {kind!r}, expected 'default' or 'llama3': RoPE is scaled as in "
+                             "Llama 3.1 or not at all")
         with errors_in_their_words():
             args = shape(
                 **{ours: config.get(theirs, default) for ours, (theirs, default) in FIELDS.items()},
-                rope_theta=rope["rope_theta"], use_scaled_rope=scaled,
-                rope_scale_factor=rope.get("factor") if scaled else 8.0)
-        require({"head_dim": args.head_dim}, {"head_dim": args.head_dim, **config})
+                rope_theta=rope["rope_theta"], use_scaled_rope=kind == "llama3", **scaling)
         return with_hidden_dim(args, config.get("intermediate_size"), presets)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -77,7 +86,7 @@ def read_config(folder, shape, presets):
 @contextlib.contextmanager
 def errors_in_their_words():
     """Gives ModelArgs' errors the names that config.json has for its fields."""
-    names = {ours: theirs for ours, (theirs, _) in FIELDS.items()} | {"rope_scale_factor": "factor"}
+    names = {ours: theirs for ours, (theirs, _) in FIELDS.items()} | ROPE_FIELDS
     try:
         yield
     except ValueError as error:

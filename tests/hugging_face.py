@@ -35,14 +35,21 @@ def hugging_face(args, state, attention="eager"):
     transformers = pytest.importorskip("transformers")
     rope = dict(rope_type="default", rope_theta=args.rope_theta)
     if args.use_scaled_rope:
-        rope |= dict(rope_type="llama3", factor=args.rope_scale_factor, low_freq_factor=1.0,
-                     high_freq_factor=4.0, original_max_position_embeddings=8192)
-    config = transformers.LlamaConfig(
+        rope |= dict(rope_type="llama3", factor=args.rope_scale_factor,
+                     low_freq_factor=args.rope_low_freq_factor, high_freq_factor=args.rope_high_freq_factor,
+                     original_max_position_embeddings=args.rope_old_context)
+
+    class Config(transformers.LlamaConfig):
+        def validate_architecture(self):
+            """It refuses a dim that n_heads doesn't divide, which the model, given a head_dim, computes."""
+
+    config = Config(
         hidden_size=args.dim, intermediate_size=len(state["layers.0.feed_forward.w1.weight"]),
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads, vocab_size=args.vocab_size, rms_norm_eps=args.norm_eps,
-        max_position_embeddings=2**17, rope_parameters=rope, tie_word_embeddings=args.tie_word_embeddings,
-        bos_token_id=None, eos_token_id=None, attn_implementation=attention)
+        num_key_value_heads=args.n_kv_heads, head_dim=args.head_dim, vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps, max_position_embeddings=2**17, rope_parameters=rope,
+        tie_word_embeddings=args.tie_word_embeddings, bos_token_id=None, eos_token_id=None,
+        attn_implementation=attention)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(renamed(state, args.head_dim), assign=True)

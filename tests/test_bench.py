@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import output, random_model, write_checkpoint
+from tiny import NARROW, RESCALED, WIDE, output, random_model, write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -13,26 +13,29 @@ from llama31 import Llama, ModelArgs, Transformer, open_checkpoint
 from plumbing import run
 
 ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=130, multiple_of=32)
+WIDER = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=20, vocab_size=130, multiple_of=32)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_weights_counted_are_those_of_the_matrices_that_multiply(tied):
-    model = Transformer(ModelArgs(**{**vars(ARGS), "tie_word_embeddings": tied}))
+    model = Transformer(ModelArgs(**{**vars(WIDER), "tie_word_embeddings": tied}))
     layers, output = bench.matrix_weights(model.args)
     assert layers == sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     assert output == model.output.weight.numel()
 
 
-def test_prefill_operations_are_those_torch_counts_less_what_is_masked():
-    model, n = Transformer(ARGS), 24
+@pytest.mark.parametrize("args", [ARGS, WIDER])
+def test_prefill_operations_are_those_torch_counts_less_what_is_masked(args):
+    model, n = Transformer(args), 24
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, n, dtype=torch.int64))
     linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    _, output = bench.matrix_weights(ARGS)
-    attention = ARGS.n_layers * 4 * ARGS.dim * sum(range(1, n + 1))  # query i sees i keys
+    _, output = bench.matrix_weights(args)
+    heads_dim = args.n_heads * args.head_dim
+    attention = args.n_layers * 4 * heads_dim * sum(range(1, n + 1))  # query i sees i keys
     expected = linear - 2 * output * (n - 1) + attention  # only the last token's logits are made
-    assert bench.prefill_flops(ARGS, [n]) == expected
-    assert bench.prefill_flops(ARGS, [n, 5]) == expected + bench.prefill_flops(ARGS, [5])
+    assert bench.prefill_flops(args, [n]) == expected
+    assert bench.prefill_flops(args, [n, 5]) == expected + bench.prefill_flops(args, [5])
 
 
 def test_decoding_reads_every_weight_once_and_each_rows_own_cache():
@@ -106,6 +109,23 @@ def test_llama_cpps_file_holds_the_same_weights(kind, bound, tmp_path):
         expected = state[theirs]
         assert (found[name] - expected).abs().max() <= bound * expected.abs().max()
     assert reader.fields["llama.attention.head_count_kv"].contents() == 2
+    assert reader.fields["llama.attention.key_length"].contents() == 16
+
+
+@pytest.mark.parametrize("changes", [dict(), NARROW, WIDE, RESCALED], ids=str)
+def test_llama_cpp_has_our_greedy_tokens_on_heads_of_any_width(changes, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    model = random_model(**changes)
+    ckpt_dir = write_checkpoint(tmp_path / "ckpt", model)
+    peers.write_gguf(tmp_path / "model.gguf", *open_checkpoint(ckpt_dir), "F32")
+    prompt = [3, 1, 4, 1, 5]
+    theirs = peers.LlamaCpp(tmp_path / "model.gguf", 64, 1)
+    row = list(prompt)
+    row += theirs.step([row], [0])
+    while len(row) < 30:
+        row += theirs.step([row[-1:]], [len(row) - 1])
+    assert row == Llama(model, None).generate([prompt], 25, temperature=0, echo=True)[0]
 
 
 @pytest.mark.slow

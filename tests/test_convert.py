@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import SCALED, assert_close, random_model, random_tokens, write_checkpoint
+from tiny import NARROW, RESCALED, SCALED, WIDE, assert_close, random_model, random_tokens, write_checkpoint
 
 import convert
 import llama31
@@ -31,13 +31,15 @@ transformers.utils.logging.disable_progress_bar()
 llama_models = pytest.importorskip("llama_models.llama3.tokenizer")
 META_TOKENIZER = Path(llama_models.__file__).parent / "tokenizer.model"
 
-# vocab_size: what eight files can share
+EIGHTHS = dict(dim=64, n_kv_heads=4, vocab_size=104)  # what eight files can share
 CONFIGURATIONS = {
     "mha": dict(n_kv_heads=4, vocab_size=104),
     "gqa, tied": dict(n_heads=8, n_kv_heads=2, norm_eps=1e-3, tie_word_embeddings=True, vocab_size=104),
     "scaled by 8, mqa": dict(SCALED, n_kv_heads=1, rope_scale_factor=8, vocab_size=104),
     "scaled by 32, tied": dict(SCALED, n_kv_heads=2, rope_scale_factor=32, tie_word_embeddings=True,
                                vocab_size=104, ffn_dim_multiplier=1.3, rope_theta=1e6),
+    "narrow heads": {**NARROW, **EIGHTHS},
+    "wide heads, scaled by other numbers": {**RESCALED, **WIDE, **EIGHTHS},
 }
 each_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 SMALL = dict(max_file_bytes=60_000)  # several files
@@ -87,7 +89,11 @@ LLAMA3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, rop
          intermediate_size=160, max_shard_size="40KB"),
     dict(num_attention_heads=2, rope_parameters=dict(LLAMA3, factor=32.0), intermediate_size=163,
          tie_word_embeddings=True, rms_norm_eps=1e-3),
-], ids=["default", "mha, tied, many files", "scaled by 8, mqa, many files", "scaled by 32, tied, odd size"])
+    dict(head_dim=10, max_shard_size="40KB"), dict(head_dim=40, tie_word_embeddings=True),
+    dict(rope_parameters=dict(rope_type="llama3", low_freq_factor=2, high_freq_factor=16.0, rope_theta=1e4,
+                              original_max_position_embeddings=512, factor=4)),
+], ids=["default", "mha, tied, many files", "scaled by 8, mqa, many files", "scaled by 32, tied, odd size",
+        "narrow heads, many files", "wide heads, tied", "scaled by other numbers"])
 def test_a_model_of_transformers_has_the_same_logits_here(changes, tmp_path):
     theirs = save_hf(tmp_path / "hf", **changes)
     assert (tmp_path / "hf" / convert.INDEX).exists() == ("max_shard_size" in changes)
@@ -127,7 +133,7 @@ def test_meta_to_hugging_face_to_meta_keeps_every_byte(changes, files, dtype, tm
     assert weights(tmp_path / "c")["norm.weight"][0] == dtype
     assert transformers.AutoConfig.from_pretrained(tmp_path / "b").dtype == dtype
     args = llama31.open_checkpoint(tmp_path / "c")[0].args
-    for name in ("hidden_dim", *convert.FIELDS, "rope_theta", "use_scaled_rope", "rope_scale_factor"):
+    for name in ("hidden_dim", *convert.FIELDS, "rope_theta", "use_scaled_rope", *convert.ROPE_FIELDS):
         assert getattr(args, name) == getattr(model.args, name), name
 
 
@@ -233,6 +239,24 @@ def test_rope_is_read_where_any_release_of_transformers_has_it(tmp_path):
     assert old.tie_word_embeddings == theirs.tie_word_embeddings
 
 
+def test_the_old_context_is_the_one_that_transformers_takes(tmp_path):
+    name = "original_max_position_embeddings"
+    numbers = {key: value for key, value in OFFICIAL["rope_scaling"].items() if key != name}
+    for changes in (scaling(**{name: 4096}), {**scaling(**{name: 4096}), name: 512},
+                    dict(rope_scaling=numbers), {"rope_scaling": numbers, name: 512}):
+        args = read(tmp_path, **changes)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        theirs.standardize_rope_params()
+        assert args.rope_old_context == theirs.rope_parameters[name]
+
+
+def test_published_widths_of_heads_are_read(tmp_path):
+    minitron = dict(hidden_size=3072, intermediate_size=9216, head_dim=128)
+    assert read(tmp_path, **minitron).head_dim == 128 != 3072 // 32
+    kanana = dict(hidden_size=1792, intermediate_size=8064, head_dim=128, num_attention_heads=24)
+    assert read(tmp_path, **kanana).head_dim == 128  # 24 divides no 1792.
+
+
 @pytest.mark.parametrize("hidden_dim", [1, 2, 49, 63, 103, 170, 171, 172, 175, 192, 1024, 1023])
 def test_any_swiglu_size_is_expressed_exactly(hidden_dim, tmp_path):
     args = read(tmp_path, hidden_size=64, intermediate_size=hidden_dim, num_attention_heads=8)
@@ -256,7 +280,8 @@ def scaling(**changes):
     (dict(mlp_bias=True), "mlp_bias is True"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
     (dict(sliding_window=4096), "sliding_window is 4096"),
-    (dict(head_dim=64), "head_dim is 64, expected 128"),
+    (dict(head_dim=65), " head_dim is 65; expected an even number"),
+    (dict(head_dim="128"), " head_dim is '128'"),
     (dict(quantization_config=dict(quant_method="awq")), "quantization_config"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     (dict(pretraining_tp=2), "pretraining_tp is 2"),
@@ -264,7 +289,8 @@ def scaling(**changes):
     (dict(intermediate_size="absent"), "intermediate_size is None"),
     (dict(intermediate_size=14336.5), "intermediate_size is 14336.5"),
     (dict(hidden_size="absent"), " hidden_size is None"),
-    (dict(hidden_size=100), r" hidden_size is 100; expected a multiple of 2 \* num_attention_heads = 64"),
+    (dict(hidden_size=100), " hidden_size is 100; expected a multiple of num_attention_heads 32"),
+    (dict(hidden_size=96), " head_dim is 3; expected an even number"),
     (dict(num_hidden_layers="2"), "num_hidden_layers is '2'"),
     (dict(num_attention_heads=0), "num_attention_heads is 0"),
     (dict(num_key_value_heads=5), "num_key_value_heads is 5; .* of num_attention_heads, here 32"),
@@ -273,17 +299,18 @@ def scaling(**changes):
     (dict(max_position_embeddings=0), "max_position_embeddings is 0"),
     (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
     (dict(rope_theta="big"), "rope_theta is 'big'"),
-    (scaling(rope_type="yarn"), "rope_type is 'yarn', expected 'llama3'"),
+    (scaling(rope_type="yarn"), "rope_type is 'yarn', expected 'default' or 'llama3'"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type is 'linear'"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_type is 'dynamic'"),
-    (scaling(low_freq_factor=2.0), "low_freq_factor is 2.0, expected 1.0"),
-    (scaling(high_freq_factor=8.0), "high_freq_factor is 8.0"),
-    (scaling(original_max_position_embeddings=4096), "original_max_position_embeddings is 4096"),
-    (dict(original_max_position_embeddings=4096), "original_max_position_embeddings is 4096"),
+    (scaling(low_freq_factor=4.0), " high_freq_factor is 4.0; expected more than low_freq_factor 4.0"),
+    (scaling(low_freq_factor=0), " low_freq_factor is 0"),
+    (scaling(high_freq_factor=None), " high_freq_factor is None"),
+    (dict(original_max_position_embeddings=0), " original_max_position_embeddings is 0"),
     (scaling(original_max_position_embeddings=None), "original_max_position_embeddings is None"),
     (scaling(factor=None), " factor is None"),
     (scaling(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     (dict(rope_scaling=None, rope_parameters=dict(rope_type="longrope")), "rope_type is 'longrope'"),
+    (dict(rope_scaling=dict(rope_type="proportional")), "rope_type is 'proportional', .* 'llama3'"),
 ])
 def test_what_is_no_llama_is_refused_by_name(changes, named, tmp_path):
     with pytest.raises(ValueError, match=named) as caught:

@@ -82,7 +82,9 @@ SHAPES = {"a head of keys for each of queries": dict(dim=64, n_heads=4, n_kv_hea
           "sizes that few powers of two divide": dict(dim=60, n_heads=6, n_kv_heads=3, multiple_of=6),
           "odd hidden size": dict(dim=36, n_heads=2, n_kv_heads=1, multiple_of=7),
           "more rows and inputs than a block": dict(dim=416, n_heads=26, n_kv_heads=2, multiple_of=30),
-          "heads of 128": dict(dim=256, n_heads=2, n_kv_heads=1, multiple_of=64)}
+          "heads of 128": dict(dim=256, n_heads=2, n_kv_heads=1, multiple_of=64),
+          "heads narrower than a share of dim": dict(dim=96, n_heads=4, n_kv_heads=2, head_dim=10),
+          "heads wider than a share of dim": dict(dim=40, n_heads=6, n_kv_heads=2, head_dim=32)}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -105,6 +107,8 @@ def in_types(model, dtype, compute_dtype):
     *(("heads of 128", dtype, dtype) for dtype in HALVES),
     *(("heads of 128", dtype, torch.float32) for dtype in HALVES),
     ("sizes that few powers of two divide", torch.bfloat16, torch.float32),
+    *((shape, torch.bfloat16, torch.bfloat16) for shape in [*SHAPES][-2:]),
+    *((shape, torch.bfloat16, torch.float32) for shape in [*SHAPES][-2:]),
     *(("odd hidden size", "int8", dtype) for dtype in HALVES)])
 def test_models_of_any_shape_and_type_have_eager_logits_compiled(shape, dtype, compute_dtype):
     """In half precision: logits as near to those of float32 as eager ones."""

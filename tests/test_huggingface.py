@@ -7,7 +7,17 @@ import pytest
 import torch
 from hugging_face import hugging_face
 from safetensors.torch import load_file, save_file
-from tiny import assert_close, output, random_model, random_tokens, write_checkpoint
+from tiny import (
+    NARROW,
+    RESCALED,
+    UNSLOWED,
+    WIDE,
+    assert_close,
+    output,
+    random_model,
+    random_tokens,
+    write_checkpoint,
+)
 
 import llama31
 import reference
@@ -34,7 +44,8 @@ def change(path, edit):
 
 SHAPES = [dict(), dict(tie_word_embeddings=True), dict(n_kv_heads=4), dict(n_kv_heads=1),
           dict(n_heads=2, use_scaled_rope=True, rope_scale_factor=8.0),
-          dict(n_heads=2, use_scaled_rope=True, rope_scale_factor=32.0, rope_theta=1e6, norm_eps=1e-3)]
+          dict(n_heads=2, use_scaled_rope=True, rope_scale_factor=32.0, rope_theta=1e6, norm_eps=1e-3),
+          NARROW, dict(WIDE, dim=64, tie_word_embeddings=True), RESCALED, dict(UNSLOWED, head_dim=20)]
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])

@@ -23,7 +23,12 @@ def test_presets_have_metas_parameter_counts(preset, count):
     ({"n_kv_heads": 3}, "n_kv_heads"), ({"dim": 50}, "dim"), ({"n_layers": 0}, "n_layers"),
     ({"vocab_size": 9.5}, "vocab_size"), ({"n_heads": True}, "n_heads"), ({"norm_eps": 0}, "norm_eps"),
     ({"rope_theta": "big"}, "rope_theta"), ({"use_scaled_rope": 1}, "use_scaled_rope"),
-    ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier"), ({"n_kv_heads": 7}, "n_kv_heads")])
+    ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier"), ({"n_kv_heads": 7}, "n_kv_heads"),
+    ({"dim": 60, "n_heads": 8}, "dim is 60; expected a multiple of n_heads 8"),
+    ({"head_dim": 7}, "head_dim is 7; expected an even"), ({"dim": 36}, "head_dim is 9; expected an even"),
+    ({"head_dim": 0}, "head_dim"), ({"head_dim": 16.0}, "head_dim"),
+    ({"rope_high_freq_factor": 1.0}, "factor is 1.0; expected more than rope_low_freq_factor 1.0"),
+    ({"rope_low_freq_factor": 0}, "rope_low_freq_factor"), ({"rope_old_context": 0.5}, "rope_old_context")])
 def test_an_inconsistent_field_is_named(fields, name):
     with pytest.raises(ValueError, match=name):
         ModelArgs(**{**SHAPE, **fields})

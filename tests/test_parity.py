@@ -12,8 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
+    NARROW,
+    RESCALED,
     SCALED,
     SHAPE,
+    UNSLOWED,
+    WIDE,
     assert_close,
     output,
     random_model,
@@ -32,6 +36,8 @@ CONFIGURATIONS = {
     "scaled by 8": dict(SCALED, n_kv_heads=1, rope_scale_factor=8),
     "scaled by 32, tied": dict(SCALED, n_kv_heads=2, rope_scale_factor=32, tie_word_embeddings=True),
     "multiplier": dict(n_kv_heads=2, ffn_dim_multiplier=1.3, rope_theta=10000.0),
+    "narrow heads": NARROW,
+    "wide heads, scaled by other numbers": dict(RESCALED, **WIDE),
 }
 each_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 
@@ -79,9 +85,11 @@ def test_logits_loss_and_gradients_agree(changes):
     assert_parity(changes, tokens[:, :-1], targets)
 
 
-@pytest.mark.parametrize("factor", [8, 32, 5.5])
-def test_scaled_frequencies_agree_in_each_of_the_three_bands(factor):
-    args = {**SHAPE, **SCALED, "rope_scale_factor": factor}
+@pytest.mark.parametrize("changes", [
+    dict(SCALED, rope_scale_factor=8), dict(SCALED, rope_scale_factor=32), RESCALED, UNSLOWED,
+    dict(RESCALED, head_dim=40), dict(SCALED, rope_high_freq_factor=1.5, head_dim=128)])
+def test_scaled_frequencies_agree_in_each_of_the_three_bands(changes):
+    args = {**SHAPE, **changes}
     ours, theirs = llama31.rope_frequencies(llama31.ModelArgs(**args)), reference.rope_frequencies(args)
     kept, blended, slowed = rope_bands(args)
     assert min(kept, blended, slowed) > 0
@@ -89,7 +97,7 @@ def test_scaled_frequencies_agree_in_each_of_the_three_bands(factor):
         assert_close(ours[part], theirs[part], part)
     plain = reference.rope_frequencies({**args, "use_scaled_rope": False})
     assert torch.equal(ours[:kept], plain[:kept])
-    assert_close(ours[-slowed:], plain[-slowed:] / factor)
+    assert_close(ours[-slowed:], plain[-slowed:] / args.get("rope_scale_factor", 8))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -103,8 +111,11 @@ def test_logits_loss_and_gradients_agree_on_any_small_configuration(data):
         dim=2 * pairs * n_kv_heads * group, n_layers=draw(1, 2, 3), vocab_size=vocab_size,
         multiple_of=draw(1, 8, 32), ffn_dim_multiplier=draw(None, 0.6, 1.3), norm_eps=draw(1e-5, 1e-2),
         rope_theta=draw(500000.0, 10000.0, 100.0), use_scaled_rope=draw(False, True),
-        rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True))
-    B, T, seed = draw(1, 2, 3), draw(2, 3, 9, 20), data.draw(st.integers(0, 1000))
+        rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True),
+        head_dim=draw(None, 2, 20), rope_low_freq_factor=draw(1.0, 0.3),
+        rope_high_freq_factor=draw(4.0, 1.1, 50), rope_old_context=draw(8192, 512))
+    # of three tokens or fewer, gradients of wq and wk are nearly 0, differences of much larger numbers
+    B, T, seed = draw(1, 2, 3), draw(9, 15, 20), data.draw(st.integers(0, 1000))
     tokens = random_tokens(B, T + 1, high=vocab_size, seed=seed)
     ignored = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < draw(0, 0.3, 1)
     assert_parity(changes, tokens[:, :-1], tokens[:, 1:].masked_fill(ignored, -100), seed)

@@ -11,7 +11,18 @@ import torch
 from hugging_face import hugging_face, renamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SHAPE, assert_close, random_model, random_tokens, rope_bands, write_checkpoint
+from tiny import (
+    NARROW,
+    RESCALED,
+    SHAPE,
+    UNSLOWED,
+    WIDE,
+    assert_close,
+    random_model,
+    random_tokens,
+    rope_bands,
+    write_checkpoint,
+)
 
 import llama31
 
@@ -45,7 +56,13 @@ HF_CONFIGURATIONS = {
     "gqa scaled by 8": dict(n_kv_heads=2, use_scaled_rope=True),
     "gqa scaled by 32, tied": dict(n_kv_heads=2, use_scaled_rope=True, rope_scale_factor=32,
                                    tie_word_embeddings=True),
-    "mha scaled by 32": dict(n_heads=2, n_kv_heads=2, use_scaled_rope=True, rope_scale_factor=32)}
+    "mha scaled by 32": dict(n_heads=2, n_kv_heads=2, use_scaled_rope=True, rope_scale_factor=32),
+    "gqa, narrow heads": NARROW,
+    "gqa, wide heads, tied": dict(WIDE, tie_word_embeddings=True),
+    "mqa, wide heads": dict(WIDE, n_kv_heads=1),
+    "scaled by other numbers": RESCALED,
+    "scaled by other numbers, wide heads": dict(RESCALED, **WIDE),
+    "scaled by 1": UNSLOWED}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -68,7 +85,9 @@ def test_hugging_face_agrees_on_any_small_configuration(data):
         n_layers=draw(1, 2, 3), vocab_size=vocab_size, multiple_of=draw(1, 8, 32),
         ffn_dim_multiplier=draw(None, 0.6, 1.3), norm_eps=draw(1e-5, 1e-2),
         rope_theta=draw(500000.0, 10000.0, 100.0), use_scaled_rope=draw(False, True),
-        rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True))
+        rope_scale_factor=draw(8, 32, 3.7), tie_word_embeddings=draw(False, True),
+        head_dim=draw(None, 6, 20), rope_low_freq_factor=draw(1.0, 0.3),
+        rope_high_freq_factor=draw(4.0, 1.1, 50), rope_old_context=draw(8192, 512))
     # of three tokens or fewer, gradients of wq and wk are nearly 0, differences of much larger numbers
     tokens = random_tokens(draw(1, 2, 3), draw(9, 20, 40), high=vocab_size,
                            seed=data.draw(st.integers(0, 1000)))
@@ -76,15 +95,17 @@ def test_hugging_face_agrees_on_any_small_configuration(data):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("factor", [8, 32])
-def test_hugging_face_agrees_where_only_positions_past_8192_count(factor, tied):
+@pytest.mark.parametrize("numbers", [
+    dict(rope_scale_factor=8), dict(rope_scale_factor=32),
+    dict(rope_scale_factor=5, rope_low_freq_factor=0.5, rope_high_freq_factor=32, rope_old_context=4096)])
+def test_hugging_face_agrees_where_only_positions_past_8192_count(numbers, tied):
     changes = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, use_scaled_rope=True,
-                   rope_scale_factor=factor, tie_word_embeddings=tied)
+                   tie_word_embeddings=tied, **numbers)
     tokens = random_tokens(1, 8320)
     labels = tokens.clone()
     labels[:, :8200] = -100
     model = assert_peers(changes, tokens, labels, attention="sdpa")
-    assert min(rope_bands(dict(dim=32, n_heads=2))) > 0
+    assert min(rope_bands(changes)) > 0
     plain = llama31.Transformer(llama31.ModelArgs(**{**vars(model.args), "use_scaled_rope": False}))
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():  # the scaling is seen there

@@ -167,12 +167,11 @@ def test_the_commands_keep_freed_memory(corpus, tmp_path, monkeypatch):
 
 def test_flops_of_training_are_six_per_weight_and_causal_attentions():
     shape = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=100, multiple_of=16)
-    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 176 + 2 * 64
-    attention = 3 * 6 * 50 * 64  # of 4 dim a pair of positions, three times, as half of the pairs are seen
-    expected = 6 * (3 * layer + 64 + 64 * 100) + attention
-    for tied in (False, True):
-        model = Transformer.on_meta(ModelArgs(**shape, tie_word_embeddings=tied))
-        assert model.flops_per_token(50) == expected
+    for D, tied in itertools.product((16, 20), (False, True)):
+        layer = 64 * 12 * D + 3 * 64 * 176 + 2 * 64  # 4 heads of queries, 2 of keys, 2 of values, 4 to wo
+        attention = 3 * 6 * 50 * 4 * D  # of 4 a pair and element, three times, as half of the pairs are seen
+        model = Transformer.on_meta(ModelArgs(**shape, head_dim=D, tie_word_embeddings=tied))
+        assert model.flops_per_token(50) == 6 * (3 * layer + 64 + 64 * 100) + attention
 
 
 # -----------------------------------------------------------------------------
@@ -226,9 +225,10 @@ def test_the_defaults_of_a_command_are_those_that_users_know(command):
 def test_the_defaults_of_library_calls_are_those_that_users_know():
     assert vars(Sampler()) == SAMPLING
     assert vars(ModelArgs()) == dict(
-        dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=128256, multiple_of=256,
+        dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, vocab_size=128256, multiple_of=256,
         ffn_dim_multiplier=None, norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=False,
-        rope_scale_factor=8.0, tie_word_embeddings=False, max_seq_len=2048)
+        rope_scale_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_old_context=8192,
+        tie_word_embeddings=False, max_seq_len=2048)
     defaults = {name: p.default for function in (llama31.Llama.build, Transformer.configure_optimizers)
                 for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
     assert defaults == dict(

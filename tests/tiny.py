@@ -18,6 +18,13 @@ from llama31 import Llama, ModelArgs, Transformer
 ROOT = Path(llama31.__file__).parent
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=101, multiple_of=16, max_seq_len=128)
 SCALED = dict(n_heads=2, use_scaled_rope=True)  # 16 pairs a head, which fall into all of rope_bands
+# Heads narrower and wider than a share of dim, as kanana's and Minitron's are; of 60, 8 is no divisor.
+NARROW = dict(n_heads=4, n_kv_heads=2, head_dim=6)
+WIDE = dict(dim=60, n_heads=8, n_kv_heads=2, head_dim=10)
+# RoPE slowed by other numbers, from another context on, and by 1, which changes nothing.
+RESCALED = dict(SCALED, rope_scale_factor=16.0, rope_low_freq_factor=0.5, rope_high_freq_factor=32.0,
+                rope_old_context=2048)
+UNSLOWED = dict(SCALED, rope_scale_factor=1.0)
 WORDS = ("once upon a time there was the little cat Zoë who sat on a mat and saw 🦙 with the big red dog "
          "named Max, it's 2024").split()
 
@@ -69,10 +76,13 @@ def read_weights(folder):
 
 
 def rope_bands(args):
-    """How many of a head's pairs turn more than 4 times, 1 to 4 times and less than once in 8192 tokens."""
-    D = args["dim"] // args["n_heads"]
-    turns = [8192 * args.get("rope_theta", 500000.0) ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
-    return sum(t > 4 for t in turns), sum(1 <= t <= 4 for t in turns), sum(t < 1 for t in turns)
+    """How many of a head's pairs are kept, blended and slowed; Meta's bands are > 4, 1 to 4, < 1 turns."""
+    D = args.get("head_dim") or args["dim"] // args["n_heads"]
+    low, high = args.get("rope_low_freq_factor", 1), args.get("rope_high_freq_factor", 4)
+    context = args.get("rope_old_context", 8192)
+    theta = args.get("rope_theta", 500000.0)
+    turns = [context * theta ** (-2 * i / D) / (2 * math.pi) for i in range(D // 2)]
+    return sum(t > high for t in turns), sum(low <= t <= high for t in turns), sum(t < low for t in turns)
 
 
 def assert_close(a, b, what="", negligible=0.0):
