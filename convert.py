@@ -21,7 +21,8 @@ from tokenizers import Tokenizer as BPE
 
 import llama31
 from plumbing import cli
-from plumbing.checkpoint import merge_pieces, save_checkpoint
+from plumbing.checkpoint import merge_pieces, save_checkpoint, stored_dtype
+from plumbing.fast import choose_dtype
 from plumbing.files import complete_folder, read_json
 from plumbing.huggingface import (
     FIELDS,
@@ -35,21 +36,31 @@ from plumbing.huggingface import (
     tensor_names,
     write_json,
 )
-from tokenizer import BYTE_OF, SPECIAL_TOKENS, Tokenizer, read_vocabulary, word_splitter
+from plumbing.tokenizer_json import copy_tokenizer
+from tokenizer import BYTE_OF, SPECIAL_TOKENS, Tokenizer, find_tokenizer, read_vocabulary, word_splitter
 
 # -----------------------------------------------------------------------------
 # Weights
 
 
-def write_tensors(folder, args, pieces, max_file_bytes):
-    """Writes one file after the other, as few as max_file_bytes allows; with several goes an index."""
+def whole_tensor(name, pieces, args, dtype):
+    """The tensor of some pieces with its rows in Hugging Face's order; dtype None: its own."""
+    tensor = reordered(name, merge_pieces(name, pieces), args, to_meta=False)
+    return tensor.to(dtype or tensor.dtype)
+
+
+def write_tensors(folder, args, pieces, max_file_bytes, dtype):
+    """Writes one file after the other, as few as max_file_bytes allows; with several goes an index.
+
+    dtype: of all tensors; None: each keeps its own.
+    """
     names = tensor_names(args)
     if args.tie_word_embeddings:
         del names["output.weight"]
     groups = []  # the names of each file's tensors
     room = 0  # bytes that the last group may still take
     for name in names:
-        num_bytes = sum(piece.nbytes for piece in pieces[name])
+        num_bytes = sum(piece.numel() * (dtype or piece.dtype).itemsize for piece in pieces[name])
         num_bytes += 250  # A tensor's entry in the file's header takes at most that.
         if num_bytes > room:
             groups.append([])
@@ -64,7 +75,7 @@ def write_tensors(folder, args, pieces, max_file_bytes):
             path = folder / f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         tensors = {}  # The previous file's tensors are freed before these are merged.
         for name in group:
-            tensors[names[name]] = reordered(name, merge_pieces(name, pieces[name]), args, to_meta=False)
+            tensors[names[name]] = whole_tensor(name, pieces[name], args, dtype)
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:  # The disk may be full.
@@ -129,6 +140,25 @@ def write_tokenizer_model(source, path, vocab_size):
         raise ValueError(f"{source} is not Llama 3's, or not of the model's {vocab_size} tokens") from None
 
 
+def metas_tokenizer(src, folder, vocab_size):
+    """The tokenizer's file for a checkpoint directory: a tokenizer.model, which is written into a folder.
+
+    Where src has none of Llama 3's kind it is src's own tokenizer.json; None, after a line on standard
+    error, where that can't be read or isn't there.
+    """
+    source = src / "tokenizer.json"
+    try:
+        Tokenizer(source).check_vocabulary(vocab_size)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"only weights are converted: {error}", file=sys.stderr)
+        return None
+    try:
+        write_tokenizer_model(source, folder / "tokenizer.model", vocab_size)
+        return folder / "tokenizer.model"
+    except ValueError:
+        return source
+
+
 def write_tokenizer_json(folder, tokenizer, max_seq_len):
     """Writes tokenizer.json and tokenizer_config.json: the same ids, <|begin_of_text|> before a text."""
     character_of = {byte: character for character, byte in BYTE_OF.items()}
@@ -155,36 +185,32 @@ def write_tokenizer_json(folder, tokenizer, max_seq_len):
 # Commands
 
 
-def from_hf(src: str, dst: str):
+def from_hf(src: str, dst: str, *, dtype: str | None = None):
     """Converts a Hugging Face folder to Meta's: params.json, consolidated.00.pth, tokenizer.model.
 
-    A tokenizer that isn't Llama 3's kind is left out, with a line on standard error. ValueError or
-    FileNotFoundError names a file or setting that is absent, damaged or no Llama 3's.
+    A tokenizer of another kind than Llama 3's stays a tokenizer.json, with its configs and template.
+    ValueError or FileNotFoundError names a file or setting that is absent, damaged or no Llama 3's.
 
     Args:
         src: Hugging Face folder to read
         dst: checkpoint directory to write, which must not exist yet
+        dtype: type of the weights, float32, bfloat16 or float16; None: each tensor's own
     """
     src = Path(src)
     dst = Path(dst)
     refuse_existing(dst)
+    dtype = choose_dtype(dtype)
     args = read_config(src, llama31.ModelArgs, llama31.PRESETS.values())
     model = llama31.Transformer.on_meta(args)
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
     pieces, _ = open_pieces(src, args, shapes)
-    state = {name: tensor for name, [tensor] in pieces.items()}
+    state = {name: tensor.to(dtype or tensor.dtype) for name, [tensor] in pieces.items()}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer_path = Path(folder, "tokenizer.model")
-        try:
-            write_tokenizer_model(src / "tokenizer.json", tokenizer_path, args.vocab_size)
-        except (ValueError, FileNotFoundError) as error:
-            print(f"only weights are converted: {error}", file=sys.stderr)
-            tokenizer_path = None
-        save_checkpoint(dst, args, state, tokenizer_path)
+        save_checkpoint(dst, args, state, metas_tokenizer(src, Path(folder), args.vocab_size))
 
 
-def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
-    """Converts a checkpoint directory to a Hugging Face folder, with its tokenizer.model if there is one.
+def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9, dtype: str | None = None):
+    """Converts a checkpoint directory to a Hugging Face folder, with its tokenizer if there is one.
 
     ValueError or FileNotFoundError names a file that is absent, damaged or doesn't fit the others.
 
@@ -192,23 +218,30 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9):
         src: checkpoint directory to read
         dst: Hugging Face folder to write, which must not exist yet
         max_file_bytes: most bytes of a file of weights, one of which is in memory at a time
+        dtype: type of the weights, float32, bfloat16 or float16; None: each tensor's own
     """
     src = Path(src)
     dst = Path(dst)
     refuse_existing(dst)
+    dtype = choose_dtype(dtype)
     model, pieces = llama31.open_checkpoint(src)
     args = model.args
     # None has to be written out: transformers takes absent ids for 1 and 2.
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    path = find_tokenizer(src)
     with complete_folder(dst) as part:
-        if (src / "tokenizer.model").exists():
-            tokenizer = Tokenizer(src / "tokenizer.model")
+        if path.exists():
+            tokenizer = Tokenizer(path)
             tokenizer.check_vocabulary(args.vocab_size)
-            write_tokenizer_json(part, tokenizer, args.max_seq_len)
-            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_tokens),
-                   "pad_token_id": tokenizer.pad_id}
-        write_config(part, args, pieces["tok_embeddings.weight"][0].dtype, ids)
-        write_tensors(part, args, pieces, max_file_bytes)
+            if path.name == "tokenizer.json":
+                copy_tokenizer(path, part)
+                ids |= read_json(part / "generation_config.json")
+            else:
+                write_tokenizer_json(part, tokenizer, args.max_seq_len)
+                ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_tokens),
+                       "pad_token_id": tokenizer.pad_id}
+        write_config(part, args, dtype or stored_dtype(pieces), ids)
+        write_tensors(part, args, pieces, max_file_bytes, dtype)
 
 
 def refuse_existing(dst):

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import SHAPE, assert_close, output, random_model, write_checkpoint
+from tiny import RESCALED, SHAPE, WIDE, assert_close, output, random_model, write_checkpoint
 
 import reference
 from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
@@ -47,16 +47,16 @@ def error_of(folder, **settings):
     return str(error.value)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("changes", [dict(), dict(tie_word_embeddings=True), dict(WIDE, n_kv_heads=4)])
 @pytest.mark.parametrize("num_files", [1, 2, 4, 8])
-def test_the_files_of_a_checkpoint_are_merged_into_the_same_weights(tmp_path, num_files, tied):
-    model = model_of(tie_word_embeddings=tied)
+def test_the_files_of_a_checkpoint_are_merged_into_the_same_weights(tmp_path, num_files, changes):
+    model = model_of(**changes)
     write_checkpoint(tmp_path, model, num_files)
     loaded = Llama.build(tmp_path, device="cpu").model
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, p in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], p), name
-    assert (loaded.output.weight is loaded.tok_embeddings.weight) == tied
+    assert (loaded.output.weight is loaded.tok_embeddings.weight) == ("tie_word_embeddings" in changes)
     assert torch.equal(loaded(TOKENS), model(TOKENS))
     theirs = reference.Llama.build(tmp_path)
     assert all(torch.equal(theirs.weights[name], p) for name, p in model.state_dict().items())
@@ -131,6 +131,35 @@ def test_a_saved_checkpoint_carries_the_detected_rope_scale_factor(tmp_path, cap
     assert json.loads((tmp_path / "saved" / "llama31.json").read_text())["rope_scale_factor"] == 32
     assert ModelArgs.from_json(tmp_path / "saved" / "params.json").rope_scale_factor == 32
     assert capsys.readouterr().err == ""
+
+
+METAS_FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
+                "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope"}
+
+
+@pytest.mark.parametrize("changes", [dict(), WIDE, dict(RESCALED, head_dim=6)])
+def test_params_json_has_metas_fields_and_llama31_json_the_others(tmp_path, changes):
+    model = random_model(**changes)
+    save_checkpoint(tmp_path / "saved", model.args, model.state_dict())
+    path = tmp_path / "saved" / "params.json"
+    assert json.loads(path.read_text()).keys() == METAS_FIELDS
+    assert ModelArgs.from_json(path) == model.args
+    theirs = reference.Llama.build(tmp_path / "saved")
+    logits = Llama.build(tmp_path / "saved", device="cpu", compile=False).model(TOKENS)
+    assert_close(logits[0], reference.forward(theirs.weights, theirs.args, TOKENS[0]))
+
+
+@pytest.mark.parametrize("file, field, value, said", [
+    ("llama31.json", "head_dim", 7, "llama31.json: head_dim is 7"),
+    ("llama31.json", "head_dims", 8, "llama31.json: unknown field head_dims"),
+    ("llama31.json", "head_dim", 8, "tensors don't fit the configuration: layers.0.attention.wk.weight is"),
+    ("params.json", "n_kv_heads", 3, "params.json: n_kv_heads is 3")])
+def test_the_file_of_a_field_that_does_not_fit_is_named(tmp_path, file, field, value, said):
+    model = random_model(**WIDE)
+    save_checkpoint(tmp_path / "saved", model.args, model.state_dict())
+    path = tmp_path / "saved" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert said in error_of(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("change, said", [

@@ -501,9 +501,9 @@ def test_without_a_tokenizer_no_id_is_special(tmp_path):
     assert theirs.generation_config.eos_token_id is None
 
 
-def test_other_tokenizers_leave_weights_alone_and_say_so(small, tmp_path, capsys):
+def test_a_tokenizer_that_cannot_be_read_is_left_out_in_one_line(small, tmp_path, capsys):
     shutil.copytree(small / "hf", tmp_path / "hf")
-    foreign = (small / "hf" / "tokenizer.json").read_text().replace("eot_id", "im_end")
+    foreign = (small / "hf" / "tokenizer.json").read_text().replace('"ByteLevel"', '"Metaspace"')
     for content in (None, "{}", "{", foreign):
         (tmp_path / "hf" / "tokenizer.json").unlink(missing_ok=True)
         if content is not None:

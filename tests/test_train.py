@@ -16,7 +16,11 @@ import psutil
 import pytest
 import torch
 from tiny import (
+    NARROW,
+    RESCALED,
     ROOT,
+    WIDE,
+    assert_close,
     random_model,
     random_tokens,
     read_log,
@@ -95,6 +99,22 @@ def test_bits_per_byte_are_counted_targets_nats_over_ordinary_bytes(corpus, tmp_
         num_bytes += len(tokenizer.decode_bytes([t for t in targets if t < tokenizer.bos_id]))
     assert record["val_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert record["val_bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [NARROW, dict(RESCALED, **WIDE)])
+def test_heads_of_any_width_are_trained_saved_and_resumed(corpus, tmp_path, changes):
+    model = random_model(vocab_size=560, **changes)
+    write_checkpoint(tmp_path / "source", model, tokenizer=Tokenizer(corpus / "tokenizer.model"))
+    flags = dict(preset=None, ckpt_dir=str(tmp_path / "source"), lr=1e-3)
+    whole = run(corpus, tmp_path / "whole", **flags)
+    run(corpus, tmp_path / "parts", save_interval=4, **flags)
+    shutil.rmtree(tmp_path / "parts" / "step_000006")
+    assert untimed(run(corpus, tmp_path / "parts", resume=True, **flags)) == untimed(whole)
+    saved = Llama.build(tmp_path / "parts" / "step_000006", device="cpu", compile=False)
+    assert saved.model.args == model.args
+    theirs = reference.Llama.build(tmp_path / "parts" / "step_000006")
+    tokens = random_tokens(1, 20)
+    assert_close(saved.model(tokens)[0], reference.forward(theirs.weights, theirs.args, tokens[0]))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -520,10 +540,9 @@ def test_finetuned_checkpoints_have_their_sources_type_and_resume_exactly(corpus
     for folder in (tmp_path / "parts" / "step_000006", tmp_path / "parts" / "best"):
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     assert untimed(run(corpus, tmp_path / "parts", resume=True, **flags)) == untimed(whole)
-    saved = torch.float32 if dtype == torch.float64 else dtype
     for name, tensor in read_weights(tmp_path / "whole" / "step_000006").items():
-        assert tensor.dtype == saved
+        assert tensor.dtype == dtype
         assert torch.equal(tensor, read_weights(tmp_path / "parts" / "step_000006")[name]), name
     size = (tmp_path / "whole" / "step_000006" / "consolidated.00.pth").stat().st_size
     num_parameters = sum(p.numel() for p in model.parameters())
-    assert size < saved.itemsize * num_parameters + 10_000  # The tied matrix is there once.
+    assert size < dtype.itemsize * num_parameters + 10_000  # The tied matrix is there once.
