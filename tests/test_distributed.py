@@ -9,7 +9,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, read_log, read_weights, run, torchrun, untimed
+from tiny import (
+    RESCALED,
+    ROOT,
+    WIDE,
+    random_model,
+    read_log,
+    read_weights,
+    run,
+    torchrun,
+    untimed,
+    write_checkpoint,
+)
 
 import llama31
 import reference
@@ -64,6 +75,20 @@ def test_several_processes_have_the_losses_of_one(corpus, tmp_path, one_process,
     assert result.stdout.count("Once upon a time") == 2
     assert Llama.build(out_dir / "step_000020", device="cpu").tokenizer.n_words == 560
     assert reference.Llama.build(out_dir / "step_000020").tokenizer.n_words == 560
+
+
+def test_shards_of_wide_heads_have_the_losses_of_one_process(corpus, tokenizer, tmp_path):
+    for name in "train.bin", "val.bin":
+        shutil.copy(corpus / name, tmp_path)
+    model = random_model(vocab_size=560, **RESCALED | WIDE)
+    write_checkpoint(tmp_path / "ckpt", model, tokenizer=tokenizer)
+    for processes, flags in (1, []), (3, ["--fsdp"]):
+        batch_size = 6 // processes
+        result, _ = train(tmp_path, processes, tmp_path / str(processes), f"--batch_size={batch_size}",
+                          "--lr=1e-4", "--dtype=float32", *flags)
+        assert result.returncode == 0, result.stderr[-6000:]
+    assert_same_run(tmp_path / "1", tmp_path / "3")
+    assert Llama.build(tmp_path / "3" / "step_000020", device="cpu", compile=False).model.args == model.args
 
 
 def test_an_evaluation_is_the_same_on_any_number_of_ranks(corpus, tmp_path):

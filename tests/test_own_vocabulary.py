@@ -7,7 +7,17 @@ import pytest
 import torch
 from hugging_face import hugging_face
 from safetensors.torch import load_file, save_file
-from tiny import WIDE, assert_close, output, random_model, random_tokens, read_log, read_weights, sentences
+from tiny import (
+    WIDE,
+    assert_close,
+    output,
+    random_model,
+    random_tokens,
+    read_log,
+    read_weights,
+    sentences,
+    write_checkpoint,
+)
 
 import convert
 import llama31
@@ -199,3 +209,32 @@ def test_the_commands_go_the_whole_way_on_texts(vocabulary, tmp_path):
     for folder in trained, tmp_path / "hf", tmp_path / "meta", tmp_path / "more" / "step_000002":
         assert_same_tokenizer(folder, source)
         assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+
+
+def write_chats(path, *answer):
+    rows = [{"messages": [dict(role="user", content=text), *answer]} for text in sentences(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.slow
+def test_the_commands_go_the_whole_way_on_chats_of_llama_3s_format(tokenizer, tmp_path):
+    write_checkpoint(tmp_path / "meta", random_model(vocab_size=560, **WIDE).half(), tokenizer=tokenizer)
+    output("convert.py", "to_hf", tmp_path / "meta", tmp_path / "source")
+    output("tiny_stories.py", "text", "--input", write_chats(tmp_path / "chats.jsonl", DIALOG[-1]),
+           "--data_dir", tmp_path / "data", "--tokenizer_path", tmp_path / "source" / "tokenizer.json",
+           "--num_workers", "1")
+    output("llama31.py", "train", "--ckpt_dir", tmp_path / "source", "--out_dir", tmp_path / "out",
+           "--train_data", tmp_path / "data" / "train.bin", "--batch_size", "2", "--seq_len", "128",
+           "--steps", "1", "--device", "cpu", "--compile=False")
+    trained = tmp_path / "out" / "step_000001"
+    answers = output("llama31.py", "--ckpt_dir", trained, "--max_gen_len", "4", "--device", "cpu",
+                     "--prompt_file", write_chats(tmp_path / "questions.jsonl"), "--nocompile")
+    assert answers.count('"assistant"') == 30
+    output("convert.py", "to_hf", trained, tmp_path / "hf")
+    output("convert.py", "from_hf", tmp_path / "hf", tmp_path / "again")
+    for name in "tokenizer.json", "tokenizer_config.json":
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == open(tokenizer.model_path, "rb").read()
+    assert {tensor.dtype for tensor in weights(tmp_path / "again").values()} == {torch.float16}
+    assert_same_weights(tmp_path / "again", trained)
