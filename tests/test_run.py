@@ -205,8 +205,8 @@ DEFAULTS = {
         data_dir="text", tokenizer_path=None, vocab_size=None, field="text", separator=None, special=False,
         val_fraction=0.01, num_workers=None),
     stories.write: dict(data_dir="data", num_stories=22_000),
-    convert.from_hf: {},
-    convert.to_hf: dict(max_file_bytes=5 * 10**9),
+    convert.from_hf: dict(dtype=None),
+    convert.to_hf: dict(max_file_bytes=5 * 10**9, dtype=None),
     bench.speed: dict(
         ckpt_dir=None, dtype=None, quantize=None, compile=True, device=None, batch_size=8, prompt_len=512,
         decode_prompt_len=128, new=128, rounds=5, peers=False),
