@@ -407,7 +407,7 @@ def peak_memory(device):
     return peak_process_memory()
 
 
-def prepare_step(name, args, batch_size, seq_len, document, device, compile):
+def prepare_step(name, args, batch_size, seq_len, document, device, dtype, compile):
     """In a worker: makes the model, the optimizer and the data of the row of that name."""
     global prepared_step
     x, y = (tokens.to(device) for tokens in random_documents(args.vocab_size, batch_size, seq_len, document))
@@ -425,7 +425,7 @@ def prepare_step(name, args, batch_size, seq_len, document, device, compile):
 
     def step():
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if name == "transformers":
                 loss = F.cross_entropy(forward(x).logits.float().flatten(0, 1), y.flatten())
             else:
@@ -442,8 +442,8 @@ def prepare_step(name, args, batch_size, seq_len, document, device, compile):
 
 def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49152, n_layers: int = 30,
                 document: int = 150, rounds: int = 5, compile: bool = True, device: str | None = None,
-                peers: bool = False):
-    """Measures steps of training a model of dim 576, in bfloat16 over float32 weights, as a table.
+                dtype: str | None = None, peers: bool = False):
+    """Measures steps of training a model of dim 576, over float32 weights, as a table.
 
     Once with causal attention and once with --doc_mask, in alternation. Ratios are of the first row's tokens
     per second to the others': their median over the rounds, and their range.
@@ -457,21 +457,24 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
         rounds: how often each contestant has its turn
         compile: compile the blocks with torch.compile
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        dtype: type of the computation; None: bfloat16 where the device multiplies it fast, else float32
         peers: also transformers, if it is installed
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, document=document, rounds=rounds)
     expect_at_least(2, vocab_size=vocab_size)
     device = fast.choose_device(device)
+    compute = fast.choose_dtype(dtype) or fast.fast_dtype(device)
     compile = compile and fast.can_compile(device)
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
                      multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
     flops = batch_size * seq_len * Transformer.on_meta(args).flops_per_token(seq_len)
-    peak = gemm_peak(torch.bfloat16, device)
-    print(f"{machine(device)}: bfloat16 {peak / 1e9:,.0f} GFLOP/s; {'compiled' if compile else 'eager'}")
+    peak = gemm_peak(compute, device)
+    print(f"{machine(device)}: {fast.name_of(compute)} {peak / 1e9:,.0f} GFLOP/s; "
+          f"{'compiled' if compile else 'eager'}")
     names = ["causal", "document mask"]
     if peers and not missing("transformers"):
         names.append("transformers")
-    workers = {name: start_worker(name, args, batch_size, seq_len, document, device, compile)
+    workers = {name: start_worker(name, args, batch_size, seq_len, document, device, compute, compile)
                for name in names}
     first = {name: worker.submit(run_step).result()[0] for name, worker in workers.items()}
     seconds = {name: [] for name in names}

@@ -144,7 +144,8 @@ def test_the_command_prints_the_machine_and_a_row_for_each_job(tmp_path):
 @pytest.mark.slow
 def test_the_train_command_prints_a_row_for_each_way_of_training():
     printed = output("bench.py", "train", "--seq_len", "16", "--vocab_size", "64", "--n_layers", "1",
-                     "--rounds", "2", "--compile=False", "--device", "cpu")
+                     "--rounds", "2", "--compile=False", "--device", "cpu", "--dtype", "float32")
+    assert re.search(r"torch [^:]+: float32 [\d,]+ GFLOP/s; eager", printed)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["causal", "document mask"]
     assert float(rows[2][2].replace(",", "")) > 0 and rows[2][6] == " 1.00 (1.00 to 1.00) "
