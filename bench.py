@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama31 import PRESETS, Llama, ModelArgs, Transformer
 from peers import missing, peers_of
-from plumbing import checkpoint, cli, fast
+from plumbing import attention, checkpoint, cli, fast
 from plumbing.cli import expect_at_least
 from plumbing.machine import peak_process_memory
 from plumbing.run import Stopwatch
@@ -421,6 +421,7 @@ def prepare_step(name, args, batch_size, seq_len, document, device, dtype, compi
         bos_id = args.vocab_size - 1 if name == "document mask" else None
         fast.keep_freed_memory(device)
         if compile:
+            model.compiled_attention = attention.can_compile(device)
             fast.compile_blocks(model)
 
     def step():

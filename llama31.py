@@ -34,11 +34,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from plumbing import answers, checkpoint, cli, fast, files, huggingface, parallel
+from plumbing import answers, attention, checkpoint, cli, fast, files, huggingface, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
@@ -241,9 +240,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B, T, dim) -> the same shape.
 
-        mask: (B, 1, T, S), True where attended, or flex attention's BlockMask. None: plain causal attention,
-        or a single new token, which may see everything before it. cache: a KVCache, which takes the new keys
-        and values and returns them behind those of earlier tokens.
+        mask: (B, 1, T, S), True where attended, or one of plumbing/attention.py's. None: plain causal
+        attention, or a single new token, which may see everything before it. cache: a KVCache, which takes
+        the new keys and values and returns them behind those of earlier tokens.
         """
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
@@ -253,8 +252,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)  # (B, S, K, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # heads before positions, as the kernels want it
-        if isinstance(mask, BlockMask):
-            y = fast.flex_attend(q, k, v, mask, self.is_grouped)
+        if attention.has_kernel(mask):
+            y = attention.attend(q, k, v, mask, self.is_grouped)
         else:
             # is_causal aligns its triangle with the first key: right only where all keys are new, T = S.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.is_grouped,
@@ -304,9 +303,8 @@ def document_mask(starts):
     document = starts.cumsum(1)  # (B, T), the number of each token's document in its row
     if (document == document[:, :1]).all():
         return None
-
     if starts.is_cuda:
-        return fast.document_block_mask(document)
+        return attention.document_block_mask(document)
     same_document = document[:, :, None] == document[:, None, :]  # (B, T, T)
     return same_document.tril()[:, None]  # (B, 1, T, T); tril: nothing sees what comes after it
 
@@ -329,6 +327,7 @@ class Transformer(nn.Module):
         # Not a buffer: .to(torch.bfloat16) would round it, and angles at late positions would be far off.
         self.rope_frequencies = rope_frequencies(args)
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
+        self.compiled_attention = False  # True: attention.cpp makes that of the loss, on a CPU
         if not self.output.weight.is_meta:
             self.init_weights()
 
@@ -404,22 +403,22 @@ class Transformer(nn.Module):
         or where starts (B, T), bool, is true; nothing foretells a document's first token, so predicting it
         doesn't count. reduction: "mean", or "sum" for whoever divides by the targets of several batches.
         """
-        mask = None
         if bos_id is not None:
             starts = inputs == bos_id
             targets = targets.masked_fill(targets == bos_id, -100)
+        if self.compiled_attention:
+            mask = attention.first_seen(inputs, starts)
+        else:
+            mask = None if starts is None else document_mask(starts)
         if starts is not None:
-            mask = document_mask(starts)
             is_first = F.pad(starts[:, 1:], (0, 1))  # starts ends one token before the targets do.
             targets = targets.masked_fill(is_first, -100)
         positions = torch.arange(inputs.size(1), device=inputs.device)[None]
         x = self.trunk(inputs, positions, mask)
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)  # An autograd.Function has to apply it itself.
-        dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
         # The same as F.cross_entropy(self.output(x).flatten(0, 1), targets.flatten(), reduction="sum"), but
         # the logits, by far the largest tensor here, never exist all at once.
-        nats = fast.chunked_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), dtype)
+        nats = fast.chunked_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(),
+                                          fast.product_dtype(x))
         return nats if reduction == "sum" else nats / (targets != -100).sum().clamp(min=1)
 
     def extend(self, tokens, start_pos, caches):
@@ -1192,7 +1191,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: type of the computation, bfloat16 or float32; None: bfloat16 where the device multiplies it
             fast, else float32; weights, optimizer and sums are float32
-        compile: compile the blocks with torch.compile; None: on cuda, as it delays a CPU's first step
+        compile: compile blocks with torch.compile; None: on cuda, while a CPU gets compiled attention alone
     """
     flags = dict(locals())
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
@@ -1239,6 +1238,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # Sampling may use what was trained: before the first step or in it.
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
+    model.compiled_attention = compile is not False and attention.can_compile(place)
     optimizer = model.configure_optimizers(lr, weight_decay, betas)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)

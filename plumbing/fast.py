@@ -16,7 +16,6 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from plumbing import machine
 from plumbing.cli import expect
@@ -84,34 +83,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx.mul_(grad), dweight.mul_(grad), None, None, None, None, None
 
 
+def product_dtype(x):
+    """The type of products of x: autocast's, if it is on, which an autograd.Function has to apply itself."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
 def parts(num_entries, *tensors):
     """Cuts tensors into the same rows: on the CPU with num_entries each, elsewhere all at once."""
     first = tensors[0]
     num_rows = max(1, num_entries // first.size(1)) if first.is_cpu else len(first)
     return zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
-
-# -----------------------------------------------------------------------------
-# Attention with a BlockMask
-
-
-@functools.cache
-def compiled_flex_attention():
-    """Compiled once: uncompiled, flex attention would materialize all T x S scores."""
-    return torch.compile(flex_attention)
-
-
-def document_block_mask(document):
-    """The BlockMask of causal attention within documents; document: (B, T), the number of each token's."""
-    def attended(b, h, i, j):
-        return (document[b, i] == document[b, j]) & (i >= j)
-    B, T = document.shape
-    return create_block_mask(attended, B, None, T, T, device=document.device)
-
-
-def flex_attend(q, k, v, mask, is_grouped):
-    """Attention of q (B, H, T, D) to k and v (B, K, S, D) where a BlockMask allows it."""
-    attend = compiled_flex_attention() if q.is_cuda else flex_attention
-    return attend(q, k, v, block_mask=mask, enable_gqa=is_grouped)
 
 # -----------------------------------------------------------------------------
 # Weights of fewer bits than the arithmetic

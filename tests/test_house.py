@@ -20,6 +20,8 @@ BUDGETS = {
     "peers.py": 155,  # 140 once convert.py writes llama.cpp's files
     "plumbing/fast.py": 580,  # 450, and weights of fewer bits than the arithmetic, devices and their types
     "plumbing/fast.cpp": 670,  # 620, and int8 products for each kind of processor
+    "plumbing/attention.py": 140,
+    "plumbing/attention.cpp": 270,  # attention on a CPU, forward and backward
     "plumbing/checkpoint.py": 395,  # 260, and llama31.json, the best checkpoint, master weights, own maps
     "plumbing/tokenizer_json.py": 190,  # vocabularies of Hugging Face's folders, for tokenizer.py
     "plumbing/huggingface.py": 260,  # 200, and what may lie where weights are expected

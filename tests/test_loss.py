@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from tiny import SHAPE, assert_close, random_model, random_tokens
 
 from llama31 import document_mask
-from plumbing.fast import chunked_cross_entropy, document_block_mask
+from plumbing.attention import document_block_mask
+from plumbing.fast import chunked_cross_entropy
 
 BOS = 90  # above what words are
 V, DIM = SHAPE["vocab_size"], SHAPE["dim"]
