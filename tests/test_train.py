@@ -34,7 +34,8 @@ from tiny import (
 import llama31
 import reference
 from llama31 import Llama, ModelArgs, Transformer, train
-from plumbing import fast
+from plumbing import attention, fast
+from plumbing.attention import first_seen
 from plumbing.files import write_tokens
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -188,6 +189,16 @@ def test_training_on_a_cpu_is_compiled_where_that_is_asked_for(corpus, tmp_path,
         compiled.clear()
         run(corpus, tmp_path / name, steps=1, compile=compile)
         assert len(compiled) == expected
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_cpus_attention_is_compiled_unless_that_is_declined(corpus, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "first_seen", lambda *given: calls.append(given) or first_seen(*given))
+    run(corpus, tmp_path / "not", steps=1, compile=False)
+    assert not calls
+    run(corpus, tmp_path / "default", steps=1)
+    assert calls
 
 
 @pytest.mark.slow
