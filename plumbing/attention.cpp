@@ -28,6 +28,7 @@ constexpr int WIDTH = 2 * LANES;  // columns of a tile
 constexpr int BLOCK = 96;  // positions at once; what is needed of them stays in the processor's cache
 static_assert(BLOCK % TILE == 0 && BLOCK % WIDTH == 0);
 using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 
 inline Floats load(const float* from) { Floats v; memcpy(&v, from, sizeof v); return v; }
 inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
@@ -63,14 +64,18 @@ template <bool ADDS>
         }
 }
 
-inline float exponential(float x) {  // of x up to 0, to 3e-7, in a form that compilers vectorize
-    float kept = std::max(x, -87.0f);  // Below, the exponential is no normal number, and 0 will do.
-    float n = std::floor(kept * 1.44269504f + 0.5f), r = kept - n * 0.693147181f, power;  // n ln 2 + r
-    uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
-    memcpy(&power, &bits, 4);  // 2 to the n; times e to the r, by its series:
-    float high = 1 / 24.f + r * (1 / 120.f + r * (1 / 720.f));
-    return x < -87 ? 0 : power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * high))));
+// Of x up to 0, to 3e-7. In vectors, because compilers make branches of a number's limits.
+inline Floats exponential(Floats x) {
+    const Floats least = Floats{} - 87;  // Below, the exponential is no normal number, and 0 will do.
+    Floats kept = x < least ? least : x;
+    Ints n = __builtin_convertvector(kept * 1.44269504f + 127.5f, Ints) - 127;  // the nearest: it is above 0
+    Floats r = kept - __builtin_convertvector(n, Floats) * 0.693147181f;  // x = n ln 2 + r
+    Floats power = (Floats)((n + 127) << 23);  // 2 to the n; times e to the r, by its series:
+    Floats high = 1 / 24.f + r * (1 / 120.f + r * (1 / 720.f));
+    Floats y = power * (1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * high))));
+    return x < least ? Floats{} : y;
 }
+inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 
 // What a thread computes at a time, and its memory: one of the K heads of keys and values in one row of the
 // batch, with the G query heads that share it. Positions are filled up to whole blocks, D to whole tiles.
@@ -182,12 +187,18 @@ struct Work {
             Floats others = load(weights + s);
             most = most > others ? most : others;
         }
-        float before = top[r], now = before, added = 0;
+        float before = top[r], now = before;
         for (int s = 0; s < LANES; s++) now = std::max(now, most[s]);
         float kept = exponential(before - now);
-        for (int s = 0; s < BLOCK; s++) added += weights[s] = exponential(weights[s] - now);
+        Floats added = {};
+        for (int s = 0; s < BLOCK; s += LANES) {
+            Floats weight = exponential(load(weights + s) - now);
+            store(weights + s, weight);
+            added += weight;
+        }
         top[r] = now;
-        total[r] = total[r] * kept + added;
+        total[r] *= kept;
+        for (int s = 0; s < LANES; s++) total[r] += added[s];
         for (int64_t d = 0; d < width; d++) sums[r * width + d] *= kept;
     }
 
@@ -211,9 +222,10 @@ struct Work {
                 for (int64_t r = 0; r < n; r++) {
                     float *weights = masked(r), *changes = dscores + r * BLOCK;
                     const float log_total = logsum[t0 + r], mean = total[r];
-                    for (int s = 0; s < BLOCK; s++) {
-                        weights[s] = exponential(weights[s] - log_total);
-                        changes[s] = weights[s] * (changes[s] - mean);
+                    for (int s = 0; s < BLOCK; s += LANES) {
+                        Floats weight = exponential(load(weights + s) - log_total);
+                        store(weights + s, weight);
+                        store(changes + s, weight * (load(changes + s) - mean));
                     }
                 }
                 add_to_keys(scores, dout, dvalue + s0 * width);
