@@ -5,6 +5,7 @@
 
 import contextlib
 import itertools
+import os
 import sys
 
 from llama31 import Llama, Sampler
@@ -18,8 +19,10 @@ from tokenizer import TextStream
 class Conversation:
     """A dialog with a model. The KV caches stay from turn to turn, so that no token is read twice.
 
-    settings: as in Llama.steps; turn i = 0, 1, … draws with seed + i. ValueError: max_seq_len is too short
-    for the system prompt.
+    Only where a chat template tells what was said otherwise than it was told, as those do that drop an
+    earlier answer's reasoning, is it read again from there on. settings: as in Llama.steps; turn i = 0, 1, …
+    draws with seed + i. ValueError: max_seq_len is too short for the system prompt, or a chat template
+    refuses it.
     """
 
     def __init__(self, llama, system=None, max_gen_len=256, seed=Sampler.seed, **settings):
@@ -34,13 +37,13 @@ class Conversation:
         # Nothing is generated here, but a setting that is out of range is named before the first message.
         llama.generate([least], min(max_gen_len, 0), seed=seed, **settings)
         self.caches = llama.new_caches(1)
-        self.held = 0  # the caches hold the first so many of self.tokens, which are the dialog so far
+        self.tokens = []  # of the last prompt and its answer
+        self.held = 0  # the caches hold the first so many of self.tokens
         self.reset()
 
     def reset(self):
         """Forgets everything but the system prompt."""
-        self.tokens = self.llama.tokenizer.encode_dialog(self.system, generation_prompt=False)
-        self.held = min(self.held, len(self.tokens))
+        self.dialog = list(self.system)
         self.turn = 0
 
     def answer(self, text, write):
@@ -51,16 +54,18 @@ class Conversation:
         """
         tokenizer = self.llama.tokenizer
         room = self.llama.max_seq_len
-        message = tokenizer.encode_message({"role": "user", "content": text})
-        message += tokenizer.encode_header("assistant")
-        if len(self.tokens) + len(message) >= room:
-            return (f"the context is full: {len(self.tokens)} tokens so far, {len(message)} for this "
-                    f"message, {room} in all; /reset starts anew")
+        message = {"role": "user", "content": text}
+        prompt = tokenizer.encode_dialog([*self.dialog, message], begun=self.tokens)
+        if len(prompt) >= room:
+            return (f"the context is full: {len(prompt)} tokens with this message, {room} in all; /reset "
+                    "starts anew")
+        unchanged = len(os.path.commonprefix([self.tokens, prompt]))
+        self.held = min(self.held, unchanged, len(prompt) - 1)  # The last one is read for what follows it.
+        self.tokens = prompt.copy()
         text_stream = TextStream(tokenizer)
         cut = f"stopped at --max_gen_len {self.max_gen_len}"
-        self.tokens += message
         try:
-            for _, [token] in self.llama.steps([self.tokens.copy()], self.max_gen_len, caches=self.caches,
+            for _, [token] in self.llama.steps([prompt], self.max_gen_len, caches=self.caches,
                                                start_pos=[self.held], seed=self.seed + self.turn,
                                                **self.settings):
                 self.held = len(self.tokens)  # the model has read everything but the token it just drew
@@ -74,7 +79,8 @@ class Conversation:
             write(text_stream.push(None) + "\n")
             return cut
         finally:
-            self.tokens.append(tokenizer.eot_id)  # the model reads it together with the next message
+            answer = tokenizer.decode(self.tokens[len(prompt):])
+            self.dialog += [message, {"role": "assistant", "content": answer}]
             self.turn += 1
 
 

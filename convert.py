@@ -104,9 +104,19 @@ def write_config(folder, args, dtype, ids):
 # Tokenizer
 
 BOS = "<|begin_of_text|>"
+# It gives the ids of Tokenizer.encode_dialog. Contents stay as they are, as in Meta's ChatFormat, so that a
+# model sees in use what it saw in training; Meta's published template trims them.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = {'tool': 'ipython', 'developer': 'system'}.get(message.role, message.role) %}"
+    "<|start_header_id|>{{ role }}<|end_header_id|>\n\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content or [] %}{{ part.text }}{% endfor %}{% endif %}"
+    "{% if message.tool_calls | length > 1 %}{{ raise_exception('several calls at a time') }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{% set function = call.function or call %}"
+    """{"name": {{ function.name | tojson }}, "parameters": """
+    "{{ function.arguments if function.arguments is string else function.arguments | tojson }}}{% endfor %}"
+    "<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 # Other releases number the reserved tokens differently and give two of them names.
 RESERVED = re.compile(r"<\|(reserved_special_token_\d+|step_id|image)\|>")

@@ -8,10 +8,9 @@ plumbing/tokenizer_json.py.
 """
 
 import base64
+import bisect
 import codecs
-import contextlib
 import itertools
-import json
 import operator
 import os
 import re
@@ -20,7 +19,9 @@ from pathlib import Path
 
 import tiktoken
 
+from plumbing.chat_template import Rendering, names_pattern, unmarked, well_formed
 from plumbing.files import complete
+from plumbing.messages import ROLES, read_dialog, text_of
 
 SPLIT_PATTERN = "|".join([            # Llama 3's pattern, one alternative a line
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English contractions
@@ -38,13 +39,8 @@ SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetun
 RESERVED = (f"<|reserved_special_token_{i}|>" for i in itertools.count())
 SPECIAL_NAMES = [name or next(RESERVED) for name in SPECIAL_TOKENS]
 SPELLED = re.compile("|".join(map(re.escape, SPECIAL_NAMES)))  # the name of one of them in a text
-# A message's role -> what the header of the message says. Files have two names for a tool's answer and,
-# since newer models of OpenAI, two for the system prompt.
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython",
-         "ipython": "ipython", "developer": "system"}
+CHAT_TOKENS = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 STOPPING = "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"  # They end a text, a turn, and a message to a tool.
-LEARNED = "weight", "train", "training"  # Keys by which 0 or false keeps a message from being learned.
-BESIDE_TEXT = "function_call", "image", "images", "audio", "video", "videos"  # Keys of what would be lost.
 
 # Meta cuts longer texts, as we do: tiktoken fails on much longer ones, and is slow on longer unbroken runs.
 MAX_CHARS = 400_000
@@ -130,39 +126,79 @@ class Tokenizer:
             tokens.append(self.eos_id)
         return tokens
 
-    def encode_dialog(self, dialog: Sequence[dict], generation_prompt: bool = True) -> list[int]:
-        """Token ids of a dialog in Llama 3's chat format, the same as Meta's ChatFormat.
+    def encode_dialog(self, dialog: Sequence[dict], generation_prompt: bool = True,
+                      begun: Sequence[int] = ()) -> list[int]:
+        """Token ids of a dialog's text, by the template of the vocabulary's folder or in Llama 3's format.
 
         dialog: messages {"role": one of ROLES, "content": str} in any order, or as read_message takes them;
-        the content stays as it is, and nothing in it becomes a special token. generation_prompt: whether
-        the header of an answer follows. ValueError: this is no such dialog, or the vocabulary is without a
-        token of that format.
+        nothing in them becomes a special token. generation_prompt: whether what begins an answer follows.
+        begun: ids of the dialog so far, which are kept as far as they spell the same text: a model's own
+        tokens can be others than those of encode. ValueError: this is no such dialog, the template refuses
+        it, or there is none and the vocabulary is without a token of Llama 3's format.
         """
-        tokens = [self.chat_token("<|begin_of_text|>")]
-        for message in read_dialog(dialog):
-            tokens += self.encode_message(message)
-        if generation_prompt:
-            tokens += self.encode_header("assistant")
-        return tokens
+        rendering = self.render(dialog, generation_prompt)
+        text = unmarked(rendering.text)
+        special = set(self.special_tokens.values())
+        kept = list(begun)
+        while not text.startswith(self.decode(kept)):
+            kept.pop()
+            while kept and kept[-1] not in special:  # Behind one, text is encoded apart from what precedes.
+                kept.pop()
+        ids, _ = self.encode_rendering(rendering, len(self.decode(kept)))
+        return kept + ids
 
-    def encode_message(self, message: dict) -> list[int]:
-        """Token ids of one message of a dialog: header, content, <|eot_id|>. Errors: see read_message."""
-        message = read_message(message)
-        end = self.chat_token("<|eot_id|>")
-        return [*self.encode_header(message["role"]), *self.encode(message["content"]), end]
+    def encode_answers(self, dialog: Sequence[dict],
+                       learned: Iterable[int]) -> tuple[list[int], list[bool], int]:
+        """Token ids of a dialog, whether each is a target, and how many answers have none.
 
-    def encode_header(self, role: str) -> list[int]:
-        """Token ids of the header that begins a message of a role. ValueError: there is no such role."""
-        check_role(role)
-        return [self.chat_token("<|start_header_id|>"), *self.encode(ROLES[role]),
-                self.chat_token("<|end_header_id|>"), *self.encode("\n\n")]
+        learned: the numbers of the messages whose words are targets, with the stop token behind them, as
+        Rendering.answer finds them. A token that begins before the words is none. Errors: see encode_dialog.
+        """
+        rendering = self.render(dialog, generation_prompt=False)
+        ids, begins = self.encode_rendering(rendering)
+        is_target = [False] * len(ids)
+        num_lost = 0
+        stops = [name for name, i in self.special_tokens.items() if i in self.stop_tokens]
+        for number in learned:
+            found = rendering.answer(number, stops)
+            if found is None:
+                num_lost += 1
+                continue
+            begin, end = (bisect.bisect_left(begins, place) for place in found)
+            is_target[begin:end] = [True] * (end - begin)
+        return ids, is_target, num_lost
 
-    def chat_token(self, name: str) -> int:
-        """The id of a special token of Llama 3's chat format; ValueError if the vocabulary lacks it."""
-        if name not in self.special_tokens:
-            raise ValueError(f"{self.model_path} has no {name}, expected the special tokens of Llama 3's "
-                             "chat format; give texts instead of a dialog, or take another model")
-        return self.special_tokens[name]
+    def render(self, dialog: Sequence[dict], generation_prompt: bool) -> Rendering:
+        """The text of a dialog. Errors: see encode_dialog."""
+        messages = read_dialog(dialog)
+        template = self._vocabulary.template
+        if template is None:
+            template = llama3_text
+            messages = llama3_messages(messages)
+            absent = [name for name in CHAT_TOKENS if name not in self.special_tokens]
+            if absent:
+                raise ValueError(f"{self.model_path} has no {absent[0]}, expected the special tokens of "
+                                 "Llama 3's chat format, or a chat template beside it; give texts instead "
+                                 "of a dialog, or take another model")
+        return Rendering(template, self.special_tokens, messages, generation_prompt)
+
+    def encode_rendering(self, rendering: Rendering, begin: int = 0) -> tuple[list[int], list[int]]:
+        """Token ids of a text from so many characters on, and how many characters precede each token."""
+        ids = []
+        begins = []
+        at = 0
+        for number, piece in enumerate(rendering.pieces()):
+            rest = piece[max(begin - at, 0):]
+            at += len(piece)
+            if number % 2 == 0:
+                new, places = self._vocabulary.encode_plain(rest)
+            elif rest:
+                new, places = [self.special_tokens[piece]], [0]
+            else:
+                continue
+            ids += new
+            begins += [at - len(rest) + place for place in places]
+        return ids, begins
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, with special tokens by name and U+FFFD for bytes that aren't UTF-8.
@@ -190,6 +226,7 @@ class MetaVocabulary:
     """Meta's tokenizer.model: byte strings by rank, and SPECIAL_NAMES, whose ids follow the last rank."""
 
     cuts_at_spaces = True
+    template = None  # Dialogs are in Llama 3's format.
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -208,17 +245,27 @@ class MetaVocabulary:
             raise ValueError(f"{self.path} has {len(self.token_bytes)} tokens, the model {vocab_size}; give "
                              "the tokenizer.model that the model was trained with")
 
-    def encode(self, s: str, names: Collection[str]) -> list[int]:
+    def encode(self, s: str, names: Collection[str] = ()) -> list[int]:
         """Token ids of a text in which those special tokens are read."""
         tokens = []
         for piece in split_long(s):
             tokens += self.encoding.encode(piece, allowed_special=set(names), disallowed_special=())
         return tokens
 
+    def encode_plain(self, s: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text without special tokens, and how many whole characters precede each."""
+        ids = self.encode(s)
+        begins = []
+        at = 0  # characters that have begun
+        for token in map(self.token_bytes.__getitem__, ids):
+            begins.append(at - in_character(token[0]))
+            at += sum(not in_character(byte) for byte in token)
+        return ids, begins
 
-def names_pattern(names: Iterable[str]) -> re.Pattern:
-    """What finds names in a text, of several that begin alike the longest; nothing, if there are none."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+def in_character(byte: int) -> bool:
+    """Whether a byte of UTF-8 goes on with a character that an earlier one has begun."""
+    return byte & 0xC0 == 0x80
 
 
 def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
@@ -228,94 +275,25 @@ def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
     return other if other.exists() and not meta.exists() else meta
 
 
-def read_dialog(dialog: Sequence[dict]) -> list[dict]:
-    """The messages of a dialog, each as in read_message; ValueError names the message and its key."""
-    if not isinstance(dialog, list | tuple):
-        raise ValueError(f"found {type(dialog).__name__} {dialog!r:.60}, expected a list of messages")
-    messages = []
-    for number, message in enumerate(dialog):
-        try:
-            messages.append(read_message(message))
-        except ValueError as error:
-            raise ValueError(f"message {number}: {error}") from None
-    return messages
+def llama3_messages(messages: Sequence[dict]) -> list[dict]:
+    """Messages of role and content alone; ValueError if one calls several tools at a time."""
+    for number, message in enumerate(messages):
+        calls = message.get("tool_calls", ())
+        if len(calls) > 1:
+            raise ValueError(f"message {number}: tool_calls: found {len(calls)} calls, expected one: Llama "
+                             "3.1 calls one at a time")
+    return [{"role": message["role"], "content": text_of(message)} for message in messages]
 
 
-def read_message(message: dict) -> dict:
-    """A message as {"role": one of ROLES, "content": str}, with "weight": 0 if it is not to be learned.
-
-    content: text, or a list of {"type": "text", "text": str}, which are joined. An assistant's tool_calls
-    follow it as in read_tool_call, and then it may be None. One of LEARNED that is 0 keeps an assistant's
-    message from being learned. Other keys are ignored. ValueError names the key.
-    """
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if not isinstance(message, dict) or "role" not in message or not ("content" in message or calls):
-        found = list(message) if isinstance(message, dict) else message
-        raise ValueError(f"found message {found!r:.60}, expected a dict of role and content")
-    role = message["role"]
-    check_role(role)
-    for key in BESIDE_TEXT:
-        if message.get(key):
-            raise ValueError(f"found {key} {message[key]!r:.60}, expected a message of text alone")
-    content = message.get("content")
-    if not (content is None and calls):
-        content = read_content(content)
-    if calls:
-        if role != "assistant":
-            raise ValueError(f"found tool_calls of role {role!r}, expected them of the assistant alone")
-        content = (content or "") + read_tool_call(calls)
-    read = {"role": role, "content": content}
-    for key in LEARNED if role == "assistant" else ():
-        weight = message.get(key)
-        if weight is not None and weight not in (0, 1):
-            raise ValueError(f"found {key} {weight!r:.60}, expected 0 or 1")
-        if weight == 0:
-            read["weight"] = 0
-    return read
+def header(role: str) -> str:
+    """What begins a message of a role in Llama 3's format."""
+    return f"<|start_header_id|>{ROLES[role]}<|end_header_id|>\n\n"
 
 
-def check_role(role: object) -> None:
-    """Raises ValueError unless a role, of any type as files have them, is one of ROLES."""
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"found role {role!r:.60}, expected one of {', '.join(ROLES)}")
-
-
-def read_content(content: object) -> str:
-    """The text of a message's content; ValueError if it isn't text, or parts of text."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(f"content: expected one str, found {type(content).__name__} {content!r:.60}; give "
-                         "text, or a list of parts of text")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(text, str):
-            raise ValueError(f"content: found a part of type {kind!r:.60}, expected parts of type 'text', "
-                             "each with its text")
-        texts.append(text)
-    return "".join(texts)
-
-
-def read_tool_call(calls: object) -> str:
-    """The text with which Llama 3.1 calls a tool, as in its chat template; ValueError unless it is one call.
-
-    calls: [{"function": {"name": str, "arguments": dict, or that as JSON}}], or the inner dict itself.
-    """
-    if not isinstance(calls, list) or len(calls) != 1:
-        found = f"{len(calls)} calls" if isinstance(calls, list) else f"{calls!r:.60}"
-        raise ValueError(f"tool_calls: found {found}, expected a list of one: Llama 3.1 calls one at a time")
-    [call] = calls
-    function = call.get("function", call) if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):  # Text that is no JSON is named below.
-            arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError(f"tool_calls: found {call!r:.60}, expected a function with a name and arguments")
-    return json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False)
+def llama3_text(messages: Sequence[dict], generation_prompt: bool, now: object = None) -> str:
+    """A dialog in Llama 3's chat format; the same as Meta's ChatFormat writes."""
+    turns = [f"{header(message['role'])}{message['content']}<|eot_id|>" for message in messages]
+    return "".join(["<|begin_of_text|>", *turns, header("assistant") if generation_prompt else ""])
 
 
 def split_at_stop(text: str, stop: Sequence[str], final: bool) -> tuple[str, str, bool]:
@@ -454,8 +432,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
             if not isinstance(text, str):
                 raise ValueError(f"found {type(text).__name__} {text!r:.60} among the texts, expected str")
             # Lone surrogates become U+FFFD, as in encode.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            yield from split_long(text)  # The trainer, too, takes minutes for a very long run.
+            yield from split_long(well_formed(text))  # The trainer, too, takes minutes for a very long run.
 
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = word_splitter()

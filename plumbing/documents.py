@@ -17,7 +17,7 @@ import zlib
 
 from plumbing.cli import unescape
 from plumbing.files import MANIFEST, likely_encoding, matching
-from tokenizer import read_dialog
+from plumbing.messages import read_dialog, text_of
 
 BLOCK = 2**20  # characters that are read at once
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
@@ -260,7 +260,7 @@ def completion_of(prompt, completion):
 def texts_of(record):
     """The texts of a record: its stripped story, or those of its messages or its two parts as they are."""
     if "messages" in record:
-        return [message["content"] for message in record["messages"]]
+        return list(map(text_of, record["messages"]))
     if "completion" in record:
         return [record["prompt"], record["completion"]]
     return [record["story"].strip()]

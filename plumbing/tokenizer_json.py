@@ -4,13 +4,15 @@ The tokenizers library computes it. Special tokens are taken out before, so that
 but text; their names are found here, where they are allowed.
 """
 
+import functools
 import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
+from plumbing.chat_template import ChatTemplate, names_pattern, read_template, well_formed
 from plumbing.files import START, complete, read_json
-from tokenizer import BYTE_OF, STOPPING, names_pattern, word_splitter
+from tokenizer import BYTE_OF, STOPPING, word_splitter
 
 # The files beside a tokenizer.json, that which counts most first -> how each calls the token, or the tokens,
 # of a role, bos or eos.
@@ -47,6 +49,14 @@ class HuggingFaceVocabulary:
         self.configs = {path.name: read_json(path) for path in paths if path.exists()}
         self.stop_tokens = self.find_stop_tokens()
         self.bos_id = self.find_bos()
+        self.bpe.post_processor = None  # What puts BOS before a text also moves where tokens begin.
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """What makes a dialog's text, where the folder has one. Errors: see ChatTemplate, read_template."""
+        config = self.configs.get("tokenizer_config.json", {})
+        found = read_template(Path(self.path).parent, config)
+        return found and ChatTemplate(*found, config)
 
     def named(self, file: str, role: str) -> list[int]:
         """The ids that a config names for a role, bos or eos: a number, a name, an object, or several."""
@@ -101,21 +111,22 @@ class HuggingFaceVocabulary:
 
     def encode(self, s: str, names: Collection[str] = ()) -> list[int]:
         """Token ids of a text in which those special tokens are read."""
-        s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # U+FFFD for lone surrogates
+        s = well_formed(s)
         names = frozenset(names)
         if names not in self.patterns:
             self.patterns[names] = names_pattern(names)
         tokens = []
         begin = 0
         for found in self.patterns[names].finditer(s):
-            tokens += self.encode_plain(s[begin:found.start()])
+            tokens += self.encode_plain(s[begin:found.start()])[0]
             tokens.append(self.special_tokens[found[0]])
             begin = found.end()
-        return tokens + self.encode_plain(s[begin:])
+        return tokens + self.encode_plain(s[begin:])[0]
 
-    def encode_plain(self, s: str) -> list[int]:
-        """Token ids of a text without special tokens."""
-        return self.bpe.encode(s, add_special_tokens=False).ids if s else []
+    def encode_plain(self, s: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text without special tokens, and how many whole characters precede each."""
+        encoding = self.bpe.encode(s, add_special_tokens=False)
+        return encoding.ids, [begin for begin, _ in encoding.offsets]
 
 
 def take_special_tokens(data: dict) -> tuple[dict[str, int], list[bytes]]:

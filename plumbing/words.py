@@ -27,6 +27,7 @@ class Words:
         self.special = special
         self.bos = tokenizer.encode("", bos=True)  # what begins a text: one token or none
         self.eos = tokenizer.encode("", eos=True)
+        self.num_lost = 0  # answers of the dialogs so far of which the template leaves nothing to learn
         self.first = {}  # word -> bytes of its tokens
         self.later = {}  # word -> bytes of the tokens of a space and the word
 
@@ -74,16 +75,11 @@ class Words:
         return self.tokenizer.encode(text, allowed_special="all" if self.special else ())
 
     def encode_chat(self, messages):
-        """A dialog, whose targets are the words of learned messages and the <|eot_id|> after them."""
-        bos = self.tokenizer.encode_dialog([], generation_prompt=False)
-        tokens = [i | files.MASKED for i in bos]
-        header = self.tokenizer.encode_header("assistant")
-        for message in messages:
-            ids = self.tokenizer.encode_message(message)
-            num_masked = len(header) if is_learned(message) else len(ids)
-            tokens += [i | files.MASKED for i in ids[:num_masked]]
-            tokens += ids[num_masked:]
-        return as_bytes(tokens)
+        """A dialog, whose targets are the words of learned messages and the stop tokens after them."""
+        learned = [number for number, message in enumerate(messages) if is_learned(message)]
+        ids, is_target, num_lost = self.tokenizer.encode_answers(messages, learned)
+        self.num_lost += num_lost
+        return as_bytes(np.where(is_target, ids, np.bitwise_or(ids, files.MASKED)))
 
     def encode_completion(self, prompt, completion):
         """<BOS> prompt completion <EOS>, of which the completion and <EOS> are targets.

@@ -107,13 +107,13 @@ def test_every_token_of_a_conversation_is_read_once(polite, read):
         assert cut in ("", "stopped at --max_gen_len 40")
         dialog += [user(text), assistant(answer.removesuffix("\n"))]
         ids = polite.tokenizer.encode_dialog(dialog, generation_prompt=False)
-        assert conversation.tokens == ids
+        assert conversation.tokens == ids[:-1]  # without the <|eot_id|> that the next prompt brings
         assert sum(read) == conversation.held == len(ids) - (2 if cut else 1)
     read.clear()
     conversation.reset()
-    told(conversation, "hello there")
-    system = len(polite.tokenizer.encode_dialog([SYSTEM], generation_prompt=False))
-    assert sum(read) == conversation.held - system
+    told(conversation, "now")
+    common = polite.tokenizer.encode_dialog([SYSTEM, user("")], generation_prompt=False)[:-1]
+    assert sum(read) == conversation.held - len(common)
 
 
 @pytest.mark.parametrize("at", [1, 2, 9])
@@ -147,7 +147,8 @@ def test_a_drawn_answer_is_what_generate_draws_with_the_turns_seed(byte_tokenize
     def answers(seed):
         conversation = Conversation(llama, max_gen_len=60, seed=seed, **settings)
         for turn in range(3):
-            tokens = conversation.tokens + byte_tokenizer.encode_dialog([user("hi")])[1:]
+            ended = [*conversation.tokens, byte_tokenizer.eot_id] if turn else [byte_tokenizer.bos_id]
+            tokens = ended + byte_tokenizer.encode_dialog([user("hi")])[1:]
             [row] = llama.generate([tokens], 60, seed=seed + turn, **settings)
             answer, _ = told(conversation, "hi")
             assert answer == byte_tokenizer.decode(row) + "\n"
@@ -174,12 +175,12 @@ def test_a_full_context_is_told_and_a_message_without_room_changes_nothing(byte_
     assert cut == "stopped at --max_gen_len 30"
     before = conversation.tokens.copy(), conversation.held
     assert told(conversation, "x" * 22) == (
-        "", "the context is full: 56 tokens so far, 44 for this message, 100 in all; /reset starts anew")
+        "", "the context is full: 100 tokens with this message, 100 in all; /reset starts anew")
     assert (conversation.tokens, conversation.held) == before
     dialog = [user("hi"), assistant(first.removesuffix("\n")), user("abc")]
     full = "the context of 100 tokens is full; /reset starts anew"
     assert told(conversation, "abc") == (expected(llama, dialog, 100) + "\n", full)
-    assert told(conversation, "")[1].startswith("the context is full: 101 tokens so far")
+    assert told(conversation, "")[1].startswith("the context is full: 123 tokens with this message")
     conversation.reset()
     assert told(conversation, "hi") == (first, "stopped at --max_gen_len 30")
     answer, cut = told(conversation, "x" * 21)
@@ -335,7 +336,7 @@ def test_piped_lines_are_answered_and_only_answers_go_to_the_output(byte_tokeniz
     llama = speaker(byte_tokenizer, max_seq_len=100)
     assert result.stdout == "".join(expected(llama, [user(text)], 100) + "\n" for text in ("hi", "abc"))
     full = "[the context of 100 tokens is full; /reset starts anew]"
-    refused = "[the context is full: 101 tokens so far, 25 for this message, 100 in all; /reset starts anew]"
+    refused = "[the context is full: 126 tokens with this message, 100 in all; /reset starts anew]"
     assert result.stderr.splitlines() == [CHOSEN, full, refused, "[a new conversation]", full]
     assert result.returncode == 0
 

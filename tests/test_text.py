@@ -253,7 +253,9 @@ def test_of_a_chat_the_assistants_words_and_ends_of_turn_alone_are_targets(tmp_p
         assert tokenizer.decode(tokens[chat][learned[chat]]) == "".join(expected)
         at = 1
         for message in dialog:  # token by token
-            header, ids = tokenizer.encode_header(message["role"]), tokenizer.encode_message(message)
+            header = tokenizer.encode_dialog([], generation_prompt=True)[1:]
+            ids = tokenizer.encode_dialog([message], generation_prompt=False)[1:]
+            header = ids[:ids.index(header[-2]) + 2]  # as far as the line breaks behind <|end_header_id|>
             said = [False] * len(header) + [message["role"] == "assistant"] * (len(ids) - len(header))
             assert learned[chat][at:at + len(ids)].tolist() == said
             at += len(ids)
