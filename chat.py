@@ -1,4 +1,4 @@
-"""A conversation with an instruct model in the terminal, in Llama 3's chat format.
+"""A conversation with an instruct model in the terminal, by its chat template or in Llama 3's format.
 
     python chat.py --ckpt_dir Llama-3.1-8B-Instruct --system "Answer in one sentence."
 """

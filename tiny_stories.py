@@ -51,6 +51,7 @@ from plumbing.documents import (
 )
 from plumbing.download import check_archive, fetch, unpack
 from plumbing.machine import usable_cores
+from plumbing.tokenizer_json import digest_of
 from plumbing.words import Words, with_start
 from plumbing.workers import run_in_order
 from tokenizer import SPELLED, Tokenizer, train_tokenizer
@@ -143,9 +144,10 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
     finished = os.path.join(data_dir, "tokens.part")  # A folder for the tokens of each finished shard.
     os.makedirs(finished, exist_ok=True)
     digest = files.sha256_of(tokenizer_path)
+    recipe = digest_of(tokenizer_path)
     jobs = []
     for split in splits.values():
-        jobs += [(shard, i, finished, tokenizer_path, digest, special) for i, shard in enumerate(split)]
+        jobs += [(shard, i, finished, tokenizer_path, recipe, special) for i, shard in enumerate(split)]
     # The tokens lie on the disk twice, by shard and joined, which takes about as much room as the JSON does.
     json_bytes = sum(os.path.getsize(shard) for shard, *_ in jobs)
     done_bytes = sum(entry.stat().st_size for entry in os.scandir(finished))
@@ -158,6 +160,8 @@ def write_splits(data_dir, prefix, splits, tokenizer_path, num_workers, max_toke
             done = list(tqdm(itertools.islice(results, len(split)), total=len(split), unit="shard"))
             stem = os.path.join(data_dir, prefix + name)
             made |= write_split(stem, done, digest, max_tokens, tokenizer.mark_id)
+            if num_lost := sum(header.num_lost for _, header, _ in done):
+                print(f"Not learned: answers that the chat template drops or tears apart: {num_lost:,}")
             counts[name] = sum(about["tokens"] for *_, about in done)
     files.write_manifest(data_dir, files={})  # While files are replaced, the manifest describes none.
     for path in made:
@@ -188,7 +192,8 @@ def write_split(stem, finished, tokenizer_digest, max_tokens, mark_id):
     made = {}
     for number, group in enumerate(groups):
         path = f"{stem}_{number:03d}.bin" if len(groups) > 1 else f"{stem}.bin"
-        parts, versions, shards = zip(*group, strict=True)
+        parts, headers, shards = zip(*group, strict=True)
+        versions = [header.version for header in headers]
         about = {key: sum(shard[key] for shard in shards) for key in ("stories", "tokens", "bytes")}
         print(f"writing {about['tokens']:,} tokens to {path}")
         files.write_tokens(f"{path}.new", read_parts(parts, versions, mark_id), max(versions))
@@ -205,24 +210,27 @@ def read_parts(parts, versions, mark_id):
         yield tokens
 
 
-def finish_shard(shard, index, folder, tokenizer_path, tokenizer_digest, special):
-    """Writes a shard's tokens to a .bin in folder, or finds it there; returns path, version and counts."""
+def finish_shard(shard, index, folder, tokenizer_path, recipe, special):
+    """Writes a shard's tokens to a .bin in folder, or finds it there; returns path, Header and counts.
+
+    recipe: the digest of all that says how the tokenizer encodes.
+    """
     name = os.path.basename(shard)
     digest = files.sha256_of(shard)
     # The name depends on all that the content depends on, so that no file is taken for another one.
-    key = hashlib.sha256(f"{name} {digest} {index} {tokenizer_digest} {special}".encode()).hexdigest()
+    key = hashlib.sha256(f"{name} {digest} {index} {recipe} {special}".encode()).hexdigest()
     path = os.path.join(folder, f"{key[:32]}.bin")
     if not os.path.exists(path):
         try:
-            chunks, *about = encode_shard(index, shard, words_of(tokenizer_path, tokenizer_digest, special))
+            chunks, *about = encode_shard(index, shard, words_of(tokenizer_path, recipe, special))
         except (ValueError, OSError):
             raise
         except Exception as error:
             raise ValueError(f"{shard}: tokenizing failed with {error!r}") from error
         files.write_tokens(path, (np.frombuffer(chunk, "<u4") for chunk in chunks), *about)
     header = files.read_header(path)
-    return path, header.version, {"name": name, "sha256": digest, "stories": header.num_documents,
-                                  "tokens": header.num_tokens, "bytes": header.num_bytes}
+    return path, header, {"name": name, "sha256": digest, "stories": header.num_documents,
+                          "tokens": header.num_tokens, "bytes": header.num_bytes}
 
 
 def process_shard(shard_index, shard_filename, tokenizer_path):
@@ -235,8 +243,12 @@ def process_shard(shard_index, shard_filename, tokenizer_path):
 
 
 def encode_shard(shard_index, shard, words):
-    """Returns (bytes of each record's tokens, shuffled; version of the .bin; records; bytes of text)."""
+    """Returns (bytes of each record's tokens, shuffled; version of the .bin; records; bytes of text; lost).
+
+    lost: how many answers of dialogs have no targets, though they should.
+    """
     chunks = []
+    lost_before = words.num_lost
     has_marks = words.tokenizer.mark_id is None
     num_bytes = 0
     for record in read_shard(shard):
@@ -244,9 +256,11 @@ def encode_shard(shard_index, shard, words):
         has_marks = has_marks or "story" not in record or words.reads_special(record["story"])
         num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts_of(record))
     random.Random(1337 + shard_index).shuffle(chunks)  # shard_index counts within a split, from 0.
-    if not has_marks:
-        return chunks, files.VERSION, len(chunks), num_bytes
-    return list(map(with_start, chunks)), files.MARKING_VERSION, len(chunks), num_bytes
+    version = files.VERSION
+    if has_marks:
+        chunks = list(map(with_start, chunks))
+        version = files.MARKING_VERSION
+    return chunks, version, len(chunks), num_bytes, words.num_lost - lost_before
 
 
 @functools.lru_cache(maxsize=1)
@@ -267,7 +281,8 @@ def text(*, input: list[str], data_dir: str = "text", tokenizer_path: str | None
     as an array or one after another, a .parquet (which needs pyarrow) rows. Of a row the first of these is
     read: another field than "text", if you name one; the chat "messages": [{"role": …, "content": …}], or
     ShareGPT's "conversations"; "prompt" and "completion"; Alpaca's "instruction", "input" and "output"; the
-    field. Of chats only the assistant's turns are learned, unless their "weight" is 0, of prompts only the
+    field. A chat is written by the chat template that lies beside a tokenizer.json, or in Llama 3's format.
+    Of chats only the assistant's turns are learned, unless their "weight" is 0, of prompts only the
     completion. ValueError names the file, the document and the message that can't be read.
 
     Args:

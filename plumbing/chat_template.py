@@ -142,9 +142,8 @@ class ChatTemplate:
                 if size > MOST_CHARS:
                     raise ValueError(f"it writes more than {MOST_CHARS:,} characters")
         except Exception as error:  # A template is a program, so it can fail in any way.
-            roles = ", ".join(message["role"] for message in messages) or "no message"
-            raise ValueError(f"{self.path}: found {roles:.200}, expected a dialog that this template takes: "
-                             f"{one_line(error)}") from None
+            raise ValueError(f"{self.path}: found {outlined(messages)}, expected a dialog that this "
+                             f"template takes: {one_line(error)}") from None
         return "".join(pieces)
 
 
@@ -156,10 +155,18 @@ def with_reasoning(message):
     return message
 
 
+def outlined(messages):
+    """What a dialog is, in words by which it can be found in a file."""
+    if not messages:
+        return "no message"
+    roles = ", ".join(message["role"] for message in messages)
+    return f"messages of {roles:.200}, the first {unmarked(str(messages[0].get('content', '')))!r:.60}"
+
+
 def one_line(error):
     """What an exception says, on one line, without the marks of what it quotes."""
-    text = " ".join(unmarked(str(error)).split())
-    return f"{text or type(error).__name__:.300}"
+    text = " ".join(unmarked(str(error)).split()) or type(error).__name__
+    return f"{text:.300}"
 
 # -----------------------------------------------------------------------------
 # Marks

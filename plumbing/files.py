@@ -170,6 +170,7 @@ class Header(NamedTuple):
     num_tokens: int
     num_documents: int  # 0 in files of other programs
     num_bytes: int  # UTF-8 bytes of the documents' text; 0 in files of other programs
+    num_lost: int = 0  # answers of dialogs of which a chat template leaves nothing to learn
 
 
 def read_header(path):
@@ -182,7 +183,7 @@ def read_header(path):
         size = file.seek(0, os.SEEK_END)
     if len(header) < HEADER_BYTES:
         raise ValueError(f"{path}: {size} bytes; a token file begins with a header of {HEADER_BYTES}")
-    magic, version, count, num_documents = np.frombuffer(header, dtype="<i4")[:4].tolist()
+    magic, version, count, num_documents, *_, num_lost = np.frombuffer(header, dtype="<i4")[:7].tolist()
     [num_bytes] = np.frombuffer(header, dtype="<i8")[2:3].tolist()
     if magic != MAGIC or not VERSION <= version <= MARKING_VERSION:
         raise ValueError(f"{path}: magic {magic}, version {version}; expected {MAGIC} and {VERSION} to "
@@ -190,7 +191,7 @@ def read_header(path):
     if count < 0 or size != HEADER_BYTES + 4 * count:
         raise ValueError(f"{path}: the header says {count} tokens, {HEADER_BYTES + 4 * count} bytes; the "
                          f"file has {size} bytes: truncated or damaged, tokenize again")
-    return Header(version, count, num_documents, num_bytes)
+    return Header(version, count, num_documents, num_bytes, num_lost)
 
 
 def read_tokens(path, first=0, count=-1):
@@ -217,7 +218,8 @@ def check_apart(train_files, val_files=()):
         raise ValueError(f"{min(shared)} is in both train_data and val_data; expected different files")
 
 
-def write_tokens(path, arrays, version=VERSION, num_documents=0, num_bytes=0, max_tokens=MAX_TOKENS):
+def write_tokens(path, arrays, version=VERSION, num_documents=0, num_bytes=0, num_lost=0,
+                 max_tokens=MAX_TOKENS):
     """Writes an iterable of token arrays as one .bin shard, one by one; returns the number of tokens."""
     header = np.zeros(256, dtype="<i4")
     count = 0
@@ -231,6 +233,7 @@ def write_tokens(path, arrays, version=VERSION, num_documents=0, num_bytes=0, ma
                              "use more shards")
         header[:4] = MAGIC, version, count, num_documents
         header[4:6].view("<i8")[:] = num_bytes
+        header[6] = num_lost
         file.seek(0)
         file.write(header)
     return count

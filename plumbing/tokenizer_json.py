@@ -5,13 +5,14 @@ but text; their names are found here, where they are allowed.
 """
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-from plumbing.chat_template import ChatTemplate, names_pattern, read_template, well_formed
-from plumbing.files import START, complete, read_json
+from plumbing.chat_template import FILE, ChatTemplate, names_pattern, read_template, well_formed
+from plumbing.files import START, complete, read_json, sha256_of
 from tokenizer import BYTE_OF, STOPPING, word_splitter
 
 # The files beside a tokenizer.json, that which counts most first -> how each calls the token, or the tokens,
@@ -21,6 +22,8 @@ ROLES_OF = {
     "config.json": "{}_token_id",
     "tokenizer_config.json": "{}_token",
 }
+
+BESIDE = "tokenizer_config.json", FILE  # The first may hold a chat template, the second is one.
 
 
 class HuggingFaceVocabulary:
@@ -175,6 +178,15 @@ def name_of_copy(path):
     return "tokenizer.json" if str(path).endswith(".json") else "tokenizer.model"
 
 
+def digest_of(path):
+    """A SHA-256 of all that says how a tokenizer encodes: of its file, and of what belongs to a .json."""
+    digests = [sha256_of(path)]
+    for name in BESIDE if str(path).endswith(".json") else ():
+        if Path(path).with_name(name).exists():
+            digests.append(name + sha256_of(Path(path).with_name(name)))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
 def copy_tokenizer(path, folder):
     """Copies the file of a tokenizer to a folder, and with a tokenizer.json what belongs to it.
 
@@ -183,7 +195,7 @@ def copy_tokenizer(path, folder):
     path = Path(path)
     copies = {name_of_copy(path): path.read_bytes()}
     if path.suffix == ".json":
-        for name in "tokenizer_config.json", "chat_template.jinja":
+        for name in BESIDE:
             if path.with_name(name).exists():
                 copies[name] = path.with_name(name).read_bytes()
         ids = {}

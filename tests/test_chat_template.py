@@ -1,6 +1,7 @@
 """Chat templates: transformers' ids, contents that forge nothing, the answers' words, errors on one line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from templates import LLAMA31, NAMES, SMOLLM2, TEMPLATES, UNFLAGGED, write_folder
-from tiny import ROOT
+from tiny import ROOT, random_llama, shard_tokens
 
+import tiny_stories
+from chat import Conversation
+from llama31 import Llama
+from plumbing import answers, files
 from plumbing.chat_template import Hidden, well_formed
 from tokenizer import Tokenizer
 
@@ -327,8 +332,8 @@ def test_of_named_templates_the_default_is_taken(folder):
     (None, {"chat_template": 3}, f"{CONFIG}: found chat_template 3, expected text"),
     (None, {"chat_template": "{% if %}"}, f"{CONFIG}: found a template that is no Jinja"),
     ("{{ messages[", {}, r"chat_template.jinja: found a template that is no Jinja \(.*\), expected that"),
-    ("{% for m in messages %}{{ no(m) }}{% endfor %}", {}, "jinja: found user, assistant, user, expected a "
-     "dialog that this template takes: 'no' is undefined"),
+    ("{% for m in messages %}{{ no(m) }}{% endfor %}", {}, "jinja: found messages of user, assistant, "
+     "user, the first 'Hi', expected a dialog that this template takes: 'no' is undefined"),
     ("{{ raise_exception('no\n\nsystem ' + messages[0].content) }}", {}, "takes: no system Hi"),
     ("{{ messages[0].content + 3 }}", {}, "takes: can only concatenate str"),
     ("{{ messages.append(3) }}", {}, "takes: .*unsafe|not safely callable"),
@@ -410,3 +415,98 @@ def test_reasoning_that_a_template_drops_is_cut_off_what_was_told(pairs):
     told = prompt + ours.encode("well</think>\n\nso", allowed_special="all")
     dialog = [user("Hi"), assistant("well</think>\n\nso"), user("?")]
     assert ours.encode_dialog(dialog, begun=told) == ours.encode_dialog(dialog)
+
+
+# -----------------------------------------------------------------------------
+# What uses them
+
+
+def prepare(ours, folder, dialogs):
+    """The tokens of text()'s train.bin of dialogs, in order, and which of them are targets."""
+    (folder / "dialogs.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in dialogs))
+    tiny_stories.text(input=[str(folder / "dialogs.jsonl")], data_dir=str(folder / "data"), num_workers=1,
+                      val_fraction=0.3, tokenizer_path=ours.model_path)
+    stored = np.concatenate([shard_tokens(folder / "data" / f"{name}.bin") for name in ("val", "train")])
+    starts = np.flatnonzero(stored & files.START)
+    return [part for part in np.split(stored, starts) if len(part)]
+
+
+def test_chats_are_prepared_by_the_template(folder, tmp_path, capsys):
+    ours = folder(SMOLLM2)
+    dialogs = [[user(f"{number}?"), assistant(f"the cat {number}"), user("so"), assistant("no", weight=0)]
+               for number in range(9)]
+    parts = prepare(ours, tmp_path, dialogs)
+    assert {ours.decode(part % files.START) for part in parts} == {
+        ours.decode(ours.encode_dialog(dialog, generation_prompt=False)) for dialog in dialogs}
+    for part in parts:
+        targets = (part % files.START)[part < files.MASKED]
+        assert re.fullmatch(r"the cat \d<\|im_end\|>", ours.decode(targets))
+    assert "Not learned" not in capsys.readouterr().out
+
+
+def test_lost_answers_are_said_and_a_changed_template_is_used(folder, tmp_path, capsys, monkeypatch):
+    dialogs = [[user(f"{number}?"), assistant("a"), user("so"), assistant("b")] for number in range(9)]
+    last = "{% for m in messages %}{% if loop.last %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_stories, "write_split", lambda *_: 1 / 0)  # interrupted before shards are joined
+        with pytest.raises(ZeroDivisionError):
+            prepare(folder(SMOLLM2), tmp_path, dialogs)
+    for _ in range(2):
+        parts = prepare(ours := folder(last), tmp_path, dialogs)
+        assert {ours.decode(part % files.START) for part in parts} == {"b<|im_end|>"}
+        said = capsys.readouterr().out
+        counts = re.findall("Not learned: answers that the chat template drops or tears apart: (\\d)", said)
+        assert sum(map(int, counts)) == 9
+
+
+def test_a_dialog_that_the_template_refuses_is_named(folder, tmp_path):
+    ours = folder(TEMPLATES["mistral"][0], bos_token="<s>")
+    with pytest.raises(ValueError, match="chat_template.jinja: found messages of user, user, assistant, the "
+                                         "first 'Hi', expected a dialog .*roles must alternate"):
+        prepare(ours, tmp_path, [[user("Hi"), user(f"Hi{n}"), assistant("a")] for n in range(9)])
+
+
+def test_a_file_of_dialogs_is_answered_by_the_template(folder, tmp_path, capsys):
+    ours = folder(SMOLLM2)
+    llama = random_llama(ours)
+    (tmp_path / "dialogs.jsonl").write_text(json.dumps({"messages": [user("Hi")]}))
+    rows, dialogs = answers.read_dialogs(tmp_path / "dialogs.jsonl")
+    answers.print_answers(llama, "dialogs.jsonl", rows, dialogs, 9, (), 1337, temperature=0)
+    [row] = llama.generate([ours.encode_dialog([user("Hi")])], 9, temperature=0)
+    [answer] = llama.chat_completion([[user("Hi")]], 9, temperature=0)
+    printed = json.loads(capsys.readouterr().out)["messages"][-1]
+    assert printed == answer["generation"] == assistant(ours.decode(row))
+
+
+def test_a_conversation_reads_what_the_template_writes(pairs, monkeypatch):
+    """The model's own tokens stay, except where the template tells an answer otherwise: then all is read."""
+    for name, own in [("smollm2", True), ("mistral", True), ("llama31", False), ("deepseek", False)]:
+        ours, _ = pairs(name)
+        llama = random_llama(ours, max_seq_len=500)
+        said = ours.encode(" well</think> so", allowed_special="all")
+        said = [i for character in " we" for i in ours.encode(character)] + said[2:]
+        given = []
+
+        def steps(self, prompts, *args, start_pos=(0,), said=said, given=given, **settings):
+            given.append((prompts[0], start_pos[0]))
+            return ((None, [i]) for i in [*said, None])
+        monkeypatch.setattr(Llama, "steps", steps)
+        conversation = Conversation(llama)
+        told, dialog = [], []
+        for text in "Hi", "so?", "and":
+            conversation.answer(text, lambda piece: None)
+            dialog.append(user(text))
+            prompt, start = given[-1]
+            assert ours.decode(prompt) == ours.decode(ours.encode_dialog(dialog))
+            common = len(os.path.commonprefix([told, prompt]))
+            assert start == common and (common == len(told) if own else common < len(told) or not told)
+            if not own:
+                assert prompt == ours.encode_dialog(dialog)
+            dialog.append(assistant(ours.decode(said)))
+            told = prompt + said
+
+
+def test_a_template_without_system_prompts_is_named_at_once(pairs):
+    ours, _ = pairs("mistral")
+    with pytest.raises(ValueError, match="jinja: found messages of system, user.* roles must alternate"):
+        Conversation(random_llama(ours, max_seq_len=500), system="be kind")
