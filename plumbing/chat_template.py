@@ -21,7 +21,7 @@ GAP = "\udfff"  # stands in the place of an answer
 REASONING = "reasoning_content", "thinking", "reasoning"  # keys of an assistant's reasoning in a message
 NOTHING = re.compile("(?!)")
 SPACE = re.compile(r"\s*")
-MOST_STEPS = 10**6  # calls and rounds of loops of a rendering; those of long dialogs are thousands
+MOST_STEPS = 10**7  # calls and rounds of loops of a rendering; those of long dialogs are thousands
 MOST_CHARS = 2**26  # of a rendering
 
 # -----------------------------------------------------------------------------
@@ -93,6 +93,11 @@ class ChatTemplate:
             def call(self, context, obj, /, *args, **kwargs):
                 count()
                 return super().call(context, obj, *args, **kwargs)
+
+            @staticmethod
+            def concat(pieces):  # of a macro or a block, which may be a content alone, and then stays Hidden
+                pieces = list(filter(None, pieces))
+                return pieces[0] if len(pieces) == 1 else "".join(pieces)
 
         class Generation(jinja2.ext.Extension):
             """{% generation %}, by which some templates name an answer; we find answers in any template."""
@@ -260,7 +265,7 @@ class Rendering:
         self.generation_prompt = generation_prompt
         self.now = datetime.datetime.now()  # one time for all that is compared
         spelled = names_pattern(names)
-        initials = re.escape("".join({name[0] for name in names}))  # A name may begin within a word.
+        initials = re.escape("".join({name.strip()[0] for name in names}))  # A name may begin within a word.
         words = re.compile(rf"[{initials}]|[^\s{initials}]+" if initials else r"\S+")
         self.made = re.compile(f"(?<!{MARKS.pattern})({spelled.pattern})")  # the names that no content has
         plain = template(self.hidden(NOTHING), generation_prompt, self.now)

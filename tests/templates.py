@@ -197,6 +197,13 @@ MIXED = ("{% for message in messages %}"
          "{% if 'X' in line %}{% set line = line.split('X')[-1] %}{% endif %}{{ line }}<|im_end|>"
          "{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# Its macro and its block hold contents alone, which it then looks into.
+MACRO = ("{% macro words(message) %}{{ message.content }}{% endmacro %}{% for message in messages %}"
+         "{% set content = words(message) | trim %}{% set content %}{{ content }}{% endset %}"
+         "{% if '</think>' in content %}"
+         "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+         "<|im_start|>{{ message.role }}\n{{ content }}<|im_end|>{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 QUOTED = "{% for message in messages %}{{ message | tojson(indent=1) }}{{ eos_token }}{% endfor %}"
 
 TEMPLATES = {  # name -> (template, BOS, EOS, the roles that it takes)
@@ -212,6 +219,7 @@ TEMPLATES = {  # name -> (template, BOS, EOS, the roles that it takes)
     "phi": (PHI, None, "<|end|>", ["user", "assistant"]),
     "plain": (PLAIN, None, "</s>", ["system", "user", "assistant"]),
     "mixed": (MIXED, None, "<|im_end|>", ["user", "assistant"]),
+    "macro": (MACRO, None, "<|im_end|>", ["user", "assistant"]),
     "quoted": (QUOTED, None, "</s>", ["system", "user", "assistant"]),
 }
 

@@ -18,7 +18,7 @@ from tiny import ROOT, random_llama, shard_tokens
 import tiny_stories
 from chat import Conversation
 from llama31 import Llama
-from plumbing import answers, files
+from plumbing import answers, chat_template, files
 from plumbing.chat_template import Hidden, well_formed
 from tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def test_any_dialog_has_the_ids_of_transformers(pairs, name, data):
         assert ours.encode_dialog(dialog, generation_prompt=prompt) == apply(theirs, dialog, prompt)
 
 
-LOOKING = {"deepseek", "qwen3", "mixed", "dated"}  # Templates that rewrite what spells special tokens.
+LOOKING = {"deepseek", "qwen3", "mixed", "macro", "dated"}  # They rewrite what spells special tokens.
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -173,7 +173,8 @@ CALLS = [{"type": "function", "function": {"name": "brave_search", "arguments": 
     ("qwen3", [user("Hi"), assistant("so", reasoning_content="\nwell\n"), user("?"),
                assistant("<think>\nso\n</think>\n\nso")]),
     ("qwen3", [user("Hi"), assistant("so", reasoning="well")]),
-    ("deepseek", [user("Hi"), assistant("<think>\nwell\n</think>\n\nso"), user("<b>?")])])
+    ("deepseek", [user("Hi"), assistant("<think>\nwell\n</think>\n\nso"), user("<b>?")]),
+    ("macro", [user("Hi"), assistant("<think>\nwell\n</think>\n\nso"), user("<b>?")])])
 def test_calls_and_reasoning_have_the_ids_of_transformers(pairs, name, dialog):
     ours, theirs = pairs(name)
     expected = theirs.apply_chat_template(dialog, return_dict=False)
@@ -339,13 +340,14 @@ def test_of_named_templates_the_default_is_taken(folder):
     ("{{ messages.append(3) }}", {}, "takes: .*unsafe|not safely callable"),
     ("{{ messages[0].content.__class__.mro() }}", {}, "takes: .*unsafe"),
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {},
-     "takes: it takes more than 1,000,000 steps"),
+     "takes: it takes more than 100,000 steps"),
     ("{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}", {}, "000 steps"),
     ("{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n else '' }}{% endmacro %}{{ f(40) }}", {}, "000 steps"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {}, "takes: .*recursion"),
     ("{% set big = 'a' * 9999999 %}{% for a in range(99) %}{{ big }}{% endfor %}", {},
      "takes: it writes more than 67,108,864 characters")])
-def test_what_a_template_can_not_do_is_named_in_one_line(folder, template, config, found):
+def test_what_a_template_can_not_do_is_named_in_one_line(folder, template, config, found, monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST_STEPS", 10**5)
     dialog = [user("Hi"), assistant("Ho"), user("Hi")]
     ours = folder(template, **config)
     with pytest.raises(ValueError, match=found) as error:
