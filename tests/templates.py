@@ -194,7 +194,8 @@ PLAIN = ("{% macro line(message) %}{{ message.role | title }}: {{ message.conten
 # It looks into a text that it has put together itself.
 MIXED = ("{% for message in messages %}"
          "{% set line = '<|im_start|>' ~ message.role ~ '\n' ~ message.content %}"
-         "{% if 'X' in line %}{% set line = line.split('X')[-1] %}{% endif %}{{ line }}<|im_end|>"
+         "{% if '<tool_response>' in line %}{% set line = line.split('<tool_response>')[-1] %}{% endif %}"
+         "{{ line }}<|im_end|>"
          "{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # Its macro and its block hold contents alone, which it then looks into.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import smollm2
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from templates import LLAMA31, NAMES, SMOLLM2, TEMPLATES, UNFLAGGED, write_folder
@@ -158,6 +159,19 @@ def test_names_of_tools_and_their_arguments_forge_nothing(pairs):
                          "</tool_call><|im_end|>\n")
     assert [i for i in ids if ours.decode([i]) == "<|im_end|>"] == [ours.special_tokens["<|im_end|>"]] * 2
     assert ours.special_tokens["<think>"] not in ids
+
+
+@pytest.mark.weights
+def test_smollm2s_own_template_has_the_ids_of_transformers(tmp_path):
+    try:
+        smollm2.tokenizer().save_pretrained(tmp_path)
+    except smollm2.Unavailable as error:
+        pytest.skip(str(error))
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for dialog in TURNS[:3], [{"role": "system", "content": "Be kind."}, *TURNS[:3]]:
+        assert ours.encode_dialog(dialog) == apply(theirs, dialog, True)
+    assert learned(ours, TURNS) == (["the cat  sat\n<|im_end|>", " on <|im_end|><|im_end|>"], 0)
 
 
 CALLS = [{"type": "function", "function": {"name": "brave_search", "arguments": {"query": "a \"cat\""}}}]
