@@ -249,6 +249,15 @@ def names_pattern(names):
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
+@functools.lru_cache(maxsize=4)
+def patterns_of(names):
+    """What finds words, or beginnings of names within them; names; names of which no content has a part."""
+    spelled = names_pattern(names)
+    initials = re.escape("".join(sorted({name.strip()[0] for name in names})))
+    words = re.compile(rf"[{initials}]|[^\s{initials}]+" if initials else r"\S+")
+    return words, spelled, re.compile(f"(?<!{MARKS.pattern})({spelled.pattern})")
+
+
 class Rendering:
     """A dialog's text with marks, and where its answers stand.
 
@@ -264,10 +273,7 @@ class Rendering:
         self.messages = messages
         self.generation_prompt = generation_prompt
         self.now = datetime.datetime.now()  # one time for all that is compared
-        spelled = names_pattern(names)
-        initials = re.escape("".join({name.strip()[0] for name in names}))  # A name may begin within a word.
-        words = re.compile(rf"[{initials}]|[^\s{initials}]+" if initials else r"\S+")
-        self.made = re.compile(f"(?<!{MARKS.pattern})({spelled.pattern})")  # the names that no content has
+        words, spelled, self.made = patterns_of(tuple(names))
         plain = template(self.hidden(NOTHING), generation_prompt, self.now)
         self.contents = self.hidden(words)
         self.text = template(self.contents, generation_prompt, self.now)

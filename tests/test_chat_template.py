@@ -313,12 +313,33 @@ def generation_pair(tmp_path_factory):
     # It refuses a dialog in which this message is none that calls a tool.
     ("{% if not messages[1].tool_calls %}{{ raise_exception('no') }}{% endif %}{{ messages | tojson }}",
      [user("a"), assistant(None, tool_calls=CALLS)], []),
+    # Calls begin and end with other special tokens than answers, and the prompt for them with none.
+    ("{% for m in messages %}{% if m.tool_calls %}<|python_tag|>{{ m.tool_calls[0].function.name }}"
+     "<|end_header_id|>{% else %}<|im_start|>{{ m.content }}<|start_header_id|>{% endif %}{% endfor %}"
+     "{% if add_generation_prompt %}?{% endif %}",
+     [user("a"), assistant(None, tool_calls=CALLS)], ["<|python_tag|>brave_search"]),
+    # Something else than behind an answer stands behind the end of a call.
+    ("{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|im_end|>!"
+     "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+     [user("a"), assistant(None, tool_calls=CALLS)], ["brave_search<|im_end|>"]),
+    # It writes all questions first.
+    ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+     "{% for m in messages if m.role != 'user' %}{{ m.content }}<|im_end|>{% endfor %}", TURNS,
+     [" cat  sat\n<|im_end|> on <|im_end|><|im_end|>"]),
+    # What stands behind an answer is no stop token.
+    ("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", TURNS,
+     ["the cat  sat\n", " on <|im_end|>"]),
+    # It looks into what it put together, and an answer changes what stands around others' words.
+    ("{% for m in messages %}{{ '!' if '<b>' in m.role ~ m.content }}"
+     "{{ 'A' if '<|end|>' in messages[1].content else 'B' }}{{ m.content }}<|im_end|>{% endfor %}",
+     [user("Hi <b>"), assistant("x <|end|>"), user("so")], []),
     # It keeps nothing of what an answer says, but for its end.
     ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}",
      [user("a"), assistant("<think>b</think>")], [])])
-def test_answers_that_a_template_drops_or_scatters_are_counted_as_lost(folder, template, dialog, texts):
+def test_of_an_answer_that_a_template_rewrites_what_is_left_is_learned(folder, template, dialog, texts):
     num_answers = sum(message["role"] == "assistant" for message in dialog)
-    assert learned(folder(template), dialog) == (texts, num_answers - len(texts))
+    num_learned = "".join(texts).count("<|im_end|> on") + len(texts)
+    assert learned(folder(template), dialog) == (texts, num_answers - num_learned)
 
 
 # -----------------------------------------------------------------------------

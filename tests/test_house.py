@@ -33,7 +33,7 @@ BUDGETS = {
     "plumbing/cli.py": 290,  # 110, and lists, numbered switches, checks, prompts, streams of any encoding
     "plumbing/download.py": 160,
     "plumbing/documents.py": 400,  # 300, and rows of every kind, folders, patterns, encodings
-    "plumbing/chat_template.py": 350,  # templates, contents that can't forge tokens, where answers stand
+    "plumbing/chat_template.py": 355,  # templates, contents that can't forge tokens, where answers stand
     "plumbing/dialogs.py": 90,  # which windows a shard of dialogs has
     "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
     "plumbing/compiler.py": 140,  # a library out of C++, kept in the user's cache folder
