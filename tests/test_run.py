@@ -212,7 +212,7 @@ DEFAULTS = {
         decode_prompt_len=128, new=128, rounds=5, peers=False),
     bench.train_speed: dict(
         batch_size=4, seq_len=512, vocab_size=49152, n_layers=30, document=150, rounds=5, compile=True,
-        device=None, peers=False),
+        device=None, dtype=None, peers=False),
     bench.memory: dict(batch_size=1, seq_len=2048)}
 
 
