@@ -155,7 +155,7 @@ print(fresh, faults())
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_kept_memory_counts_as_free():
-    """What is free is told by this process alone, as other ones take memory and a virtual machine's changes."""
+    """This process alone tells what is free: others take memory, and a virtual machine gets more or less."""
     code = """
 import psutil, torch
 from plumbing import fast, machine
