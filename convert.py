@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as BPE
 
 import llama31
 from plumbing import cli
+from plumbing.chat_template import read_template
 from plumbing.checkpoint import merge_pieces, save_checkpoint, stored_dtype
 from plumbing.fast import choose_dtype
 from plumbing.files import complete_folder, read_json
@@ -36,7 +37,7 @@ from plumbing.huggingface import (
     tensor_names,
     write_json,
 )
-from plumbing.tokenizer_json import copy_tokenizer
+from plumbing.tokenizer_json import HuggingFaceVocabulary, copy_tokenizer
 from tokenizer import BYTE_OF, SPECIAL_TOKENS, Tokenizer, find_tokenizer, read_vocabulary, word_splitter
 
 # -----------------------------------------------------------------------------
@@ -153,17 +154,22 @@ def write_tokenizer_model(source, path, vocab_size):
 def metas_tokenizer(src, folder, vocab_size):
     """The tokenizer's file for a checkpoint directory: a tokenizer.model, which is written into a folder.
 
-    Where src has none of Llama 3's kind it is src's own tokenizer.json; None, after a line on standard
-    error, where that can't be read or isn't there.
+    Where src has none of Llama 3's kind it is src's own tokenizer.json; None where that can't be read or
+    isn't there. A line on standard error says what is left out.
     """
     source = src / "tokenizer.json"
     try:
-        Tokenizer(source).check_vocabulary(vocab_size)
+        vocabulary = HuggingFaceVocabulary(str(source))
+        vocabulary.check(vocab_size)
     except (ValueError, FileNotFoundError) as error:
         print(f"only weights are converted: {error}", file=sys.stderr)
         return None
     try:
         write_tokenizer_model(source, folder / "tokenizer.model", vocab_size)
+        template = read_template(src, vocabulary.configs.get("tokenizer_config.json", {}))
+        if template and template[1] != CHAT_TEMPLATE:
+            print(f"{src}: its chat template is left out, as Meta's folders have Llama 3's format; "
+                  f"--ckpt_dir {src} keeps it", file=sys.stderr)
         return folder / "tokenizer.model"
     except ValueError:
         return source

@@ -536,6 +536,16 @@ def test_a_tokenizer_that_cannot_be_read_is_left_out_in_one_line(small, tmp_path
         shutil.rmtree(tmp_path / "meta")
 
 
+def test_a_template_of_its_own_is_not_left_out_without_a_word(small, tmp_path, capsys):
+    shutil.copytree(small / "hf", tmp_path / "hf")
+    convert.from_hf(tmp_path / "hf", tmp_path / "ours")
+    assert not capsys.readouterr().err
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    convert.from_hf(tmp_path / "hf", tmp_path / "other")
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path / 'hf'}: its chat template is left out") and said.count("\n") == 1
+
+
 def test_metas_params_without_a_context_length_get_the_published_one(tmp_path):
     for scaled, length in ((True, 131072), (False, 8192)):
         write_checkpoint(tmp_path / "meta", random_model(use_scaled_rope=scaled))
