@@ -137,7 +137,7 @@ def test_windows_of_chats_are_those_made_by_hand(vocabulary, data):
     assert seen == len(CHATS)
 
 
-def test_a_finetune_begins_with_the_loss_of_transformers_and_keeps_the_tokenizer(
+def test_a_finetune_begins_with_their_loss_and_keeps_the_tokenizer(
         folder, theirs, vocabulary, data, tmp_path):
     llama31.train(ckpt_dir=str(folder), train_data=str(data / "train.bin"), out_dir=str(tmp_path),
                   batch_size=2, seq_len=T, steps=2, lr=1e-5, device="cpu", dtype="float32", compile=False)
