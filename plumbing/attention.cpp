@@ -9,39 +9,11 @@
 // Numbers are float32. q, y: (B, T, H, D). k, v: (B, T, K, D). logsum: (B, H, T). first: (B, T), int64, the
 // first position that a query sees, which never falls along T. A gradient is its tensor's name behind a d.
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TILE = 12;  // floats of a vector register; rows whose sums fit into the registers
-#elif defined(__AVX2__)
-constexpr int LANES = 8, TILE = 6;
-#elif defined(__aarch64__)
-constexpr int LANES = 4, TILE = 12;
-#else
-#error "attention.cpp needs AVX2, AVX512 or 64-bit ARM"
-#endif
-constexpr int WIDTH = 2 * LANES;  // columns of a tile
 constexpr int BLOCK = 96;  // positions at once; what is needed of them stays in the processor's cache
 static_assert(BLOCK % TILE == 0 && BLOCK % WIDTH == 0);
-using Floats = float __attribute__((vector_size(4 * LANES)));
-using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-
-inline Floats load(const float* from) { Floats v; memcpy(&v, from, sizeof v); return v; }
-inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
-
-// Zeros, from the beginning of a line of the processor's cache on: loads across two lines take longer.
-class Buffer {
-    struct alignas(64) Line { float values[16]; };
-    std::vector<Line> lines;
-public:
-    explicit Buffer(int64_t size) : lines(size / 16 + 1) {}
-    operator float*() { return lines[0].values; }
-    void clear() { std::fill(lines.begin(), lines.end(), Line{}); }
-};
 
 // c (TILE, WIDTH) = a (TILE, n) times b (n, WIDTH), or += it. Steps lead from a row to the next, and in a
 // from a column, so that it may lie transposed.
@@ -50,7 +22,7 @@ template <bool ADDS>
                                         const float* b, int64_t b_step, float* c, int64_t c_step) {
     Floats sums[TILE][2] = {};
     for (int64_t k = 0; k < n; k++) {
-        Floats left = load(b + k * b_step), right = load(b + k * b_step + LANES);
+        Floats left = load<Floats>(b + k * b_step), right = load<Floats>(b + k * b_step + LANES);
         for (int r = 0; r < TILE; r++) {
             Floats repeated = Floats{} + a[r * row_step + k * column_step];
             sums[r][0] += repeated * left;
@@ -60,7 +32,7 @@ template <bool ADDS>
     for (int r = 0; r < TILE; r++)
         for (int v = 0; v < 2; v++) {
             float* place = c + r * c_step + v * LANES;
-            store(place, ADDS ? load(place) + sums[r][v] : sums[r][v]);
+            store(place, ADDS ? load<Floats>(place) + sums[r][v] : sums[r][v]);
         }
 }
 
@@ -82,14 +54,15 @@ inline float exponential(float x) { return exponential(Floats{} + x)[0]; }
 struct Work {
     const int64_t T, H, K, D, G, width, all;
     const float scale;
-    Buffer key, value, key_columns, value_columns, dkey, dvalue;  // at all positions
-    Buffer query, dout, scores, dscores, sums, top, total;  // of a block of queries
+    // The first line is of all positions, the second of a block of queries.
+    Buffer<float> key, value, key_columns, value_columns, dkey, dvalue;
+    Buffer<float> query, dout, scores, dscores, sums, top, total;
     const int64_t* first;
     int64_t t0, s0, n;  // the blocks at hand: their first query and key, and how many queries
 
     Work(int64_t T, int64_t H, int64_t K, int64_t D)
-        : T(T), H(H), K(K), D(D), G(H / K), width((D + WIDTH - 1) / WIDTH * WIDTH),
-          all((T + BLOCK - 1) / BLOCK * BLOCK), scale(1 / std::sqrt(float(D))), key(all * width),
+        : T(T), H(H), K(K), D(D), G(H / K), width(round_up(D, WIDTH)),
+          all(round_up(T, BLOCK)), scale(1 / std::sqrt(float(D))), key(all * width),
           value(all * width), key_columns(all * D), value_columns(all * D), dkey(all * width),
           dvalue(all * width), query(BLOCK * width), dout(BLOCK * width), scores(BLOCK * BLOCK),
           dscores(BLOCK * BLOCK), sums(BLOCK * width), top(BLOCK), total(BLOCK) {}
@@ -182,9 +155,9 @@ struct Work {
     // Makes weights of the scores of query r.
     void add_to_softmax(int64_t r) {
         float* weights = masked(r);
-        Floats most = load(weights);
+        Floats most = load<Floats>(weights);
         for (int s = LANES; s < BLOCK; s += LANES) {
-            Floats others = load(weights + s);
+            Floats others = load<Floats>(weights + s);
             most = most > others ? most : others;
         }
         float before = top[r], now = before;
@@ -192,13 +165,12 @@ struct Work {
         float kept = exponential(before - now);
         Floats added = {};
         for (int s = 0; s < BLOCK; s += LANES) {
-            Floats weight = exponential(load(weights + s) - now);
+            Floats weight = exponential(load<Floats>(weights + s) - now);
             store(weights + s, weight);
             added += weight;
         }
         top[r] = now;
-        total[r] *= kept;
-        for (int s = 0; s < LANES; s++) total[r] += added[s];
+        total[r] = total[r] * kept + sum(added);
         for (int64_t d = 0; d < width; d++) sums[r * width + d] *= kept;
     }
 
@@ -223,9 +195,9 @@ struct Work {
                     float *weights = masked(r), *changes = dscores + r * BLOCK;
                     const float log_total = logsum[t0 + r], mean = total[r];
                     for (int s = 0; s < BLOCK; s += LANES) {
-                        Floats weight = exponential(load(weights + s) - log_total);
+                        Floats weight = exponential(load<Floats>(weights + s) - log_total);
                         store(weights + s, weight);
-                        store(changes + s, weight * (load(changes + s) - mean));
+                        store(changes + s, weight * (load<Floats>(changes + s) - mean));
                     }
                 }
                 add_to_keys(scores, dout, dvalue + s0 * width);

@@ -17,6 +17,7 @@ import uuid
 from pathlib import Path
 
 from plumbing.files import complete
+from plumbing.headers import source_of
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 # -fassociative-math and what it needs lets sums be taken in any order, as vectors take them.
@@ -105,8 +106,7 @@ def compile_library(path, **constants):
     Lines on standard error say when it compiles, which takes seconds, and why the result is not kept.
     """
     compiler = find_compiler()
-    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    source += f'#line 1 "{path.name}"\n' + path.read_text(encoding="utf-8")
+    source = "".join(f"#define {name} {value}\n" for name, value in constants.items()) + source_of(path)
     command = [*compiler, "-x", "c++", "-", *FLAGS, *words_of("CXXFLAGS")]
     macros = run_compiler([*command, "-dM", "-E"], "", path.name)
     made_of = "\0".join([*command, macros, source])

@@ -18,34 +18,14 @@
 //     swiglu            is the feed-forward layer's gate, for the same
 //     instructions      names the processor's instructions that are used
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
-#include <vector>
 #include <omp.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "vectors.h"
 
 // -----------------------------------------------------------------------------
 // Types
 
-#if defined(__AVX512BW__)
-constexpr int LANES = 16, REGISTERS = 32;  // floats of a vector register, and how many there are
-#elif defined(__AVX2__)
-constexpr int LANES = 8, REGISTERS = 16;
-#elif defined(__aarch64__)
-constexpr int LANES = 4, REGISTERS = 32;
-#else
-#error "fast.cpp needs AVX2, AVX512 or 64-bit ARM"
-#endif
-using Floats = float __attribute__((vector_size(4 * LANES)));
-using Words = uint32_t __attribute__((vector_size(4 * LANES)));
-using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
 
 struct bfloat16 {  // the upper half of a float
@@ -96,11 +76,6 @@ template <> struct Types<bfloat16> { using Vector = Pairs; using Sums = Floats; 
 
 // -----------------------------------------------------------------------------
 // Instructions
-
-template <typename Vector>
-inline Vector load(const void* from) { Vector v; memcpy(&v, from, sizeof v); return v; }
-inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
-inline float sum(Floats v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 
 inline Floats add_product(Floats sums, Floats a, Floats b) { return sums + a * b; }
 
@@ -176,7 +151,6 @@ inline Floats scaled(Ints sums, Floats scale) { return __builtin_convertvector(s
 // c (TILE, WIDTH) += a (TILE, n) times b (n, WIDTH). All sums stay in registers. An input of a is repeated
 // in all lanes of one and multiplied by two vectors of b. Inputs of 16 bits come in pairs, (2i, 2i + 1),
 // whose products are added up. Integers have a scale for each CHUNK.
-constexpr int WIDTH = 2 * LANES, TILE = REGISTERS == 32 ? 12 : 6;
 template <typename T>
 struct Operand { const T* inputs; int64_t stride; const float* scales = nullptr; int64_t chunks = 0; };
 template <typename T>
@@ -226,20 +200,8 @@ struct Model {
     int64_t q_dim() const { return n_heads * head_dim; }
     int64_t kv_dim() const { return n_kv_heads * head_dim; }
 };
-static_assert(sizeof(Layer) == 16 * 8 && sizeof(Cache) == 2 * 8 && sizeof(Model) == 9 * 8);  // as in fast.py
-
-static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Zeros, from the beginning of a line of the processor's cache on: loads across two lines take longer.
-template <typename T>
-class Buffer {
-    struct alignas(64) Line { T values[64 / sizeof(T)]; };
-    std::vector<Line> lines;
-public:
-    explicit Buffer(int64_t size) : lines(size * sizeof(T) / 64 + 1) {}
-    operator T*() { return lines[0].values; }
-    operator const T*() const { return lines[0].values; }
-};
+// fast.py makes these structs, and asserts the same of what it makes.
+static_assert(sizeof(Layer) == 16 * 8 && sizeof(Cache) == 2 * 8 && sizeof(Model) == 9 * 8);
 
 // The largest |x|; NaN if one is NaN. The bits of floats above 0 are in their order, NaN above infinity.
 static float largest(const float* x, int64_t n) {
@@ -296,8 +258,8 @@ public:
 // Products: y (x.count, rows) = x times the matrix (rows, x.width). All threads call them, none waits.
 
 // For few tokens, COLUMNS at a time. A thread reads its share of the matrix in several places at once,
-// because the memory then delivers up to twice as much.
-constexpr int MOST_SUMS = REGISTERS == 32 ? 24 : 12, MOST_COLUMNS = MOST_SUMS / 3;  // that fit the registers
+// because the memory then delivers up to twice as much. MOST_SUMS fit the registers beside what is added.
+constexpr int MOST_SUMS = REGISTERS == 32 ? 24 : 12, MOST_COLUMNS = MOST_SUMS / 3;
 template <int COLUMNS>
 static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y) {
     constexpr int PLACES = std::min(4, MOST_SUMS / COLUMNS);
@@ -335,8 +297,8 @@ static void multiply_few(const Inputs& x, Matrix matrix, int64_t rows, float* y)
                 for (int r = 0; r < PLACES; r++)
                     for (int c = 0; c < COLUMNS; c++)
                         if constexpr (INT8)
-                            totals[r][c] += __builtin_convertvector(sums[r][c], Floats)
-                                * (matrix.scales[row[r] * x.chunks + j] * *x.scale(t + c, j));
+                            totals[r][c] += scaled(sums[r][c], Floats{}
+                                + matrix.scales[row[r] * x.chunks + j] * *x.scale(t + c, j));
                         else totals[r][c] = sums[r][c];
             }
             for (int r = 0; r < PLACES && i + r * distance < end; r++)
@@ -359,7 +321,7 @@ static void multiply_many(const Inputs& x, Matrix matrix, int64_t rows, float* y
         for (int64_t token = 0; token < x.count; token += BLOCK_TOKENS) {
             int64_t block_rows = std::min<int64_t>(BLOCK_ROWS, rows - row);
             int64_t tokens = std::min<int64_t>(BLOCK_TOKENS, x.count - token);
-            std::fill_n((float*)sums, BLOCK_ROWS * BLOCK_TOKENS, 0.0f);
+            sums.clear();
             for (int64_t j = 0; j < x.chunks; j += DEPTH) {
                 int64_t depth = std::min<int64_t>(DEPTH, x.chunks - j);
                 for (int64_t r = 0; r < block_rows; r++) {
@@ -474,7 +436,7 @@ struct Attention {
             top[i] = -INFINITY;
             total[i] = 0;
         }
-        std::fill_n((float*)sums, rows * width, 0.0f);
+        sums.clear();
         for (int64_t begin = 0; begin <= positions[T - 1]; begin += BLOCK) {
             int64_t size = std::min<int64_t>(BLOCK, positions[T - 1] + 1 - begin);
             for (int64_t s = 0; s < size; s++) {
@@ -485,7 +447,7 @@ struct Attention {
             }
             // One token's products are sums across vectors. The many of a prompt need none, as they are made
             // from transposed keys.
-            std::fill_n((float*)scores, rows * BLOCK, 0.0f);
+            scores.clear();
             for (int64_t s = 0; T == 1 && s < size; s++)
                 for (int64_t i = 0; i < G; i++) {
                     Floats products = {};

@@ -48,6 +48,21 @@ def test_a_library_is_compiled_once_and_found_again(source, folder, capsys):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and stat.S_IMODE(kept.stat().st_mode) == 0o700
 
 
+def test_a_header_beside_a_file_is_part_of_it(source, folder, capsys):
+    header = source.with_name("header.h")
+    header.write_text("#define TWICE(x) (2 * (x))\n")
+    source.write_text('#include "header.h"\nextern "C" int answer() { return TWICE(ANSWER) - ANSWER; }\n')
+    assert compiled(source, capsys) and not compiled(source, capsys)
+    header.write_text("#define TWICE(x) ((x) + (x))\n")
+    assert compiled(source, capsys)
+    for damaged, place in ((header, "header.h:1"), (source, "answer.cpp:3")):
+        text = damaged.read_text()
+        damaged.write_text(text.replace("#define", "?", 1) if damaged == header else text + "?\n")
+        with pytest.raises(OSError, match=f"can't compile answer.cpp: {place}"):
+            compiled(source, capsys)
+        damaged.write_text(text)
+
+
 @pytest.mark.parametrize("change", ["source", "constant", "flags", "compiler", "processor"])
 def test_whatever_makes_a_library_makes_its_name(change, source, folder, capsys, monkeypatch):
     compiled(source, capsys)
