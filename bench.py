@@ -105,8 +105,8 @@ def prefill_flops(args, lengths):
     """
     layers, output = matrix_weights(args)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
-    attention = 4 * args.n_layers * args.n_heads * args.head_dim * pairs
-    return 2 * layers * sum(lengths) + attention + 2 * output * len(lengths)
+    attended = 4 * args.n_layers * args.n_heads * args.head_dim * pairs
+    return 2 * layers * sum(lengths) + attended + 2 * output * len(lengths)
 
 
 def decode_bytes(args, lengths, weight_bytes, cache_bytes):

@@ -37,8 +37,8 @@ class Conversation:
         # Nothing is generated here, but a setting that is out of range is named before the first message.
         llama.generate([least], min(max_gen_len, 0), seed=seed, **settings)
         self.caches = llama.new_caches(1)
-        self.tokens = []  # of the last prompt and its answer
-        self.held = 0  # the caches hold the first so many of self.tokens
+        self.tokens = []  # The last prompt and its answer.
+        self.held = 0  # The caches hold the first so many of self.tokens.
         self.reset()
 
     def reset(self):

@@ -22,7 +22,7 @@ REASONING = "reasoning_content", "thinking", "reasoning"  # keys of an assistant
 NOTHING = re.compile("(?!)")
 SPACE = re.compile(r"\s*")
 MOST_STEPS = 10**7  # calls and rounds of loops of a rendering; those of long dialogs are thousands
-MOST_CHARS = 2**26  # of a rendering
+MOST_CHARS = 2**26  # A rendering may have so many.
 
 # -----------------------------------------------------------------------------
 # Templates
@@ -95,7 +95,8 @@ class ChatTemplate:
                 return super().call(context, obj, *args, **kwargs)
 
             @staticmethod
-            def concat(pieces):  # of a macro or a block, which may be a content alone, and then stays Hidden
+            def concat(pieces):
+                # A macro or a block may write a content alone, which then stays Hidden.
                 pieces = list(filter(None, pieces))
                 return pieces[0] if len(pieces) == 1 else "".join(pieces)
 

@@ -1,7 +1,8 @@
 """What makes llama31.py fast on a CPU: the chunked loss, int8 weights, compiled inference, kept memory.
 
-The Transformer's block is written three times: to be read (llama31.py), for prompts (CompiledReader.extend)
-and for single tokens (read_token in fast.cpp). The tests hold all three to the same numbers.
+The Transformer's block is written three times: to be read (llama31.py), for prompts whose products PyTorch
+makes faster (CompiledReader.extend_with_torch), and for all others (read_tokens in fast.cpp). The tests hold
+all three to the same numbers.
 """
 
 import ctypes
@@ -295,7 +296,7 @@ class Model(ctypes.Structure):
         ("norm_eps", ctypes.c_double), ("layers", ctypes.c_void_p)]
 
 
-assert ctypes.sizeof(Model) == 9 * 8  # as fast.cpp asserts
+assert ctypes.sizeof(Model) == 9 * 8  # fast.cpp asserts the same of its own.
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_pytorch_in_float64(shape, document):
 
 def test_scores_of_any_size_are_exact():
     q, k, v, dy = random_inputs(1, 150, 2, 1, 16)
-    k[:, :, 0] *= 1000  # of hundreds, among ordinary ones, whose weights become 0 or 1
+    k[:, :, 0] *= 1000  # Scores of hundreds among ordinary ones make weights of 0 and 1.
     for found, exact in zip(ours(None, q, k, v, dy), expected(None, q, k, v, dy), strict=True):
         assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
 
