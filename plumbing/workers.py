@@ -34,7 +34,7 @@ def run_in_order(function, jobs, num_workers):
                 try:
                     with script_hidden(function):  # The pool starts workers as jobs come.
                         results.append(pool.submit(function, *job))
-                except OSError:  # A worker has died, and the pool is closing its pipes.
+                except (OSError, ValueError):  # A worker has died, and the pool is closing its pipes.
                     raise concurrent.futures.BrokenExecutor from None
         for job, result in zip(jobs, results, strict=True):
             path = job[0]

@@ -154,11 +154,12 @@ def test_a_killed_worker_is_an_error_that_names_a_shard(tmp_path, tokenizer_path
     assert set(multiprocessing.active_children()) == children and not list(tmp_path.glob("*.bin"))
 
 
-def test_a_pool_that_breaks_while_it_is_given_work_names_a_shard(tmp_path, tokenizer_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")])
+def test_a_pool_that_breaks_as_it_is_given_work_names_a_shard(tmp_path, tokenizer_path, monkeypatch, error):
     write_shards(tmp_path, [["a"]] * 3)
 
     def submit(*_):
-        raise OSError("handle is closed")
+        raise error
     monkeypatch.setattr(workers.concurrent.futures.ProcessPoolExecutor, "submit", submit)
     with pytest.raises(OSError, match="data00.json: its worker.*killed.*num_workers"):
         tiny_stories.tokenize(str(tmp_path), tokenizer_path, 2)
