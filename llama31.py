@@ -556,13 +556,12 @@ class Sampler:
                "a number above 0")
         expect(0 <= self.seed < 2**62, "seed", self.seed, "0 to 2**62 - 1")
 
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None,
-                 text: Collection[int] = ()) -> int:
+    def __call__(self, logits: Tensor, uniform: float = 0.0, text: Collection[int] = ()) -> int:
         """One token id drawn from logits (V,), to stand behind the ids of a text.
 
-        One uniform number is taken from the generator, and applied by inverse CDF over the tokens that are
-        kept, in the order of their ids. At temperature 0 none is taken, and the first of equals wins.
-        ValueError if the largest logit isn't finite.
+        uniform: a random number from 0 to below 1, applied by inverse CDF over the tokens that are kept, in
+        the order of their ids. At temperature 0 it isn't used, and the first of equals wins. ValueError if
+        the largest logit isn't finite.
         """
         # NumPy's operations begin within a microsecond: on arrays of this size they are twice as fast. Their
         # number counts, because a step of the model drives the code of each from the processor's caches.
@@ -585,7 +584,6 @@ class Sampler:
             if len(kept) > 0:
                 break
         cdf = weights[kept].cumsum()
-        uniform = float(torch.empty((), dtype=torch.float64).uniform_(generator=generator))
         return int(near[kept[cdf.searchsorted(uniform * cdf[-1], side="right")]])
 
     def penalized(self, scores, text):
@@ -715,9 +713,11 @@ class Llama:
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)  # (B, T)
         last = [len(row) - 1 for row in unread]  # the column of each row's last token
         ended = [False] * B
-        # On the CPU, so that a seed's text is the same on every device.
-        generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
-        for _ in range(max_gen_len):
+        # One number a token, on the CPU, so that a seed's text is the same on every device.
+        most = min(max_gen_len, self.max_seq_len)
+        uniforms = [torch.rand(most, generator=torch.Generator().manual_seed(sampler.seed + i),
+                               dtype=torch.float64).tolist() for i in range(B)]
+        for step in range(max_gen_len):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
             if not torch.stack(torch.aminmax(logits)).isfinite().all():  # All are if the extremes are.
                 raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
@@ -727,7 +727,7 @@ class Llama:
             for i in range(B):
                 if ended[i]:
                     continue
-                token = sampler(scores[i], generators[i], texts[i])
+                token = sampler(scores[i], uniforms[i][step], texts[i])
                 if token in stop_tokens:  # It is not part of the text.
                     ended[i] = True
                     continue
