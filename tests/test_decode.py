@@ -195,6 +195,9 @@ def test_every_compiler_takes_every_pair_of_types_without_a_warning(compiler, ar
         pytest.skip(f"{compiler} is not installed")
     if "aarch64" not in compiler and platform.machine() != "x86_64":
         pytest.skip("another processor than x86-64")
+    if subprocess.run([compiler, "-fopenmp", "-fsyntax-only", "-x", "c++", "-"], input="#include <omp.h>",
+                      text=True, capture_output=True).returncode:
+        pytest.skip(f"{compiler}'s OpenMP is not installed")
     folder = Path(fast.__file__).parent
     command = [compiler, *FLAGS, "-O1", f"-march={arch}", "-Wall", "-Wextra", "-Werror"]
     command.remove("-march=native")
