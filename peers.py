@@ -4,6 +4,7 @@ A contestant is a function of prompts and a number of new tokens. It returns the
 which makes the first new token, and of decoding the others.
 """
 
+import functools
 import importlib.util
 import os
 import sys
@@ -13,8 +14,6 @@ import numpy as np
 import torch
 
 import convert
-import llama31
-from plumbing import checkpoint
 
 
 def missing(*names):
@@ -36,7 +35,7 @@ def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
     if "transformers" not in absent:
         peers["transformers"] = transformers_runner(ckpt_dir, folder / "hf", dtype, device)
     if device.type == "cpu" and "llama_cpp" not in absent and "gguf" not in absent:
-        write_gguf(folder / "model.gguf", *llama31.open_checkpoint(ckpt_dir), kind)
+        convert.to_gguf(ckpt_dir, folder / "model.gguf", dtype=kind.lower(), vocabulary=False)
         peers[f"llama.cpp, {kind}"] = LlamaCpp(folder / "model.gguf", room, batch_size)
     return peers
 
@@ -71,35 +70,12 @@ def transformers_runner(ckpt_dir, folder, dtype, device):
 # llama.cpp
 
 
-def write_gguf(path, model, pieces, kind):
-    """Writes open_checkpoint's model and pieces as llama.cpp's file, without a vocabulary.
-
-    kind: F32, F16, BF16 or Q8_0, of the matrices. Their rows stay in order, as llama.cpp's RoPE is Meta's.
-    """
-    import gguf
-    args = model.args
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("no_vocab")
-    settings = dict(
-        vocab_size=args.vocab_size, context_length=args.max_seq_len, embedding_length=args.dim,
-        block_count=args.n_layers, feed_forward_length=args.hidden_dim, head_count=args.n_heads,
-        head_count_kv=args.n_kv_heads, key_length=args.head_dim, value_length=args.head_dim,
-        rope_freq_base=args.rope_theta, rope_dimension_count=args.head_dim, layer_norm_rms_eps=args.norm_eps)
-    for name, value in settings.items():
-        getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)  # It knows Meta's, too.
-    kinds = gguf.GGMLQuantizationType
-    for name, tensor in checkpoint.merged(pieces, args.tie_word_embeddings):
-        chosen = kinds.F32 if tensor.dim() == 1 else kinds[kind]
-        data = gguf.quants.quantize(tensor.float().numpy(), chosen)
-        writer.add_tensor(names.get_name(name, [".weight"]), data, raw_dtype=chosen)
-    if args.use_scaled_rope:  # llama.cpp divides its own, unscaled frequencies by these.
-        unscaled = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
-        writer.add_tensor("rope_freqs.weight", (unscaled / llama31.rope_frequencies(args)).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+@functools.cache  # It keeps the function alive, which C calls as long as the process lives.
+def silence(llama_cpp):
+    """Lets llama.cpp log nothing."""
+    nothing = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(nothing, None)
+    return nothing
 
 
 class LlamaCpp:
@@ -108,8 +84,7 @@ class LlamaCpp:
     def __init__(self, path, max_seq_len, max_batch_size):
         import llama_cpp
         self.cpp = llama_cpp
-        self.log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept alive, as C calls it
-        llama_cpp.llama_log_set(self.log, None)
+        silence(llama_cpp)
         defaults = llama_cpp.llama_model_default_params()
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), defaults)
         settings = llama_cpp.llama_context_default_params()

@@ -360,7 +360,7 @@ class CompiledReader:
         self.sizes = Model(args.dim, args.hidden_dim, args.vocab_size, args.n_layers, args.n_heads,
                            args.n_kv_heads, args.head_dim, args.norm_eps, self.layers.data_ptr())
         # Of all products, PyTorch makes this one faster, where the processor has instructions for it.
-        fast = fast_dtype(model.norm.weight.device)
+        fast = fast_dtype(model.norm.weight.device, self.dtype)
         self.torch_multiplies = self.dtype == weight_dtype == fast == torch.bfloat16
 
     @staticmethod
@@ -524,10 +524,13 @@ def fast_dtype(device, stored=None):
         return torch.float32 if stored is None else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if stored is None else stored
-    # Without AVX512-BF16 or AMX, a product in bfloat16 takes seven times as long as in float32. torch may be
+    # Without AVX512-BF16 or AMX, a product in bfloat16 takes seven times as long as in float32, and twice as
+    # long on Intel's processors without AMX, which still gain by reading less when they sample. torch may be
     # set to use less than the processor has.
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    is_fast = has_avx512 and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+    has = torch.cpu.get_capabilities().get
+    is_slow_intel = stored is None and not has("amx_bf16") and has("cpu_name", "").startswith("Intel")
+    is_fast = has_avx512 and (has("amx_bf16") or has("avx512_bf16")) and not is_slow_intel
     if is_fast and stored in (None, torch.bfloat16):
         return torch.bfloat16
     return torch.promote_types(torch.float32, stored or torch.float32)

@@ -368,6 +368,17 @@ def test_the_default_type_is_fast_and_loses_nothing_on_a_cpu(device, stored, abl
     assert fast_dtype(torch.device(device), stored) is expected
 
 
+@pytest.mark.parametrize("name, amx, training", [
+    ("Intel Xeon", False, torch.float32), ("Intel Xeon", True, torch.bfloat16),
+    ("AMD EPYC", False, torch.bfloat16)])
+def test_training_takes_the_type_whose_products_are_faster(name, amx, training, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    capabilities = {"avx512_bf16": True, "amx_bf16": amx, "cpu_name": name}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu = torch.device("cpu")
+    assert (fast_dtype(cpu), fast_dtype(cpu, torch.bfloat16)) == (training, torch.bfloat16)
+
+
 def test_a_file_that_was_zipped_again_has_the_same_tensors(tmp_path):
     model = model_of()
     write_checkpoint(tmp_path, model)

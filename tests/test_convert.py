@@ -22,6 +22,7 @@ import llama31
 import reference
 from plumbing import cli
 from plumbing.checkpoint import merge_pieces
+from plumbing.vocabularies import write_tokenizer_json, write_tokenizer_model
 from tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -347,7 +348,7 @@ def small(tokenizer, tmp_path_factory):
 def large(tmp_path_factory):
     """The folder of a Hugging Face tokenizer made from Meta's."""
     folder = tmp_path_factory.mktemp("large")
-    convert.write_tokenizer_json(folder, Tokenizer(META_TOKENIZER), 128)
+    write_tokenizer_json(folder, Tokenizer(META_TOKENIZER), 128)
     return folder
 
 
@@ -422,7 +423,7 @@ def test_our_template_refuses_two_calls_at_once_as_our_chat_format_does(pairs):
 
 
 def test_metas_file_comes_back_byte_for_byte(large, tmp_path):
-    convert.write_tokenizer_model(large / "tokenizer.json", tmp_path / "a", 128256)
+    write_tokenizer_model(large / "tokenizer.json", tmp_path / "a", 128256)
     assert (tmp_path / "a").read_bytes() == META_TOKENIZER.read_bytes()
 
 
@@ -431,7 +432,7 @@ def test_metas_file_comes_out_of_transformers_own_conversion(tmp_path):
     names = list(Tokenizer(META_TOKENIZER).special_tokens)
     TikTokenConverter(str(META_TOKENIZER), extra_special_tokens=names).converted().save(
         str(tmp_path / "tokenizer.json"))
-    convert.write_tokenizer_model(tmp_path / "tokenizer.json", tmp_path / "a", 128256)
+    write_tokenizer_model(tmp_path / "tokenizer.json", tmp_path / "a", 128256)
     assert (tmp_path / "a").read_bytes() == META_TOKENIZER.read_bytes()
 
 
@@ -445,7 +446,7 @@ def edited(small, folder, edit):
     edit(data)
     (folder / "tokenizer.json").write_text(json.dumps(data))
     try:
-        convert.write_tokenizer_model(folder / "tokenizer.json", folder / "tokenizer.model", 560)
+        write_tokenizer_model(folder / "tokenizer.json", folder / "tokenizer.model", 560)
     except ValueError as error:
         return str(error)
     return (folder / "tokenizer.model").read_bytes()
@@ -565,7 +566,7 @@ def test_the_command_line_converts_both_ways(small, tmp_path):
     cli.run(commands, "from_hf", ["to_hf", str(tmp_path / "meta"), str(tmp_path / "hf")])
     for path in (small / "hf").iterdir():
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
-    with pytest.raises(SystemExit, match="error: .*hf exists; give the name of a new folder"):
+    with pytest.raises(SystemExit, match="error: .*hf exists; give another name"):
         cli.run(commands, "from_hf", ["to_hf", str(tmp_path / "meta"), str(tmp_path / "hf")])
 
 

@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import random_model, sentences, shard_tokens
 
-import convert
 import llama31
 import reference
 import tiny_stories
 from llama31 import Llama
 from plumbing import files
+from plumbing.vocabularies import write_tokenizer_json
 from plumbing.words import Words
 from tokenizer import Tokenizer, find_tokenizer
 
@@ -90,7 +90,7 @@ def folders(tmp_path_factory):
                 except smollm2.Unavailable as error:
                     pytest.skip(str(error))
                 return path
-            convert.write_tokenizer_json(path, Tokenizer(META_TOKENIZER), 128)
+            write_tokenizer_json(path, Tokenizer(META_TOKENIZER), 128)
             if name == "derived":
                 change(path / "tokenizer.json", derive)
         return path
