@@ -716,15 +716,14 @@ class Llama:
         last = [len(row) - 1 for row in unread]  # the column of each row's last token
         ended = [False] * B
         # One number a token, on the CPU, so that a seed's text is the same on every device.
+        generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
         most = min(max_gen_len, self.max_seq_len)
-        uniforms = [torch.rand(most, generator=torch.Generator().manual_seed(sampler.seed + i),
-                               dtype=torch.float64).tolist() for i in range(B)]
+        uniforms = [torch.rand(most, generator=g, dtype=torch.float64).tolist() for g in generators]
         for step in range(max_gen_len):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
             scores = logits[:, :self.num_ids].cpu().numpy()  # one copy for all rows
             if not math.isfinite(scores.sum()):  # One that isn't would make the sum like it.
-                raise ValueError("the model's logits are not all finite; take --dtype float32, or get sound "
-                                 "weights")
+                raise ValueError("the logits are not all finite; take --dtype float32, or sound weights")
             drawn: list[int | None] = [None] * B
             for i in range(B):
                 if ended[i]:

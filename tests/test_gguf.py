@@ -26,7 +26,7 @@ gguf = pytest.importorskip("gguf")
 
 @pytest.fixture
 def llama_cpp(monkeypatch):
-    """The package, computing attention in float32; by default llama.cpp rounds keys and values to float16."""
+    """The package, computing attention in float32; by default it rounds keys and values to float16."""
     llama_cpp = pytest.importorskip("llama_cpp")
     default = llama_cpp.llama_context_default_params
 
