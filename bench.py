@@ -231,8 +231,8 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         if peers:
-            gguf_kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[kind]
-            gguf_kind = "Q8_0" if quantize else gguf_kind
+            gguf_kind = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[kind]
+            gguf_kind = "q8_0" if quantize else gguf_kind
             contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, stored, device, room, batch_size)
         for job in jobs:
             for contestant in contestants.values():

@@ -7,7 +7,6 @@
 Tensors keep their bytes; plumbing/huggingface.py knows how their names and the order of rows differ.
 """
 
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,16 +16,17 @@ from safetensors.torch import save_file
 
 import llama31
 from plumbing import cli
-from plumbing.checkpoint import merge_pieces, merged, save_checkpoint, stored_dtype
-from plumbing.fast import choose_dtype, name_of
+from plumbing.checkpoint import merge_pieces, save_checkpoint, stored_dtype
+from plumbing.fast import choose_dtype
 from plumbing.files import complete_folder, read_json
-from plumbing.gguf_file import TYPES, write_gguf
+from plumbing.gguf_file import choose_kind, write_gguf
 from plumbing.huggingface import (
     FIELDS,
     INDEX,
     LLAMA,
     ROPE_FIELDS,
     SINGLE,
+    holds_weights,
     open_pieces,
     read_config,
     reordered,
@@ -34,7 +34,7 @@ from plumbing.huggingface import (
     write_json,
 )
 from plumbing.tokenizer_json import copy_tokenizer
-from plumbing.vocabularies import metas_tokenizer, vocabulary_of, write_tokenizer_json
+from plumbing.vocabularies import full_vocabulary, ids_of, metas_tokenizer, write_tokenizer_json
 from tokenizer import Tokenizer, find_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -45,6 +45,18 @@ def whole_tensor(name, pieces, args, dtype):
     """The tensor of some pieces with its rows in Hugging Face's order; dtype None: its own."""
     tensor = reordered(name, merge_pieces(name, pieces), args, to_meta=False)
     return tensor.to(dtype or tensor.dtype)
+
+
+def open_mapped(src):
+    """(shape, name -> mapped pieces, in_order for write_gguf) of a checkpoint directory of either kind."""
+    if not holds_weights(src):
+        model, pieces = llama31.open_checkpoint(src)
+        return model.args, pieces, None
+    args = read_config(src, llama31.ModelArgs, llama31.PRESETS.values())
+    shapes = {name: list(p.shape) for name, p in llama31.Transformer.on_meta(args).state_dict().items()}
+    pieces, tied = open_pieces(src, args, shapes, to_meta=False)
+    args.tie_word_embeddings |= tied
+    return args, pieces, lambda name, tensor: reordered(name, tensor, args, to_meta=True)
 
 
 def write_tensors(folder, args, pieces, max_file_bytes, dtype):
@@ -155,45 +167,39 @@ def to_hf(src: str, dst: str, *, max_file_bytes: int = 5 * 10**9, dtype: str | N
                 ids |= read_json(part / "generation_config.json")
             else:
                 write_tokenizer_json(part, tokenizer, args.max_seq_len)
-                ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_tokens),
-                       "pad_token_id": tokenizer.pad_id}
+                ids = ids_of(tokenizer)
         write_config(part, args, dtype or stored_dtype(pieces), ids)
         write_tensors(part, args, pieces, max_file_bytes, dtype)
 
 
-def to_gguf(src: str, file: str, *, dtype: str | None = None, vocabulary: bool = True):
-    """Converts a checkpoint directory, or a Hugging Face folder, to a file for llama.cpp, Ollama and others.
+def to_gguf(src: str, file: str, *, dtype: str | None = None):
+    """Converts a checkpoint directory, Meta's or Hugging Face's, to llama.cpp's file, .gguf.
 
-    ValueError or FileNotFoundError names what is absent or damaged, or what such a file can't say.
+    The tokenizer and its chat template go along. The file appears when it is complete. ValueError or
+    FileNotFoundError names a file that is absent, damaged or doesn't fit, or what GGUF can't say. llama.cpp
+    also stops at tokens of some names, such as <|endoftext|>, that end no text of this model.
 
     Args:
-        src: checkpoint directory or Hugging Face folder to read
-        file: GGUF file to write, which must not exist yet
-        dtype: type of the matrices, f32, f16, bf16 or q8_0; None: as they are stored
-        vocabulary: with tokenizer and chat template; else the file is for token ids alone
+        src: checkpoint directory to read
+        file: file to write, which must not exist yet
+        dtype: type of the matrices, f32, f16, bf16 or q8_0 (8 bits); None: as they are stored
     """
     src = Path(src)
-    file = Path(file)
-    refuse_existing(file)
-    cli.expect(dtype in (None, *TYPES), "dtype", dtype, f"one of {', '.join(TYPES)}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("found no package gguf, which writes such files; pip install gguf")
-    model, pieces = llama31.open_checkpoint(src)
-    args = model.args
-    if dtype is None:
-        dtype = {"float16": "f16", "bfloat16": "bf16"}.get(name_of(stored_dtype(pieces)), "f32")
-    shapes = {name: model.state_dict()[name].shape for name in pieces}
-    if args.tie_word_embeddings:
-        del shapes["output.weight"]
-    tensors = merged(pieces, args.tie_word_embeddings)
+    path = Path(file)
+    refuse_existing(path, "file")
+    choose_kind(dtype, None)
+    args, pieces, in_order = open_mapped(src)
+    kind = choose_kind(dtype, stored_dtype(pieces))
     with tempfile.TemporaryDirectory() as folder:
-        known = vocabulary_of(src, Path(folder), args) if vocabulary else None
-        write_gguf(file, args, model.rope_frequencies, shapes, tensors, dtype, known)
+        vocabulary, template = full_vocabulary(src, Path(folder), args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frequencies = llama31.rope_frequencies(args)
+        write_gguf(path, args, pieces, kind, frequencies, vocabulary, template, in_order)
 
 
-def refuse_existing(dst):
+def refuse_existing(dst, kind="folder"):
     if dst.exists():
-        raise FileExistsError(f"{dst} exists; give another name")
+        raise FileExistsError(f"{dst} exists; give the name of a new {kind}")
 
 
 if __name__ == "__main__":

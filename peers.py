@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 import convert
+import llama31
+from plumbing.gguf_file import write_gguf
 
 
 def missing(*names):
@@ -35,7 +37,8 @@ def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
     if "transformers" not in absent:
         peers["transformers"] = transformers_runner(ckpt_dir, folder / "hf", dtype, device)
     if device.type == "cpu" and "llama_cpp" not in absent and "gguf" not in absent:
-        convert.to_gguf(ckpt_dir, folder / "model.gguf", dtype=kind.lower(), vocabulary=False)
+        model, pieces = llama31.open_checkpoint(ckpt_dir)
+        write_gguf(folder / "model.gguf", model.args, pieces, kind, model.rope_frequencies)  # for ids alone
         peers[f"llama.cpp, {kind}"] = LlamaCpp(folder / "model.gguf", room, batch_size)
     return peers
 

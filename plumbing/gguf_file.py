@@ -1,184 +1,220 @@
-"""GGUF, the file that llama.cpp, Ollama and LM Studio read: weights, vocabulary and chat template in one.
+"""llama.cpp's files, .gguf: a model's shape, its vocabulary and its weights in one file.
 
-The gguf package knows the format; here stands how a Llama and a byte-level BPE are written in it.
+The format, and how llama.cpp names things, come from the gguf package, which is imported where it is needed.
+Rows of wq and wk stay in Meta's order, for llama.cpp's RoPE, too, turns neighbours together.
 """
 
-import json
-import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer as BPE
-from tokenizers import models
 
-from plumbing.chat_template import read_template
+from plumbing.checkpoint import merge_pieces, split_dim
 from plumbing.files import check_disk, complete, read_json
-from tokenizer import word_splitter
+from tokenizer import SPLIT_PATTERN
 
-TYPES = ("f32", "f16", "bf16", "q8_0")  # of matrices; norms are float32 in each
+KINDS = "f32", "f16", "bf16", "q8_0"  # types of matrices
+AT_ONCE = 2**22  # elements that are converted at a time
+LARGEST_F16 = 65504
 
-# -----------------------------------------------------------------------------
-# The file
+
+def choose_kind(dtype, stored):
+    """One of KINDS, by its name; dtype None: that of stored, the torch.dtype in which weights are kept."""
+    if dtype is None:
+        return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(stored, "f32")
+    if dtype not in KINDS:
+        raise ValueError(f"dtype: found {dtype!r}, expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    return dtype
 
 
-def write_gguf(path, args, frequencies, shapes, tensors, dtype, vocabulary=None):
-    """Writes a model as one file, which appears when it is complete; few tensors at a time are in memory.
+def import_gguf():
+    """The gguf package, which only these files need."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("found no gguf package to write with; pip install gguf") from error
+    return gguf
 
-    args: its ModelArgs. frequencies: its RoPE's, (D/2,) float32. shapes: Meta's name -> sizes. tensors:
-    (name, tensor) in the order of shapes. dtype: one of TYPES. vocabulary: what describe_vocabulary takes;
-    None: the file is for token ids alone. ValueError: GGUF can't say it. OSError: the disk is full.
+
+def write_gguf(path, args, pieces, kind, frequencies, vocabulary=None, template=None, in_order=None):
+    """Writes a file that appears when it is complete; some rows of a tensor are in memory at a time.
+
+    args, pieces: a model's shape and open_pieces' tensors, which leave the dictionary. kind: one of KINDS,
+    of the matrices; where it is q8_0, one whose rows 32 doesn't divide is f16, as llama.cpp makes it.
+    frequencies: rope_frequencies(args). vocabulary: a HuggingFaceVocabulary; None: llama.cpp reads only ids.
+    template: source of its chat template, or None. in_order: name and tensor -> the tensor with its rows in
+    Meta's order; None: they are. ValueError: no such file can hold it.
     """
-    import gguf
-    path = Path(path)
-    kinds = gguf.GGMLQuantizationType
-    matrix_kind = kinds[dtype.upper()]
-    width, _ = gguf.GGML_QUANT_SIZES[matrix_kind]  # So many weights of a row are quantized together.
-    kind_of = {}  # name -> how its tensor is stored
-    num_bytes = {}
-    for name, shape in shapes.items():
-        kind_of[name] = matrix_kind if len(shape) == 2 else kinds.F32
-        if len(shape) == 2 and shape[-1] % width:
-            raise ValueError(f"{name} has rows of {shape[-1]} weights, expected a multiple of {width} for "
-                             f"{dtype}; take another --dtype")
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind_of[name]]
-        num_bytes[name] = math.prod(shape) // block * block_bytes
-    check_disk(path.name, sum(num_bytes.values()), path.parent)
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)  # It knows Meta's names, too.
+
+    def type_of(sizes):
+        if len(sizes) == 1:
+            return types.F32
+        return types.F16 if kind == "q8_0" and sizes[-1] % 32 else types[kind.upper()]
+
+    def num_bytes(sizes, chosen):
+        return int(np.prod(gguf.quant_shape_to_byte_shape(sizes, chosen)))
+
+    if args.tie_word_embeddings:
+        del pieces["output.weight"]  # llama.cpp then takes the embedding.
+    order = sorted(pieces)  # The layouts' own orders differ.
+    tensors = {}  # llama.cpp's name -> (sizes, type)
+    if args.use_scaled_rope:
+        tensors["rope_freqs.weight"] = [len(frequencies)], types.F32
+    for name in order:
+        sizes = whole_sizes(name, pieces[name])
+        tensors[names.get_name(name, [".weight"])] = sizes, type_of(sizes)
+    check_disk(path, sum(num_bytes(*entry) for entry in tensors.values()), Path(path).parent)
     with complete(path) as file:
         writer = gguf.GGUFWriter(file.name, "llama")
-        try:
-            describe_model(writer, args)
-            if vocabulary is None:
-                writer.add_tokenizer_model("no_vocab")
-            else:
-                describe_vocabulary(writer, args.vocab_size, *vocabulary)
-            names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)  # It knows Meta's, too.
-            for name, shape in shapes.items():
-                theirs = names.get_name(name, [".weight"])
-                writer.add_tensor_info(theirs, shape, np.float32, num_bytes[name], kind_of[name])
-            factors = rope_factors(args, frequencies)
-            if args.use_scaled_rope:
-                writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for name, tensor in tensors:
-                writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), kind_of[name]))
-            if args.use_scaled_rope:
-                writer.write_tensor_data(factors)
-        finally:
-            writer.close()
+        add_shape(writer, args, kind)
+        if vocabulary is None:
+            writer.add_tokenizer_model("no_vocab")
+        else:
+            add_vocabulary(writer, args.vocab_size, vocabulary, template)
+        for name, (sizes, chosen) in tensors.items():
+            writer.add_tensor_info(name, sizes, np.dtype("f4"), num_bytes(sizes, chosen), chosen)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+
+        def write(name, tensor):
+            _, chosen = tensors[name]
+            file.seek(0, os.SEEK_END)
+            file.write(bytes(-file.tell() % writer.data_alignment))
+            for rows in tensor.split(max(1, AT_ONCE // tensor[0].numel())):
+                rows = rows.float()
+                largest = rows.abs().max()
+                if chosen == types.F16 and largest > LARGEST_F16:
+                    raise ValueError(f"{name}: found {largest:.4g}, expected at most {LARGEST_F16}, as f16 "
+                                     "holds no more; give another --dtype, such as bf16")
+                file.write(gguf.quantize(rows.numpy(), chosen).tobytes())
+
+        if args.use_scaled_rope:  # llama.cpp divides its own, unscaled frequencies by these.
+            unscaled = args.rope_theta ** -(torch.arange(0, args.head_dim, 2).float() / args.head_dim)
+            write("rope_freqs.weight", unscaled / frequencies)
+        for name in order:
+            tensor = merge_pieces(name, pieces.pop(name))
+            write(names.get_name(name, [".weight"]), in_order(name, tensor) if in_order else tensor)
+        file.write(bytes(-file.tell() % writer.data_alignment))
 
 
-def describe_model(writer, args):
-    """Adds the shape of a Llama to a file. Rows of wq and wk stay, as llama.cpp's RoPE is Meta's."""
+def whole_sizes(name, parts):
+    """The sizes of a tensor that has been split into these parts."""
+    sizes = list(parts[0].shape)
+    if split_dim(name) is not None:
+        sizes[split_dim(name)] *= len(parts)
+    return sizes
+
+
+def add_shape(writer, args, kind):
+    """Adds what llama.cpp has to know of a model's shape."""
     settings = dict(
         vocab_size=args.vocab_size, context_length=args.max_seq_len, embedding_length=args.dim,
         block_count=args.n_layers, feed_forward_length=args.hidden_dim, head_count=args.n_heads,
         head_count_kv=args.n_kv_heads, key_length=args.head_dim, value_length=args.head_dim,
-        rope_freq_base=args.rope_theta, rope_dimension_count=args.head_dim, layer_norm_rms_eps=args.norm_eps)
+        rope_freq_base=args.rope_theta, rope_dimension_count=args.head_dim, layer_norm_rms_eps=args.norm_eps,
+        quantization_version=2, file_type={"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[kind])
     for name, value in settings.items():
         getattr(writer, f"add_{name}")(value)
 
-
-def rope_factors(args, frequencies):
-    """What llama.cpp divides its own, unscaled RoPE frequencies by, (D/2,) float32."""
-    unscaled = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
-    return (unscaled / frequencies).numpy()
-
 # -----------------------------------------------------------------------------
-# The vocabulary
+# Vocabulary
 
 
-def describe_vocabulary(writer, vocab_size, tokenizer, path):
-    """Adds a vocabulary to a file, so that llama.cpp has the ids of Tokenizer.encode for every text.
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
-    vocab_size: rows of the embedding; those that have no token are marked as unused. path: of a
-    tokenizer.json of the Tokenizer's vocabulary, which may have a chat template beside it. ValueError names
-    what llama.cpp doesn't have.
-    """
+
+def byte_level(use_regex):
+    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+
+
+SINGLE_DIGITS = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+# llama.cpp knows ways to cut texts, each by a name that also says whether a word that is a token skips the
+# merges: (its name, whether it does, how tokenizer.json says the same).
+PRE_TOKENIZERS = [
+    ("llama-bpe", True, [split(SPLIT_PATTERN), byte_level(False)]),
+    ("dbrx", False, [split(SPLIT_PATTERN), byte_level(False)]),
+    ("qwen2", False, [split(SINGLE_DIGITS), byte_level(False)]),
+    ("gpt-2", False, [byte_level(True)]),
+    ("smollm", False, [{"type": "Digits", "individual_digits": True}, byte_level(True)]),
+]
+ABSENT = "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"  # of a BPE model
+
+
+def pre_tokenizer_name(path, data):
+    """llama.cpp's name for the way in which a tokenizer.json cuts texts; ValueError if it has none."""
+    found = data["pre_tokenizer"]
+    parts = []
+    for part in found.get("pretokenizers", [found]):
+        part = {"use_regex": True} | part if part["type"] == "ByteLevel" else dict(part)
+        part.pop("trim_offsets", None)  # It moves no token.
+        parts.append(part)
+    skips_merges = bool(data["model"].get("ignore_merges"))
+    lacking = [f"{name} of its BPE" for name in ABSENT if data["model"].get(name)]
+    if data.get("normalizer"):
+        lacking.append(f"normalizer {data['normalizer'].get('type')}")
+    for name, skips, known in PRE_TOKENIZERS:
+        if (skips, known) == (skips_merges, parts) and not lacking:
+            return name
+    kinds = " and ".join(part["type"] for part in parts)
+    merging = "with" if skips_merges else "without"
+    what = ", ".join(lacking) or f"pre_tokenizer {kinds} ({parts[0]!s:.80}) {merging} ignore_merges"
+    known = ", ".join(name for name, *_ in PRE_TOKENIZERS)
+    raise ValueError(f"{path}: found {what}, expected what a GGUF file can name ({known}); run the model "
+                     "with transformers or vLLM instead")
+
+
+def add_vocabulary(writer, vocab_size, vocabulary, template):
+    """Adds tokens, merges, special tokens and the chat template; ValueError: a file can't say them."""
     from gguf import TokenType
-    data = read_json(path)
-    splitter = splitter_name(data, path)
-    check_merges(data, splitter, path)
-    texts = [f"[unused {i}]" for i in range(vocab_size)]
+    data = read_json(Path(vocabulary.path))
+    writer.add_tokenizer_model("gpt2")  # any byte-level BPE
+    writer.add_tokenizer_pre(pre_tokenizer_name(vocabulary.path, data))
+    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+    texts = data["model"]["vocab"] | added
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # A model may have more rows than there are tokens.
     kinds = [TokenType.UNUSED] * vocab_size
-    for text, i in data["model"]["vocab"].items():
-        texts[i] = text
+    for text, i in texts.items():
+        tokens[i] = text
         kinds[i] = TokenType.NORMAL
-    for token in data.get("added_tokens") or []:  # Of these, only white space is read in every text.
-        texts[token["id"]] = token["content"]
-        is_special = token["content"] in tokenizer.special_tokens
-        kinds[token["id"]] = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for every byte-level BPE
-    writer.add_tokenizer_pre(splitter)
-    writer.add_token_list(texts)
+        if text in vocabulary.special_tokens:
+            kinds[i] = TokenType.CONTROL
+        elif text in added:  # It is white space, which llama.cpp, too, finds before it cuts words.
+            kinds[i] = TokenType.USER_DEFINED
+    if len(set(tokens)) < vocab_size:
+        raise ValueError(f"{vocabulary.path}: found a token named as an unused one would be, like [PAD1], "
+                         "expected none, as llama.cpp refuses a name that two tokens have; rename it")
+    writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     merges = data["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_add_space_prefix(False)
-    config = path.with_name("tokenizer_config.json")
-    config = read_json(config) if config.exists() else {}
-    bos = config.get("bos_token")  # a chat template may use it also where no text begins with it
-    bos = bos["content"] if isinstance(bos, dict) else bos
-    bos_id = tokenizer.special_tokens.get(bos) if tokenizer.bos_id is None else tokenizer.bos_id
-    if bos_id is not None:
-        writer.add_bos_token_id(bos_id)
-    writer.add_add_bos_token(tokenizer.bos_id is not None)
-    if tokenizer.pad_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_id)
-    if found := read_template(path.parent, config):
-        writer.add_chat_template(found[1])
-    places = writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id
-    if len(tokenizer.stop_tokens) > len(places):
-        raise ValueError(f"{path}: found {len(tokenizer.stop_tokens)} tokens that end a text, expected at "
-                         f"most {len(places)} for GGUF; name fewer in generation_config.json")
-    for add, stop_token in zip(places, tokenizer.stop_tokens, strict=False):
-        add(stop_token)
+    add_roles(writer, vocabulary)
+    if template is not None:
+        writer.add_chat_template(template)
 
 
-def splitters():
-    """llama.cpp's name -> what a tokenizer.json calls the same way of cutting a text into words."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
-    llama3 = json.loads(word_splitter().__getstate__())
-    split, _ = llama3["pretokenizers"]
-    qwen2 = json.loads(json.dumps(split).replace("{1,3}", ""))  # Each digit is a word of its own.
-    bytes_only = {**byte_level, "use_regex": False}
-    words = {**byte_level, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    return {"llama-bpe": [split, bytes_only], "qwen2": [qwen2, bytes_only], "smollm": [digits, words],
-            "gpt-2": [words]}
-
-
-def splitter_name(data, path):
-    """llama.cpp's name for how a tokenizer.json cuts a text; ValueError where it has none."""
-    splitter = data["pre_tokenizer"]
-    found = splitter.get("pretokenizers", [splitter])
-    # Only offsets depend on trim_offsets. Splits are written in two ways, of one meaning.
-    found = [{key: value for key, value in part.items() if key != "trim_offsets"} for part in found]
-    for name, parts in splitters().items():
-        if found == parts and not data.get("normalizer"):
-            return name
-    kinds = [part["type"] for part in found]
-    if data.get("normalizer"):
-        kinds.insert(0, data["normalizer"]["type"])
-    raise ValueError(f"{path}: llama.cpp has no name for this way of cutting a text into words, "
-                     f"{' and '.join(kinds)}; expected one of {', '.join(splitters())}")
-
-
-def check_merges(data, splitter, path):
-    """Raises ValueError if llama.cpp would merge otherwise.
-
-    It takes a word that is a token as it is where texts are cut as by Llama 3, and always merges elsewhere.
-    The two differ only for tokens that no merges lead to.
-    """
-    model = data["model"]
-    if bool(model.get("ignore_merges")) == (splitter == "llama-bpe"):
-        return
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    bpe = BPE(models.BPE(model["vocab"], merges))
-    added = {token["content"] for token in data.get("added_tokens") or []}
-    for text, i in model["vocab"].items():
-        if text not in added and bpe.encode(text, add_special_tokens=False).ids != [i]:
-            raise ValueError(f"{path}: no merges lead to the token {text!r}, so that llama.cpp would read "
-                             "other ids than the model has learned")
+def add_roles(writer, vocabulary):
+    """Adds the ids that begin and end texts, turns and messages."""
+    eom_id = vocabulary.special_tokens.get("<|eom_id|>")
+    stops = vocabulary.stop_tokens
+    if not 1 <= len(stops) <= 3:
+        raise ValueError(f"{vocabulary.path}: found {len(stops)} stop tokens, expected 1 to 3, as a GGUF "
+                         "file names one each for texts, turns and messages; set eos_token_id in "
+                         "generation_config.json")
+    others = sorted(stops[1:], key=lambda i: i == eom_id)
+    for role, i in zip(("eos", "eot", "eom"), [stops[0], *others], strict=False):
+        getattr(writer, f"add_{role}_token_id")(i)
+    # Where nothing begins a text, templates may still write a BOS. Without any, llama.cpp would take id 11.
+    bos = [vocabulary.bos_id] if vocabulary.bos_id is not None else []
+    bos += vocabulary.named("tokenizer_config.json", "bos")
+    writer.add_bos_token_id([*bos, stops[0]][0])
+    for i in vocabulary.named("tokenizer_config.json", "pad")[:1]:
+        writer.add_pad_token_id(i)
+    writer.add_add_bos_token(vocabulary.bos_id is not None)
+    writer.add_add_eos_token(False)

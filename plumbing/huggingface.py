@@ -221,10 +221,11 @@ def read_tensors(folder):
     return tensors
 
 
-def open_pieces(ckpt_dir, args, shapes):
+def open_pieces(ckpt_dir, args, shapes, to_meta=True):
     """As checkpoint.open_pieces, for a folder of Hugging Face's: wq and wk are copied, the rest is mapped.
 
-    shapes: Meta's name -> list of sizes. Errors: see read_tensors; ValueError lists tensors that don't fit.
+    shapes: Meta's name -> list of sizes. to_meta: whether rows of wq and wk get Meta's order; if they keep
+    theirs, nothing is copied. Errors: see read_tensors; ValueError lists tensors that don't fit.
     """
     tensors = read_tensors(Path(ckpt_dir))
     names = tensor_names(args)
@@ -238,6 +239,8 @@ def open_pieces(ckpt_dir, args, shapes):
                              "config.json has tie_word_embeddings")
     check_tensors(ckpt_dir, tensors, {names[name]: shape for name, shape in shapes.items()})
     tied = torch.equal(tensors[head], tensors[embedding])
+    if not to_meta:
+        return {name: [tensors[theirs]] for name, theirs in names.items()}, tied
     # pop: so that the map of what is copied goes at once.
     pieces = {name: [reordered(name, tensors.pop(theirs), args, to_meta=True)]
               for name, theirs in names.items()}

@@ -195,7 +195,7 @@ def copy_tokenizer(path, folder):
     path = Path(path)
     copies = {name_of_copy(path): path.read_bytes()}
     if path.suffix == ".json":
-        for name in BESIDE:
+        for name in *BESIDE, "special_tokens_map.json":  # transformers 4 reads the last one.
             if path.with_name(name).exists():
                 copies[name] = path.with_name(name).read_bytes()
         ids = {}

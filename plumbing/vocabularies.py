@@ -12,7 +12,15 @@ from plumbing.chat_template import read_template
 from plumbing.files import read_json
 from plumbing.huggingface import write_json
 from plumbing.tokenizer_json import HuggingFaceVocabulary
-from tokenizer import BYTE_OF, SPECIAL_TOKENS, Tokenizer, find_tokenizer, read_vocabulary, word_splitter
+from tokenizer import (
+    BYTE_OF,
+    CHAT_TOKENS,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    find_tokenizer,
+    read_vocabulary,
+    word_splitter,
+)
 
 BOS = "<|begin_of_text|>"
 # It gives the ids of Tokenizer.encode_dialog. Contents stay as they are, as in Meta's ChatFormat, so that a
@@ -108,19 +116,30 @@ def write_tokenizer_json(folder, tokenizer, max_seq_len):
         "model_max_length": max_seq_len})
 
 
-def vocabulary_of(src, folder, args):
-    """(Tokenizer of a folder, path of a tokenizer.json of the same vocabulary), for llama.cpp's file.
+def ids_of(tokenizer):
+    """The special ids of one of Meta's tokenizers, as generation_config.json has them."""
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_tokens),
+            "pad_token_id": tokenizer.pad_id}
 
-    folder: takes the tokenizer.json of a tokenizer.model. None, and a line on standard error, where src has
-    no tokenizer.
+
+def full_vocabulary(src, folder, args):
+    """(HuggingFaceVocabulary, template's source or None) of a checkpoint directory of either kind.
+
+    folder: takes the tokenizer.json of one of Meta's. FileNotFoundError: there is no tokenizer. ValueError:
+    it doesn't fit.
     """
     path = find_tokenizer(src)
     if not path.exists():
-        print(f"{src} has no tokenizer, so the file is for token ids alone", file=sys.stderr)
-        return None
+        raise FileNotFoundError(f"{src}: found no tokenizer.model or tokenizer.json, expected one, as "
+                                "llama.cpp has no other; put the model's beside the weights")
     tokenizer = Tokenizer(path)
     tokenizer.check_vocabulary(args.vocab_size)
-    if path.name == "tokenizer.json":
-        return tokenizer, path
-    write_tokenizer_json(folder, tokenizer, args.max_seq_len)
-    return tokenizer, folder / "tokenizer.json"
+    if path.name == "tokenizer.model":
+        write_tokenizer_json(folder, tokenizer, args.max_seq_len)
+        write_json(folder / "generation_config.json", ids_of(tokenizer))
+        path = folder / "tokenizer.json"
+    vocabulary = HuggingFaceVocabulary(str(path))
+    template = read_template(path.parent, vocabulary.configs.get("tokenizer_config.json", {}))
+    if template is None and vocabulary.special_tokens.keys() >= set(CHAT_TOKENS):
+        return vocabulary, CHAT_TEMPLATE  # Such dialogs are in Llama 3's format here, too.
+    return vocabulary, template and template[1]

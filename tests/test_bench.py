@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
-from tiny import output, random_model, write_checkpoint
+from tiny import NARROW, RESCALED, WIDE, output, random_model, write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import peers
-from llama31 import Llama, ModelArgs, Transformer
+from llama31 import Llama, ModelArgs, Transformer, open_checkpoint, rope_frequencies
 from plumbing import run
+from plumbing.gguf_file import write_gguf
 
 ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=130, multiple_of=32)
 WIDER = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=20, vocab_size=130, multiple_of=32)
@@ -90,6 +91,47 @@ def test_the_least_time_counts_after_two_calls_to_warm_up(monkeypatch):
     clock = iter([0, 1, 10, 11, 20, 25, 30, 33, 40, 44])  # calls that take 1, 1, 5, 3 and 4 seconds
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     assert bench.best_seconds(lambda: None, torch.device("cpu"), rounds=3) == 3
+
+
+def write(path, ckpt_dir, kind):
+    model, pieces = open_checkpoint(ckpt_dir)
+    write_gguf(path, model.args, pieces, kind, rope_frequencies(model.args))
+
+
+@pytest.mark.parametrize("kind, bound", [("f32", 0), ("bf16", 2 ** -8), ("q8_0", 0.02)])
+def test_llama_cpps_file_holds_the_same_weights(kind, bound, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = Transformer(ModelArgs(**{**vars(ARGS), "use_scaled_rope": True}))
+    ckpt_dir = write_checkpoint(tmp_path / "ckpt", model)
+    write(tmp_path / "model.gguf", ckpt_dir, kind)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    state = model.state_dict()
+    assert len(found) == len(state) + 1 and found["rope_freqs.weight"].shape == (8,)
+    for name, theirs in (("blk.1.attn_q.weight", "layers.1.attention.wq.weight"),
+                         ("blk.2.ffn_down.weight", "layers.2.feed_forward.w2.weight"),
+                         ("token_embd.weight", "tok_embeddings.weight"),
+                         ("output.weight", "output.weight"), ("output_norm.weight", "norm.weight")):
+        expected = state[theirs]
+        assert (found[name] - expected).abs().max() <= bound * expected.abs().max()
+    assert reader.fields["llama.attention.head_count_kv"].contents() == 2
+    assert reader.fields["llama.attention.key_length"].contents() == 16
+
+
+@pytest.mark.parametrize("changes", [dict(), NARROW, WIDE, RESCALED], ids=str)
+def test_llama_cpp_has_our_greedy_tokens_on_heads_of_any_width(changes, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    model = random_model(**changes)
+    ckpt_dir = write_checkpoint(tmp_path / "ckpt", model)
+    write(tmp_path / "model.gguf", ckpt_dir, "f32")
+    prompt = [3, 1, 4, 1, 5]
+    theirs = peers.LlamaCpp(tmp_path / "model.gguf", 64, 1)
+    row = list(prompt)
+    row += theirs.step([row], [0])
+    while len(row) < 30:
+        row += theirs.step([row[-1:]], [len(row) - 1])
+    assert row == Llama(model, None).generate([prompt], 25, temperature=0, echo=True)[0]
 
 
 @pytest.mark.slow

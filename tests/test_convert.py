@@ -15,7 +15,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import NARROW, RESCALED, SCALED, WIDE, assert_close, random_model, random_tokens, write_checkpoint
+from tiny import (
+    NARROW,
+    RESCALED,
+    SCALED,
+    WIDE,
+    assert_close,
+    output,
+    random_model,
+    random_tokens,
+    write_checkpoint,
+)
 
 import convert
 import llama31
@@ -488,6 +498,58 @@ def test_another_tokenizer_is_refused(small, edit, tmp_path):
 # The whole way
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_another_tokenizers_files_come_back_byte_for_byte(small, dtype, tmp_path):
+    folder = shutil.copytree(small / "hf", tmp_path / "hf")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}\n")
+    (folder / "special_tokens_map.json").write_text('{"eos_token":"<|end_of_text|>"}')
+    convert.from_hf(folder, tmp_path / "meta", dtype=dtype)
+    convert.to_hf(tmp_path / "meta", tmp_path / "again")
+    convert.to_hf(tmp_path / "meta", tmp_path / "float32", dtype="float32")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "special_tokens_map.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+    stored = getattr(torch, dtype or "float32")
+    assert {kind for kind, *_ in weights(tmp_path / "again").values()} == {stored}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "again").dtype == stored
+    tokens = random_tokens(2, 60, high=560)
+    ours = llama31.load_checkpoint(tmp_path / "meta", dtype=torch.float32)(tokens)
+    for name in "again", "float32":
+        assert_close(load_hf(tmp_path / name)(tokens).logits, ours)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    text = "it's 2024, Zoë 🦙"
+    assert tokenizer(text).input_ids == Tokenizer(folder / "tokenizer.json").encode(text, bos=True)
+
+
+METAS_LOADER = """
+import os, sys, torch, types
+# It transforms images, which no text needs, by torchvision, which is large.
+images = types.ModuleType("image_transform")
+images.VariableSizeImageTransform = None
+sys.modules["llama_models.llama3.multimodal.image_transform"] = images
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+from llama_models.llama3.generation import Llama3
+llama = Llama3.build(sys.argv[1], max_seq_len=32, max_batch_size=1, device="cpu")
+torch.save(llama.model.float().forward(torch.arange(20)[None], 0), sys.argv[2])
+"""
+
+
+@torch.no_grad()
+def test_metas_own_loader_reads_a_folder_that_comes_from_hugging_face(tmp_path):
+    pytest.importorskip("fairscale")
+    model = random_model(4, vocab_size=128256, n_layers=1, use_scaled_rope=True)
+    model.bfloat16().float()  # Their loader rounds weights to bfloat16.
+    write_checkpoint(tmp_path / "ours", model, tokenizer=Tokenizer(META_TOKENIZER))
+    convert.to_hf(tmp_path / "ours", tmp_path / "hf")
+    convert.from_hf(tmp_path / "hf", tmp_path / "meta")
+    output("-c", METAS_LOADER, tmp_path / "meta", tmp_path / "logits.pt")
+    assert_close(torch.load(tmp_path / "logits.pt"), model(torch.arange(20)[None]))
+
+
 def test_greedy_texts_are_the_same_in_transformers_and_back(small, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(small / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(small / "hf")
@@ -566,7 +628,7 @@ def test_the_command_line_converts_both_ways(small, tmp_path):
     cli.run(commands, "from_hf", ["to_hf", str(tmp_path / "meta"), str(tmp_path / "hf")])
     for path in (small / "hf").iterdir():
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
-    with pytest.raises(SystemExit, match="error: .*hf exists; give another name"):
+    with pytest.raises(SystemExit, match="error: .*hf exists; give the name of a new folder"):
         cli.run(commands, "from_hf", ["to_hf", str(tmp_path / "meta"), str(tmp_path / "hf")])
 
 

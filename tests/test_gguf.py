@@ -1,7 +1,8 @@
-"""GGUF files as llama.cpp reads them: weights, logits, ids, ends of texts, chats; what is refused."""
+"""convert.py to_gguf: read by llama.cpp, its file has our token ids, logits, texts, dialogs and stops."""
 
-import errno
 import json
+import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,334 +10,400 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from templates import TEMPLATES, write_folder
-from tiny import NARROW, RESCALED, SCALED, WIDE, random_model, run, sentences, write_checkpoint
+from tiny import SCALED, output, random_model, random_tokens, write_checkpoint
 
 import convert
-import peers
-from llama31 import Llama, Transformer
-from plumbing import gguf_file
-from tokenizer import Tokenizer, word_splitter
+from llama31 import Llama
+from plumbing import cli
+from tokenizer import SPLIT_PATTERN, Tokenizer, find_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-# -----------------------------------------------------------------------------
-# Weights
+llama_models = pytest.importorskip("llama_models.llama3.tokenizer")
+META_TOKENIZER = Path(llama_models.__file__).parent / "tokenizer.model"
+# RoPE is slowed from so few positions on that those of a test show it.
+SLOWED = dict(SCALED, rope_old_context=32)
+# How far logits may be off, as a part of the largest; llama.cpp also rounds what it multiplies weights by.
+ROUNDING = {"f32": 1e-5, "f16": 5e-3, "bf16": 3e-2, "q8_0": 5e-2}
 
 
-@pytest.fixture
-def llama_cpp(monkeypatch):
-    """The package, computing attention in float32; by default it rounds keys and values to float16."""
+def open_gguf(path, **settings):
+    """llama.cpp's model of a file, which keeps keys, values and logits in float32."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    default = llama_cpp.llama_context_default_params
-
-    def exact():
-        settings = default()
-        settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return settings
-    monkeypatch.setattr(llama_cpp, "llama_context_default_params", exact)
-    return llama_cpp
+    defaults = dict(n_ctx=256, logits_all=True, n_threads=2, type_k=0, type_v=0, verbose=False)
+    return llama_cpp.Llama(str(path), **{**defaults, **settings})
 
 
-def written(path, model, dtype="f32", **settings):
-    """The GGUF file of a model without a vocabulary."""
-    ckpt_dir = write_checkpoint(path / "ckpt", model)
-    convert.to_gguf(str(ckpt_dir), str(path / "model.gguf"), dtype=dtype, **settings)
-    return path / "model.gguf"
+def theirs_of(model, text, special):
+    return model.tokenize(text.encode(), add_bos=False, special=special)
 
 
-@pytest.mark.parametrize("dtype, bound", [("f32", 0), ("f16", 2 ** -11), ("bf16", 2 ** -8), ("q8_0", 0.005)])
-def test_a_file_holds_the_weights_within_the_dtypes_rounding(dtype, bound, tmp_path):
-    model = random_model(**SCALED, multiple_of=32)
-    path = written(tmp_path, model, dtype)
-    reader = gguf.GGUFReader(path)
-    found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    state = model.state_dict()
-    assert len(found) == len(state) + 1 and found["rope_freqs.weight"].shape == (16,)
-    for name, theirs in (("blk.1.attn_q.weight", "layers.1.attention.wq.weight"),
-                         ("blk.0.ffn_down.weight", "layers.0.feed_forward.w2.weight"),
-                         ("token_embd.weight", "tok_embeddings.weight"),
-                         ("output.weight", "output.weight"), ("output_norm.weight", "norm.weight")):
-        expected = state[theirs]
-        assert (found[name] - expected).abs().max() <= bound * expected.abs().max()
-        assert name == "output_norm.weight" or dtype == "f32" or (found[name] != expected).any()
+def logits_of(model, ids):
+    model.reset()
+    model.eval(ids)
+    return torch.tensor(model.scores[:len(ids)].copy())
 
 
-@pytest.mark.parametrize("stored, expected", [(torch.float32, "F32"), (torch.bfloat16, "BF16"),
-                                              (torch.float16, "F16")])
-def test_without_a_dtype_matrices_keep_the_type_they_are_stored_in(stored, expected, tmp_path):
-    path = written(tmp_path, random_model(tie_word_embeddings=True).to(stored), None)
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
-    assert kinds["token_embd.weight"] == expected and kinds["output_norm.weight"] == "F32"
-    assert "output.weight" not in kinds  # tied
+def greedy(model, ids, new):
+    """The new tokens that llama.cpp finds likeliest, one after the other."""
+    made = []
+    model.reset()
+    for token in model.generate(ids, temp=0.0, reset=True):
+        made.append(token)
+        if len(made) == new:
+            break
+    return made
 
 
-def logits_of(path, tokens):
-    """llama.cpp's logits of the last token."""
-    theirs = peers.LlamaCpp(path, 128, 1)
-    theirs.step([tokens], [0])
-    row = theirs.cpp.llama_get_logits_ith(theirs.context, len(tokens) - 1)
-    return torch.tensor(row[:theirs.vocab_size])
+def stops_of(model, num_tokens):
+    """The ids at which llama.cpp ends a text."""
+    import llama_cpp
+    vocab = llama_cpp.llama_model_get_vocab(model.model)
+    return {i for i in range(num_tokens) if llama_cpp.llama_vocab_is_eog(vocab, i)}
 
 
-@pytest.mark.parametrize("changes", [dict(), NARROW, WIDE, SCALED, RESCALED], ids=str)
-def test_llama_cpp_has_our_greedy_tokens_on_heads_of_any_width(changes, tmp_path, llama_cpp):
-    model = random_model(**changes)
-    theirs = peers.LlamaCpp(written(tmp_path, model), 64, 1)
-    row = [3, 1, 4, 1, 5]
-    row += theirs.step([row], [0])
-    while len(row) < 30:
-        row += theirs.step([row[-1:]], [len(row) - 1])
-    assert row == Llama(model, None).generate([row[:5]], 25, temperature=0, echo=True)[0]
+def dialog_ids(model, dialog):
+    """The ids of a dialog by the template in the file, as llama-cpp-python makes them."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    eos, bos = (model._model.token_get_text(i) for i in (model.token_eos(), model.token_bos()))
+    template = model.metadata["tokenizer.chat_template"]
+    made = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)(messages=dialog)
+    return theirs_of(model, made.prompt, special=True)
 
-
-@pytest.mark.parametrize("dtype, bound", [("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 5e-2)])
-def test_logits_are_ours_within_the_dtypes_rounding(dtype, bound, tmp_path, llama_cpp):
-    model = random_model(**SCALED, multiple_of=32)
-    tokens = torch.randint(101, (1, 100), generator=torch.Generator().manual_seed(0))
-    expected = model(tokens)[0, -1].detach()
-    found = logits_of(written(tmp_path, model, dtype), tokens[0].tolist())
-    assert (found - expected).abs().max() <= bound * expected.abs().max()
 
 # -----------------------------------------------------------------------------
-# Texts
+# Folders
 
 
-def splitter(name):
-    from tokenizers import Regex, pre_tokenizers
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "llama-bpe":
-        return word_splitter()
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-    if name == "qwen2":
-        split, _ = json.loads(word_splitter().__getstate__())["pretokenizers"]
-        pattern = split["pattern"]["Regex"].replace("{1,3}", "")
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return words
+def edit_json(path, edit):
+    data = json.loads(path.read_text(encoding="utf-8"))
+    edit(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
 
 
-SPLITTERS = "llama-bpe", "smollm", "qwen2", "gpt-2"
-KINDS = [*SPLITTERS, "ours", pytest.param("llama3", marks=pytest.mark.slow),
-         pytest.param("smollm2", marks=pytest.mark.weights)]
+def with_splitter(data, splitter, ignore_merges=False):
+    data.update(pre_tokenizer=splitter)
+    data["model"].update(ignore_merges=ignore_merges)
 
 
-@pytest.fixture(scope="session")
-def vocabularies(tmp_path_factory, request):
-    """name -> (our Tokenizer, llama.cpp's of the file that to_gguf makes), made when first asked for."""
-    base = tmp_path_factory.mktemp("vocabularies")
-    made = {}
-
-    def vocabulary(name):
-        llama_cpp = pytest.importorskip("llama_cpp")
-        if name not in made:
-            folder = base / name
-            tokenizer = None
-            if name in SPLITTERS:
-                write_folder(folder, None, "<|im_start|>", "<|im_end|>")
-                data = json.loads((folder / "tokenizer.json").read_text())
-                data["pre_tokenizer"] = json.loads(splitter(name).__getstate__())
-                (folder / "tokenizer.json").write_text(json.dumps(data))
-            elif name == "smollm2":
-                folder.mkdir()
-                request.getfixturevalue("smollm2_tokenizer").save_pretrained(folder)
-            elif name == "ours":
-                tokenizer = request.getfixturevalue("tokenizer")
-            else:
-                meta = pytest.importorskip("llama_models.llama3.tokenizer")
-                tokenizer = Tokenizer(Path(meta.__file__).parent / "tokenizer.model")
-            tokenizer = tokenizer or Tokenizer(folder / "tokenizer.json")
-            # A row more than tokens, as in embeddings that are padded; Meta's have none.
-            rows = tokenizer.n_words + (tokenizer.model_path.endswith(".json"))
-            model = random_model(dim=32, n_layers=1, vocab_size=rows, tie_word_embeddings=True)
-            is_meta = tokenizer.model_path.endswith(".model")
-            write_checkpoint(folder, model, tokenizer=tokenizer if is_meta else None)
-            convert.to_gguf(str(folder), str(base / f"{name}.gguf"), dtype="f16")
-            made[name] = tokenizer, llama_cpp.Llama(str(base / f"{name}.gguf"), n_ctx=64, verbose=False)
-        return made[name]
-    return vocabulary
+def llama3s(data, pattern=None):
+    if pattern:
+        data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=pattern)
+    data["model"].update(ignore_merges=False)
 
 
+BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+DIGITS = dict(type="Digits", individual_digits=True)
+OTHERS = {  # name of a pre-tokenizer -> what makes a tokenizer.json of Llama 3's kind one of that kind
+    "dbrx": llama3s,
+    "qwen2": lambda data: llama3s(data, SPLIT_PATTERN.replace("{1,3}", "")),
+    "gpt-2": lambda data: with_splitter(data, BYTES),
+    "smollm": lambda data: with_splitter(data, dict(type="Sequence", pretokenizers=[DIGITS, BYTES])),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """Name -> checkpoint directory: in Meta's layout small, and large with Meta's vocabulary; hf; OTHERS."""
+    root = tmp_path_factory.mktemp("folders")
+    model = random_model(3, vocab_size=tokenizer.n_words, max_seq_len=256, **SLOWED)
+    write_checkpoint(root / "small", model, 2, tokenizer=tokenizer)
+    meta = Tokenizer(META_TOKENIZER)
+    model = random_model(4, dim=16, n_layers=1, n_heads=2, vocab_size=meta.n_words, tie_word_embeddings=True)
+    write_checkpoint(root / "large", model, tokenizer=meta)
+    convert.to_hf(root / "small", root / "hf")
+    for name, edit in OTHERS.items():
+        shutil.copytree(root / "hf", root / name)
+        edit_json(root / name / "tokenizer.json", edit)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def files(folders, tmp_path_factory):
+    """Name of a folder -> its file, in f32."""
+    root = tmp_path_factory.mktemp("files")
+    for name, folder in folders.items():
+        convert.to_gguf(folder, root / f"{name}.gguf", dtype="f32")
+    return {name: root / f"{name}.gguf" for name in folders}
+
+
+@pytest.fixture(scope="module")
+def pairs(folders, files):
+    """Name of a folder -> (our tokenizer, llama.cpp's model)."""
+    return {name: (Tokenizer(find_tokenizer(folder)), open_gguf(files[name]))
+            for name, folder in folders.items()}
+
+
+# -----------------------------------------------------------------------------
+# Token ids
+
+ALPHABETS = st.sampled_from(["abcxyz 's'tLL", "0123456789 .,", "\t\n\r \u00a0\u3000", "éŉßΩжשع",
+                             "你好こ안नมไ",
+                             "🦙👩\u200d🚀🇮🇹\u0301\ufe0f", "<|>_-!¡€²Ⅳ"])
+TEXTS = st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])),
+                  st.lists(ALPHABETS.flatmap(lambda letters: st.text(letters, max_size=8))).map("".join))
+each_vocabulary = pytest.mark.parametrize("name", ["small", "large", "hf", *OTHERS])
+
+
+@each_vocabulary
 @settings(deadline=None, derandomize=True, max_examples=150)
-@example(text="<|im_start|>user <|eot_id|><think>").via("special tokens that a text spells")
-@example(text=" việc hợp nhiều mektedir").via("tokens of Llama 3 that no merges make")
-@given(text=st.one_of(
-    st.text(), st.text(st.sampled_from("ab 's'tLL1203 \t\n\r\u00a0\u3000éŉ你🦙<|>_-!\u0301١²Ⅷ")),
-    st.lists(st.sampled_from(["it's", "DON'T", "12345", "\n\n", " \n ", "  ", "the cat", "\r\n", "日本語",
-                              "Привет", "नमस्ते", "👩‍👩‍👧", "<|eot_id|>", "[PAD]"])).map("".join)))
-@pytest.mark.parametrize("name", KINDS)
-def test_llama_cpp_has_our_ids_for_any_text(text, name, vocabularies):
-    text = text.replace("\0", "")  # C's strings end there.
-    ours, theirs = vocabularies(name)
-    data = text.encode("utf-8", "replace")
-    assert theirs.tokenize(data, add_bos=False, special=False) == ours.encode(data.decode())
+@example("  two   three    \t\ttabs \n \n\n x").via("edge")
+@example(" việc hợp nhiều mektedir").via("tokens of Llama 3 that no merges make")
+@example("<|eot_id|><|begin_of_text|> [PAD3]").via("names are text")
+@given(text=TEXTS)
+def test_any_text_has_our_ids(pairs, name, text):
+    ours, theirs = pairs[name]
+    assert theirs_of(theirs, text, special=False) == ours.encode(text)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_llama_cpp_begins_and_ends_texts_where_we_do(name, vocabularies):
-    ours, theirs = vocabularies(name)
-    assert theirs.tokenize(b"a cat", add_bos=True) == ours.encode("a cat", bos=True)
-    assert theirs.token_eos() == ours.eos_id
-    vocab = theirs._model.vocab
-    cpp = sys.modules["llama_cpp"]
-    assert all(cpp.llama_vocab_is_eog(vocab, token) for token in ours.stop_tokens)
-    for special, i in ours.special_tokens.items():
-        assert theirs.tokenize(special.encode(), add_bos=False, special=True) == [i]
+@each_vocabulary
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(parts=st.lists(st.one_of(TEXTS, st.sampled_from(
+    ["<|eot_id|>", "<|begin_of_text|>", "<|reserved_special_token_3|>", "<|end_header_id|>", " ", "\n\n"]))))
+def test_special_tokens_that_are_spelled_have_our_ids(pairs, name, parts):
+    ours, theirs = pairs[name]
+    text = "".join(parts)
+    assert theirs_of(theirs, text, special=True) == ours.encode(text, allowed_special="all")
 
 
-@pytest.mark.parametrize("name", ["llama31", "smollm2", "deepseek", "phi"])
-def test_llama_cpp_renders_the_folders_chat_template(name, tmp_path, llama_cpp):
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-    template, bos, eos, _ = TEMPLATES[name]
-    folder = write_folder(tmp_path / "hf", template, bos, eos)
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    write_checkpoint(folder, random_model(vocab_size=tokenizer.n_words))
-    convert.to_gguf(str(folder), str(tmp_path / "model.gguf"), dtype="f16")
-    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, verbose=False)
-    render = Jinja2ChatFormatter(theirs.metadata["tokenizer.chat_template"], eos_token=eos or "",
-                                 bos_token=theirs._model.token_get_text(theirs.token_bos()) if bos else "")
-    dialog = [{"role": "user", "content": "One day"}, {"role": "assistant", "content": "it rained."},
-              {"role": "user", "content": "And then?"}]
-    text = render(messages=dialog).prompt
-    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode_dialog(dialog)
+@pytest.mark.parametrize("name", ["small", "large", "hf"])
+def test_texts_begin_and_end_as_ours(pairs, name):
+    ours, theirs = pairs[name]
+    assert theirs.tokenize(b"a cat") == ours.encode("a cat", bos=True)
+    assert stops_of(theirs, ours.n_words) == set(ours.stop_tokens)
+    assert (theirs.token_bos(), theirs.token_eos()) == (ours.bos_id, ours.eos_id)
 
 
-def test_metas_chats_are_rendered_as_by_encode_dialog(tokenizer, tmp_path, llama_cpp):
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-    write_checkpoint(tmp_path / "ckpt", random_model(vocab_size=tokenizer.n_words), tokenizer=tokenizer)
-    convert.to_gguf(str(tmp_path / "ckpt"), str(tmp_path / "model.gguf"))
-    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, verbose=False)
-    render = Jinja2ChatFormatter(theirs.metadata["tokenizer.chat_template"], eos_token="",
-                                 bos_token="<|begin_of_text|>")
-    dialog = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " One day "}]
-    text = render(messages=dialog).prompt
-    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer.encode_dialog(dialog)
+@pytest.mark.parametrize("name", ["small", "large", "hf"])
+def test_a_dialog_has_our_ids_by_the_template(pairs, name):
+    ours, theirs = pairs[name]
+    dialog = [dict(role="system", content=" Be  good.\n"), dict(role="user", content="Hi 🦙"),
+              dict(role="assistant", content="Yes?"), dict(role="user", content="once upon a time")]
+    assert dialog_ids(theirs, dialog) == ours.encode_dialog(dialog)
+
+
+def test_a_chat_is_answered_as_by_us(folders, pairs):
+    ours = Llama.build(folders["small"], device="cpu", dtype="float32", compile=False)
+    dialog = [dict(role="user", content="once upon a time")]
+    ids = ours.generate([ours.tokenizer.encode_dialog(dialog)], 12, temperature=0)[0]
+    text = [i for i in ids if i not in ours.tokenizer.special_tokens.values()]  # They show nothing else.
+    answer = pairs["small"][1].create_chat_completion(dialog, max_tokens=12, temperature=0)
+    expected = ours.tokenizer.decode_bytes(text).decode(errors="ignore")
+    assert answer["choices"][0]["message"]["content"] == expected != ""
+
 
 # -----------------------------------------------------------------------------
-# What is refused, and what is left behind
+# Numbers
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A checkpoint directory with a small tokenizer.json."""
-    folder = write_folder(tmp_path / "ckpt", None, "<|im_start|>", "<|im_end|>")
-    write_checkpoint(folder, random_model(vocab_size=Tokenizer(folder / "tokenizer.json").n_words))
-    return folder
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_logits_are_ours_within_the_types_rounding(folders, tmp_path, dtype):
+    convert.to_gguf(folders["small"], tmp_path / "model.gguf", dtype=dtype)
+    ours = Llama.build(folders["small"], device="cpu", dtype="float32", compile=False)
+    ids = random_tokens(1, 200, high=500)
+    expected = ours.model(ids)[0]
+    found = logits_of(open_gguf(tmp_path / "model.gguf"), ids[0].tolist())
+    assert (found - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
 
 
-def change(path, changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def test_greedy_tokens_are_ours_in_f32(folders, pairs):
+    ours = Llama.build(folders["small"], device="cpu", dtype="float32", compile=False)
+    for seed in range(5):
+        prompt = random_tokens(60, high=500, seed=seed).tolist()
+        expected = ours.generate([prompt], 64, temperature=0, stop_tokens=[])[0]
+        assert greedy(pairs["small"][1], prompt, 64) == expected
 
 
-GROUPED = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, {
-    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
-PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+def test_both_layouts_give_the_same_file(files):
+    assert files["small"].read_bytes() == files["hf"].read_bytes()
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(pre_tokenizer=GROUPED), "no name for .*, Digits and ByteLevel; expected one of"),
-    (dict(pre_tokenizer=PREFIXED), "no name for .*, ByteLevel; expected one of"),
-    (dict(normalizer={"type": "NFC"}), "no name for .*, NFC and Split and ByteLevel; expected one of")])
-def test_a_splitter_that_llama_cpp_has_no_name_for_is_refused(changes, said, folder, tmp_path):
-    change(folder / "tokenizer.json", changes)
-    with pytest.raises(ValueError, match=said):
-        convert.to_gguf(str(folder), str(tmp_path / "model.gguf"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt"]
+def test_rows_beyond_the_vocabulary_are_unused_tokens(folders, tmp_path):
+    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
+    model = random_model(vocab_size=576)
+    convert.to_hf(write_checkpoint(tmp_path / "meta", model), tmp_path / "wider")
+    for name in "config.json", "model.safetensors":
+        shutil.copy(tmp_path / "wider" / name, folder / name)
+    convert.to_gguf(folder, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.token_type"].contents()[559:] == [3] + [5] * 16
+    names = fields["tokenizer.ggml.tokens"].contents()
+    assert len(set(names)) == 576 and names[560] == "[PAD560]"
+    assert open_gguf(tmp_path / "model.gguf").n_vocab() == 576
 
 
-def test_a_token_that_llama_cpp_would_read_otherwise_is_refused(folder, tmp_path):
-    data = json.loads((folder / "tokenizer.json").read_text())
-    data["model"]["ignore_merges"] = False
-    merged = next(token for token in data["model"]["vocab"] if len(token) == 3)
-    data["model"]["merges"] = [merge for merge in data["model"]["merges"] if "".join(merge) != merged]
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="no merges lead to the token"):
-        convert.to_gguf(str(folder), str(tmp_path / "model.gguf"))
+def test_without_a_type_weights_keep_theirs(tokenizer, tmp_path):
+    model = random_model(vocab_size=tokenizer.n_words).bfloat16()
+    folder = write_checkpoint(tmp_path / "meta", model, tokenizer=tokenizer)
+    convert.to_gguf(folder, tmp_path / "new" / "model.bin")
+    convert.to_gguf(folder, folder / "model.gguf", dtype="bf16")
+    assert (tmp_path / "new" / "model.bin").read_bytes() == (folder / "model.gguf").read_bytes()
+    assert Llama.build(folder, device="cpu", compile=False)
 
 
-def test_more_ends_of_a_text_than_a_file_can_name_are_refused(folder, tmp_path):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6, 7, 8]}))
-    with pytest.raises(ValueError, match="found 5 tokens that end a text, expected at most 3"):
-        convert.to_gguf(str(folder), str(tmp_path / "model.gguf"))
+PEAK = """
+import sys
+import convert
+def peak():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
+from plumbing.gguf_file import import_gguf; import_gguf()
+bare = peak()
+convert.to_gguf(sys.argv[1], sys.argv[2], dtype="q8_0")
+print(peak() - bare)
+"""
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--dtype", "int4"], "dtype is int4; expected one of f32, f16, bf16, q8_0"),
-    (["--dtype", "q8_0"], "rows of 176 weights, expected a multiple of 32 for q8_0")])
-def test_a_type_that_the_file_cant_have_is_one_line(words, said, folder, tmp_path):
-    done = run("convert.py", "to_gguf", folder, tmp_path / "model.gguf", *words)
-    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt"]
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_a_few_tensors_are_in_memory_at_a_time(tokenizer, layout, tmp_path):
+    model = random_model(dim=1024, n_layers=16, n_heads=8, n_kv_heads=8, vocab_size=tokenizer.n_words)
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 700e6
+    write_checkpoint(tmp_path / "meta", model, tokenizer=tokenizer)
+    del model
+    if layout == "hf":
+        convert.to_hf(tmp_path / "meta", tmp_path / "hf", max_file_bytes=10**8)
+    assert int(output("-c", PEAK, tmp_path / layout, tmp_path / "model.gguf")) < 150e6
 
 
-def test_a_file_that_exists_stays_as_it_is(folder, tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="model.gguf exists; give another name"):
-        convert.to_gguf(str(folder), str(tmp_path / "model.gguf"))
-    assert (tmp_path / "model.gguf").read_bytes() == b"mine"
+# -----------------------------------------------------------------------------
+# What a user can get wrong
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
-    def write_tensor_data(self, tensor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write_tensor_data)
-    with pytest.raises(OSError, match="No space left on device; make room"):
-        convert.to_gguf(str(folder), str(tmp_path / "model.gguf"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt"]
+def test_the_command_line_writes_a_file_once(folders, files, tmp_path):
+    path = tmp_path / "model.gguf"
+    words = ["to_gguf", str(folders["small"]), str(path), "--dtype", "f32"]
+    cli.run({"to_gguf": convert.to_gguf}, None, words)
+    assert path.read_bytes() == files["small"].read_bytes()
+    with pytest.raises(SystemExit, match="error: .*model.gguf exists; give the name of a new file"):
+        cli.run({"to_gguf": convert.to_gguf}, None, words)
 
 
-def test_without_the_package_the_remedy_is_named(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def edit_tokenizer(edit):
+    return lambda folder: edit_json(folder / "tokenizer.json", edit)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: (folder / "tokenizer.json").unlink(), "found no tokenizer.model or tokenizer.json"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: no such file"),
+    (lambda folder: cut(folder / "model.safetensors"), "damaged"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    (lambda folder: edit_json(folder / "config.json", lambda data: data.update(vocab_size=9)), "don't fit"),
+    (edit_tokenizer(lambda data: data["added_tokens"].append(
+        dict(id=560, content="<|pad|>", special=True))), "id 560, expected ids below 560"),
+    (edit_tokenizer(lambda data: data.update(normalizer=dict(type="NFC"))), "found normalizer NFC"),
+    (edit_tokenizer(lambda data: llama3s(data, r"\w+|\s+")), r"found pre_tokenizer Split and .*w\+"),
+    (edit_tokenizer(lambda data: with_splitter(data, BYTES, True)), "ByteLevel .* with ignore_merges"),
+    (edit_tokenizer(lambda data: with_splitter(data, BYTES | dict(add_prefix_space=True))), "ByteLevel"),
+    (edit_tokenizer(lambda data: data["model"].update(dropout=0.1)), "found dropout of its BPE"),
+    (lambda folder: edit_json(folder / "generation_config.json", lambda data: data.update(
+        eos_token_id=[300, 301, 302, 303])), "found 5 stop tokens, expected 1 to 3"),
+])
+def test_what_a_file_cannot_hold_is_refused_by_name(folders, damage, said, tmp_path):
+    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        convert.to_gguf(folder, tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_type_that_no_file_has_is_refused(folders, tmp_path):
+    for dtype in "F32", "float32", "q4_0", 16:
+        with pytest.raises(ValueError, match="expected f32, f16, bf16 or q8_0"):
+            convert.to_gguf(folders["small"], tmp_path / "model.gguf", dtype=dtype)
+
+
+def test_weights_too_large_for_f16_are_refused_by_name(tokenizer, tmp_path):
+    model = random_model(vocab_size=tokenizer.n_words)
+    with torch.no_grad():
+        model.layers[1].feed_forward.w2.weight[3, 4] = 1e5
+    folder = write_checkpoint(tmp_path / "meta", model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="blk.1.ffn_down.weight: found 1e.05, expected at most 65504"):
+        convert.to_gguf(folder, tmp_path / "model.gguf", dtype="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def test_without_the_package_its_name_is_said(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
-        convert.to_gguf(str(folder), str(tmp_path / "model.gguf"))
+        convert.to_gguf(folders["small"], tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_tokenizer_is_converted_and_it_is_said(tmp_path, capsys):
-    path = written(tmp_path, random_model())
-    assert "no tokenizer, so the file is for token ids alone" in capsys.readouterr().err
-    assert gguf.GGUFReader(path).fields["tokenizer.ggml.model"].contents() == "no_vocab"
+@pytest.mark.parametrize("limit", [5_000, 200_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(folders, limit, tmp_path):
+    """The size of files is limited where a disk's is hard to; both fail in the same write."""
+    folder = folders["hf"]  # Nothing else is written on the way.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            convert.to_gguf(folder, tmp_path / "model.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "model.gguf" in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
-
-def test_few_tensors_at_a_time_are_made(tmp_path, monkeypatch):
-    """Each is written before the next is merged."""
-    order = []
-    merged, write = convert.merged, gguf.GGUFWriter.write_tensor_data
-
-    def noted(*args):
-        for name, tensor in merged(*args):
-            order.append(name)
-            yield name, tensor
-    monkeypatch.setattr(convert, "merged", noted)
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", lambda *args: order.append("") or write(*args))
-    written(tmp_path, random_model())
-    assert order[1::2] == [""] * len(Transformer.on_meta(random_model().args).state_dict())
 
 # -----------------------------------------------------------------------------
 # Real weights
 
+PROMPTS = ["Water", "The capital of France is", "Once upon a time, there was a boy called Tom",
+           "def add(a, b):", "Im Jahr 1923 fuhr die „Zoë“ über den See. 🚢"]
 
-@pytest.mark.weights
-def test_smollm2_gives_the_same_greedy_texts(smollm2_dir, smollm2_tokenizer, tmp_path, llama_cpp):
-    folder = tmp_path / "smollm2"
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_dir, smollm2_tokenizer, tmp_path_factory):
+    """SmolLM2 with its tokenizer, and its file in f32."""
+    root = tmp_path_factory.mktemp("SmolLM2")
+    folder = root / "meta"
     folder.mkdir()
     for path in Path(smollm2_dir).iterdir():
         (folder / path.name).symlink_to(path)
     smollm2_tokenizer.save_pretrained(folder)
-    convert.to_gguf(str(folder), str(tmp_path / "model.gguf"), dtype="f32")
-    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=256, verbose=False)
-    ours = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=256)
-    for prompt in sentences(5):
-        tokens = ours.tokenizer.encode(prompt)
-        assert theirs.tokenize(prompt.encode(), add_bos=False) == tokens
-        theirs.reset()
-        made = theirs.generate(tokens, temp=0, repeat_penalty=1.0)
-        expected = ours.generate([tokens], 64, temperature=0, stop_tokens=[])[0]
-        assert [next(made) for _ in range(64)] == expected
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = theirs.create_chat_completion(question, temperature=0, max_tokens=64, repeat_penalty=1.0)
-    expected = ours.chat_completion([question], 64, temperature=0)[0]["generation"]["content"]
-    assert answer["choices"][0]["message"]["content"] == expected
-    assert answer["choices"][0]["finish_reason"] == "stop"
-    assert gguf_file.TYPES[0] == "f32"
+    convert.to_gguf(folder, root / "model.gguf", dtype="f32")
+    return Llama.build(folder, device="cpu", dtype="float32", compile=False), open_gguf(root / "model.gguf")
+
+
+@pytest.mark.weights
+def test_real_greedy_tokens_are_the_same(smollm2):
+    ours, theirs = smollm2
+    for prompt in PROMPTS:
+        ids = ours.tokenizer.encode(prompt, bos=True)
+        assert theirs.tokenize(prompt.encode()) == ids
+        assert greedy(theirs, ids, 64) == ours.generate([ids], 64, temperature=0, stop_tokens=[])[0]
+
+
+@pytest.mark.weights
+def test_a_real_chat_has_the_same_answer(smollm2):
+    ours, theirs = smollm2
+    dialog = [dict(role="user", content="What is the capital of France?")]
+    assert dialog_ids(theirs, dialog) == ours.tokenizer.encode_dialog(dialog)
+    expected = ours.chat_completion([dialog], max_gen_len=64, temperature=0)[0]["generation"]["content"]
+    answer = theirs.create_chat_completion(dialog, max_tokens=64, temperature=0)["choices"][0]
+    assert (answer["message"]["content"], answer["finish_reason"]) == (expected, "stop")
+
+
+@pytest.mark.weights
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(text=TEXTS)
+def test_real_ids_are_the_same(smollm2, text):
+    ours, theirs = smollm2
+    assert theirs_of(theirs, text, special=False) == ours.tokenizer.encode(text)
+
+
+@pytest.mark.weights
+def test_eight_bits_take_about_half_of_sixteen(smollm2, tmp_path):
+    folder = Path(smollm2[0].tokenizer.model_path).parent
+    sizes = {}
+    for dtype in "bf16", "q8_0":
+        convert.to_gguf(folder, tmp_path / dtype, dtype=dtype)
+        sizes[dtype] = (tmp_path / dtype).stat().st_size
+    assert 0.5 < sizes["q8_0"] / sizes["bf16"] < 0.56

@@ -4,11 +4,7 @@ Random weights, always float32, and max|a-b| <= 1e-5 max|b| for every tensor.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,6 @@ from hypothesis import strategies as st
 from tiny import (
     NARROW,
     RESCALED,
-    SCALED,
     SHAPE,
     UNSLOWED,
     WIDE,
@@ -29,7 +24,6 @@ from tiny import (
     write_checkpoint,
 )
 
-import convert
 import llama31
 
 # -----------------------------------------------------------------------------
@@ -195,37 +189,6 @@ def meta_folder(tmp_path_factory):
         shutil.copy(folder / name / "1" / "params.json", folder / name / "2")
     torch.multiprocessing.spawn(meta_peer, ([folder / name for name in META_CONFIGURATIONS],), nprocs=2)
     return folder
-
-
-METAS_LOADER = """
-import sys
-from unittest.mock import MagicMock
-for name in ("torchvision", "torchvision.transforms", "PIL", "PIL.Image"):  # It imports them for pictures.
-    sys.modules.setdefault(name, MagicMock())
-import torch
-from llama_models.llama3.generation import Llama3
-llama = Llama3.build(sys.argv[1], max_seq_len=64, max_batch_size=1, device="cpu")
-torch.set_default_dtype(torch.float32)  # It leaves bfloat16.
-logits = llama.model.float()(torch.tensor([[128000, 9906, 1917]]), 0)
-torch.save(logits.detach(), sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-def test_metas_loader_reads_what_we_save_and_convert(tmp_path):
-    meta = pytest.importorskip("llama_models.llama3.tokenizer")
-    pytest.importorskip("fairscale")
-    vocabulary = Path(meta.__file__).parent / "tokenizer.model"
-    model = random_model(**SCALED, vocab_size=128256).bfloat16()
-    llama31.save_checkpoint(tmp_path / "saved", model.args, model.state_dict(), vocabulary)
-    convert.to_hf(str(tmp_path / "saved"), str(tmp_path / "hf"))
-    convert.from_hf(str(tmp_path / "hf"), str(tmp_path / "back"))
-    expected = model.float()(torch.tensor([[128000, 9906, 1917]])).detach()
-    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    for name in ("saved", "back"):
-        subprocess.run([sys.executable, "-c", METAS_LOADER, tmp_path / name, tmp_path / "logits.pt"],
-                       check=True, env=os.environ | place)
-        assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
 
 @pytest.mark.parametrize("files", [1, 2])
