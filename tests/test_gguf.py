@@ -150,6 +150,7 @@ each_vocabulary = pytest.mark.parametrize("name", ["small", "large", "hf", *OTHE
 @example("  two   three    \t\ttabs \n \n\n x").via("edge")
 @example(" việc hợp nhiều mektedir").via("tokens of Llama 3 that no merges make")
 @example("<|eot_id|><|begin_of_text|> [PAD3]").via("names are text")
+@example("it's 2024 and 20, 202 of 12345").via("digits")
 @given(text=TEXTS)
 def test_any_text_has_our_ids(pairs, name, text):
     ours, theirs = pairs[name]
@@ -172,6 +173,17 @@ def test_texts_begin_and_end_as_ours(pairs, name):
     assert theirs.tokenize(b"a cat") == ours.encode("a cat", bos=True)
     assert stops_of(theirs, ours.n_words) == set(ours.stop_tokens)
     assert (theirs.token_bos(), theirs.token_eos()) == (ours.bos_id, ours.eos_id)
+
+
+def test_texts_end_at_any_tokens_that_the_folder_names(folders, tmp_path):
+    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
+    ours = Tokenizer(folder / "tokenizer.json")
+    names = [f"<|reserved_special_token_{i}|>" for i in (7, 9, 11)]  # Of these llama.cpp knows nothing.
+    ids = [ours.special_tokens[name] for name in names]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[:2]}))
+    edit_json(folder / "tokenizer_config.json", lambda config: config.update(eos_token=names[2]))
+    convert.to_gguf(folder, tmp_path / "model.gguf")
+    assert stops_of(open_gguf(tmp_path / "model.gguf"), ours.n_words) >= set(ids)
 
 
 @pytest.mark.parametrize("name", ["small", "large", "hf"])
