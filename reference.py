@@ -197,13 +197,20 @@ def read_hugging_face(folder):
     from safetensors.torch import load_file
     config = json.loads(Path(folder, "config.json").read_bytes())
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"found rope_type {kind}, expected default or llama3")
+    llamas = {"hidden_act": "silu", "sliding_window": None, "quantization_config": None}
+    for name, expected in llamas.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(f"found {name} {config[name]}, expected {expected}")
     args = {"dim": config["hidden_size"], "n_layers": config["num_hidden_layers"],
             "n_heads": config["num_attention_heads"],
             "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
             "head_dim": config.get("head_dim"),
             "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "rope_theta": config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            "use_scaled_rope": rope.get("rope_type", rope.get("type")) == "llama3",
+            "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+            "use_scaled_rope": kind == "llama3",
             "max_seq_len": config.get("max_position_embeddings", 2048)}
     if args["use_scaled_rope"]:
         args["rope_scale_factor"] = rope["factor"]
@@ -212,14 +219,14 @@ def read_hugging_face(folder):
         name = "original_max_position_embeddings"  # may also lie outside, where it counts first
         args["rope_old_context"] = config.get(name) or rope.get(name) or args["max_seq_len"]
     index = Path(folder, "model.safetensors.index.json")
-    files = Path(folder).glob("model*.safetensors")
-    if index.is_file():
-        files = [Path(folder, name) for name in set(json.loads(index.read_bytes())["weight_map"].values())]
+    file_of = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+    files = {Path(folder, name) for name in file_of.values()} or Path(folder).glob("model*.safetensors")
     weights = {}
     for path in files:
         for name, weight in load_file(path).items():
             parts = [HUGGING_FACE.get(part, part) for part in name.removeprefix("model.").split(".")]
-            if parts[-1] == "weight":
+            is_old_copy = file_of.get(name, path.name) != path.name  # The index names another file for it.
+            if not is_old_copy and parts[-1] != "inv_freq":  # Old files have this table of RoPE's.
                 weights[".".join(parts)] = weight.float()
     weights.setdefault("tok_embeddings.weight", weights.get("output.weight"))
     D = head_size(args)

@@ -114,6 +114,7 @@ def with_hidden_dim(args, hidden_dim, presets):
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # says which of several files has which tensor
+PART = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")  # one of several files; how many there are
 NAMES = {  # Meta's name -> Hugging Face's; {} is the number of the layer
     "tok_embeddings": "model.embed_tokens",
     "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
@@ -150,31 +151,41 @@ def reordered(name, weight, args, to_meta):
 
 
 def holds_weights(ckpt_dir):
-    """Whether a folder is one of Hugging Face's, whole or not, and not Meta's."""
+    """Whether a folder is one of Hugging Face's, whole or not, or is neither theirs nor Meta's."""
     folder = Path(ckpt_dir)
     if any(folder.glob("consolidated.*.pth")):
         return False
-    return (folder / "config.json").exists() or any(any(folder.glob(pattern)) for pattern in FOUND)
+    is_theirs = (folder / "config.json").exists() or any(any(folder.glob(pattern)) for pattern in FOUND)
+    return is_theirs or not (folder / "params.json").exists()
+
+
+def read_index(folder):
+    """Name of a tensor -> file, as a folder's index says; {} where it has none, ValueError if damaged."""
+    if not (folder / INDEX).exists():
+        return {}
+    files = read_json(folder / INDEX).get("weight_map")
+    if not files or not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{folder / INDEX}: found no weight_map of names to files; download it again")
+    return files
 
 
 def weight_files(folder):
     """The paths of a folder's safetensors files; ValueError or FileNotFoundError says what lies there."""
-    if (folder / INDEX).exists():
-        files = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{folder / INDEX}: found no weight_map of names to files; download it again")
-        names = sorted(set(files.values()))
-        if (folder / SINGLE).exists() and SINGLE not in names:
-            raise ValueError(f"{folder}: found {SINGLE} and an {INDEX} without it; remove what is not the "
-                             "model's")
-        return [folder / name for name in names]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
-    if not shards:
+    names = sorted(set(read_index(folder).values()))
+    parts = filter(None, (PART.fullmatch(path.name) for path in sorted(folder.glob("*"))))
+    counts = sorted({part[1] for part in parts})
+    if not names and len(counts) > 1:
+        raise ValueError(f"{folder}: found parts of {' and of '.join(counts)} files, but no {INDEX}; "
+                         "download it again")
+    if not names and counts:
+        names = [f"model-{i:05d}-of-{counts[0]}.safetensors" for i in range(1, int(counts[0]) + 1)]
+    has_single = (folder / SINGLE).exists()
+    if has_single and names and SINGLE not in names:
+        raise ValueError(f"{folder}: found {SINGLE} and {names[0]}, expected one of them; remove what is "
+                         "not the model's")
+    if not has_single and not names:
         raise FileNotFoundError(f"{folder / SINGLE}: no such file; {instead_of_weights(folder)}")
-    count = int(shards[0].stem.rpartition("-")[2])
-    return [folder / f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return [folder / name for name in names or [SINGLE]]
 
 
 FOUND = {  # what may lie where model.safetensors is expected -> what it is, and the way on
@@ -194,6 +205,8 @@ def instead_of_weights(folder):
     for pattern, remedy in FOUND.items():
         if found := sorted(folder.glob(pattern)):
             return f"found {found[0].relative_to(folder)}, {remedy}"
+    if not folder.is_dir():
+        return "found no such folder; fix the path"
     names = sorted(path.name for path in folder.iterdir())
     return f"found {', '.join(names[:6]) or 'nothing'}; download it again"
 
@@ -204,6 +217,7 @@ def read_tensors(folder):
     FileNotFoundError or ValueError names an absent or damaged file.
     """
     tensors = {}
+    index = read_index(folder)
     for path in weight_files(folder):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected weights in it; download it again")
@@ -212,6 +226,8 @@ def read_tensors(folder):
                 names = list(file.keys())
             for name in names:
                 if name.endswith(".inv_freq"):  # Old files have this table of RoPE's.
+                    continue
+                if folder / index.get(name, path.name) != path:  # The index names another file for it.
                     continue
                 with safe_open(path, "pt") as file:  # Opened once for all, they would share one map.
                     tensors[name] = file.get_tensor(name)

@@ -141,7 +141,13 @@ def only(folder, *names):
     (lambda f: shutil.copy(f / huggingface.SINGLE, f / "model-00001-of-00001.safetensors")
      and (f / huggingface.INDEX).write_text(json.dumps(
          {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}})),
-     "found model.safetensors and an model.safetensors.index.json without it"),
+     "found model.safetensors and model-00001-of-00001.safetensors, expected one of them"),
+    (lambda f: only(f, huggingface.SINGLE, "model-00001-of-00002.safetensors"),
+     "found model.safetensors and model-00001-of-00002.safetensors, expected one of them"),
+    (lambda f: only(f, "model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"),
+     "found parts of 00001 and of 00002 files, but no model.safetensors.index.json"),
+    (lambda f: only(f, "model-a-of-b.safetensors"), "found model-a-of-b.safetensors, weights of another"),
+    (lambda f: (f / huggingface.INDEX).write_text('{"weight_map": {}}'), "found no weight_map"),
     (lambda f: (f / "config.json").write_text(json.dumps(
         json.loads((f / "config.json").read_text()) | {"quantization_config": {"bits": 4}})),
      "quantization_config is .*expected None"),
@@ -152,6 +158,57 @@ def test_a_folder_that_cannot_be_read_is_refused_by_what_lies_there(edit, said, 
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         Llama.build(folder, device="cpu")
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), "found rope_type yarn, expected default or"),
+    (dict(rope_scaling=dict(type="linear", factor=2.0)), "found rope_type linear"),
+    (dict(hidden_act="gelu"), "found hidden_act gelu, expected silu"),
+    (dict(sliding_window=64), "found sliding_window 64, expected None"),
+    (dict(quantization_config=dict(bits=4)), "found quantization_config"),
+    ("bias", "22 tensors, expected 21")])
+def test_the_reference_refuses_what_is_no_llama(changes, said, tmp_path):
+    folder = save(tmp_path / "hf", random_model())
+    if changes == "bias":
+        bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+        change(folder / huggingface.SINGLE, lambda tensors: tensors.update(bias))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=f"no Llama 3 in Meta's or Hugging Face's format .*{said}"):
+        reference.Llama.build(folder)
+
+
+def test_where_config_json_has_two_rope_thetas_the_inner_one_counts(tmp_path):
+    model = random_model(rope_theta=7e4)
+    folder = save(tmp_path / "hf", model)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 100.0}))
+    assert llama31.load_checkpoint(folder).args.rope_theta == 7e4
+    assert reference.Llama.build(folder).args["rope_theta"] == 7e4
+
+
+def test_a_folder_that_holds_no_model_is_named_with_what_it_holds(tmp_path):
+    (tmp_path / "README.md").touch()
+    (tmp_path / "empty").mkdir()
+    for folder, said in [(tmp_path, "found README.md, empty; download it again"),
+                         (tmp_path / "empty", "found nothing; download it again"),
+                         (tmp_path / "none", "found no such folder; fix the path")]:
+        with pytest.raises(FileNotFoundError, match=said) as caught:
+            Llama.build(folder, device="cpu")
+        assert str(folder) in str(caught.value)
+
+
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
+    model = random_model()
+    folder = save(tmp_path / "hf", model, "40KB")
+    files = json.loads((folder / huggingface.INDEX).read_text())["weight_map"]
+    name = "model.norm.weight"
+    for file in set(files.values()) - {files[name]}:
+        change(folder / file, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    assert torch.equal(llama31.load_checkpoint(folder)(TOKENS), model(TOKENS))
+    again = reference.Llama.build(folder)
+    assert_close(reference.forward(again.weights, again.args, TOKENS[0].tolist()), model(TOKENS)[0])
 
 
 def test_a_hub_cache_is_named_by_its_snapshots(tmp_path):
