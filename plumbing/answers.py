@@ -3,7 +3,6 @@
 A model's Llama is a value here, of which stream, steps and texts are used.
 """
 
-import codecs
 import gzip
 import json
 import os
@@ -119,18 +118,33 @@ def with_answer(row, text):
     return row | {key: [*row[key], answer]}
 
 
+def as_line(row):
+    """A row as JSON, in ASCII where standard output can't encode its characters."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return line
+
+
 def print_answers(llama, path, rows, dialogs, max_gen_len, stop, seed, **sampling):
     """Prints each row with the answer to its dialog, as JSON Lines in order, a batch after the other.
 
     Dialog i draws with seed + i, so that its answer depends on no other. ValueError names a dialog that is
-    too long, before any is answered.
+    too long or that the chat template refuses, before any is answered.
     """
-    prompts = [llama.required_tokenizer.encode_dialog(dialog) for dialog in dialogs]
-    for number, prompt in enumerate(prompts):
-        expect(len(prompt) < llama.max_seq_len, f"{path}, dialog {number}", f"{len(prompt)} tokens long",
+    tokenizer = llama.required_tokenizer
+    prompts = []
+    for number, dialog in enumerate(dialogs):
+        try:
+            prompts.append(tokenizer.encode_dialog(dialog))
+        except ValueError as error:
+            raise ValueError(f"{path}, dialog {number}: {error}") from None
+        length = len(prompts[-1])
+        expect(length < llama.max_seq_len, f"{path}, dialog {number}", f"{length} tokens long",
                f"fewer than the {llama.max_seq_len} of the context; shorten it, or raise --max_seq_len")
     expect(seed + len(rows) <= 2**62, "seed", seed, f"at most 2**62 - {len(rows)}: each dialog has its own")
-    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
     cut = 0
     with tqdm(total=len(rows), unit="dialog") as bar:
         for begin in range(0, len(rows), BATCH):
@@ -139,9 +153,8 @@ def print_answers(llama, path, rows, dialogs, max_gen_len, stop, seed, **samplin
             steps = llama.steps(batch, max_gen_len, seed=seed + begin, **sampling)
             texts = llama.texts(collected(steps, answers), len(batch), stop)
             for row, text in zip(rows[begin:begin + BATCH], texts, strict=True):
-                line = json.dumps(with_answer(row, text), ensure_ascii=not is_utf8)
                 with tqdm.external_write_mode():
-                    print(line, flush=True)
+                    print(as_line(with_answer(row, text)), flush=True)
                 bar.update()
             cut += count_cut(llama, batch, answers, max_gen_len, stop)
     say_cut(cut, len(rows), llama.max_seq_len)

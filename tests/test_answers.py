@@ -68,6 +68,12 @@ def test_what_is_printed_can_be_read_whatever_the_encoding(ckpt_dir, tmp_path):
     assert utf8 == latin and len(utf8) == 3
 
 
+def test_lone_surrogates_come_back_as_they_were_written(ckpt_dir, tmp_path, capsys):
+    row = {"id": "\udfff", "messages": [{"role": "user", "content": "a \ud800 cat"}]}
+    found, _ = answered(ckpt_dir, write(tmp_path / "dialogs.jsonl", [ROWS[0], row]), capsys)
+    assert found[1]["id"] == row["id"] and found[1]["messages"][0] == row["messages"][0]
+
+
 def test_gzipped_dialogs_are_read_too(tmp_path):
     with gzip.open(tmp_path / "dialogs.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROWS[0]))

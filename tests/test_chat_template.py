@@ -515,6 +515,15 @@ def test_a_file_of_dialogs_is_answered_by_the_template(folder, tmp_path, capsys)
     assert printed == answer["generation"] == assistant(ours.decode(row))
 
 
+def test_a_row_that_the_template_refuses_is_named_before_any_answer(pairs, capsys):
+    ours, _ = pairs("mistral")
+    dialogs = [[user("Hi")], [user("Hi"), user("Ho")]]
+    rows = [{"messages": dialog} for dialog in dialogs]
+    with pytest.raises(ValueError, match="^dialogs.jsonl, dialog 1: .*found messages of user, user, the"):
+        answers.print_answers(random_llama(ours), "dialogs.jsonl", rows, dialogs, 9, (), 1337)
+    assert not capsys.readouterr().out
+
+
 def test_a_conversation_reads_what_the_template_writes(pairs, monkeypatch):
     """The model's own tokens stay, except where the template tells an answer otherwise: then all is read."""
     for name, own in [("smollm2", True), ("mistral", True), ("llama31", False), ("deepseek", False)]:
