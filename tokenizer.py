@@ -269,10 +269,15 @@ def in_character(byte: int) -> bool:
 
 
 def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
-    """The tokenizer's file of a folder, Meta's where it has both; tokenizer.model's path where neither."""
+    """The tokenizer's file of a folder; tokenizer.model's path where it has none.
+
+    Of both, tokenizer.json is taken in Hugging Face's folders, as theirs alone has what a finetune added;
+    Meta's elsewhere.
+    """
     meta = Path(folder, "tokenizer.model")
     other = Path(folder, "tokenizer.json")
-    return other if other.exists() and not meta.exists() else meta
+    is_theirs = Path(folder, "config.json").exists() or not meta.exists()
+    return other if other.exists() and is_theirs else meta
 
 
 def llama3_messages(messages: Sequence[dict]) -> list[dict]:

@@ -42,7 +42,8 @@ def read_template(folder, config):
     path = path.with_name("tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {named.get("name"): named.get("template") for named in template}
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}
     if isinstance(template, dict):
         names = ", ".join(map(str, template)) or "none"
         template = template.get("default")

@@ -342,7 +342,15 @@ def test_greedy_texts_of_a_folder_are_those_of_transformers(digits):
     assert [prompt + c["generation"] for prompt, c in zip(prompts, slow, strict=True)] == expected
 
 
-def test_metas_file_counts_where_a_folder_has_both(digits, folders):
+def test_of_both_files_hugging_faces_counts_beside_a_config_json(digits):
+    (digits / "config.json").write_text("{}")
+    shutil.copy(META_TOKENIZER, digits)
+    assert find_tokenizer(digits) == digits / "tokenizer.json"
+    (digits / "tokenizer.json").unlink()
+    assert find_tokenizer(digits) == digits / "tokenizer.model"
+
+
+def test_metas_file_counts_where_a_folder_has_both(digits):
     assert find_tokenizer(digits) == digits / "tokenizer.json"
     shutil.copy(META_TOKENIZER, digits)
     assert find_tokenizer(digits) == digits / "tokenizer.model"
