@@ -1,4 +1,4 @@
-"""convert.py to_gguf: read by llama.cpp, its file has our token ids, logits, texts, dialogs and stops."""
+"""convert.py to_gguf: read by llama.cpp, its file has our ids, logits, texts, dialogs, stops and nats."""
 
 import json
 import resource
@@ -6,13 +6,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import SCALED, output, random_model, random_tokens, write_checkpoint
+from tiny import SCALED, output, random_model, random_tokens, sentences, write_checkpoint
 
 import convert
+import evaluate
 from llama31 import Llama
 from plumbing import cli
 from tokenizer import SPLIT_PATTERN, Tokenizer, find_tokenizer
@@ -206,6 +209,26 @@ def test_a_chat_is_answered_as_by_us(folders, pairs):
 
 # -----------------------------------------------------------------------------
 # Numbers
+
+
+def test_nats_per_token_are_those_of_llama_cpps_logits(folders, pairs, tmp_path, capsys):
+    """evaluate.py's, over overlapping windows."""
+    ours, theirs = pairs["small"]
+    texts = [" ".join(sentences(20)), "a cat 🦙", *sentences(5, seed=3)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    evaluate.text(ckpt_dir=str(folders["small"]), input=[str(path)], max_seq_len=64, stride=16, json=True,
+                  device="cpu")
+    found = json.loads(capsys.readouterr().out)
+    nats = []
+    for text in texts:
+        ids = np.array(ours.encode(text, bos=True))
+        for window in evaluate.windows_of(ids, np.ones(len(ids), bool), 64, 16):
+            targets = torch.from_numpy(window.ids[1:])
+            each = F.cross_entropy(logits_of(theirs, window.ids.tolist())[:-1], targets, reduction="none")
+            nats += each[torch.from_numpy(window.is_scored[1:])].tolist()
+    assert found["tokens"] == len(nats)
+    assert found["nats_per_token"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
 @torch.no_grad()

@@ -1,0 +1,305 @@
+"""How good is a model? Bits per byte of any text, and multiple choice, both by log-likelihood.
+
+    python evaluate.py text --ckpt_dir DIR --input PATH...
+    python evaluate.py choices --ckpt_dir DIR --input FILE.jsonl
+    torchrun --nproc_per_node N evaluate.py text --ckpt_dir DIR --input PATH...    # each takes its share
+
+Bits per byte don't depend on the vocabulary, so that models of different ones can be compared.
+"""
+
+import itertools
+import json as json_package
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama31 import Llama
+from plumbing import answers, cli, fast, files, parallel
+from plumbing.cli import expect_at_least
+from plumbing.documents import FIELD, find_inputs, read_documents
+from plumbing.questions import read_questions, shots_before
+from plumbing.words import Words
+
+TOKENS_AT_ONCE = 1024  # of the windows that a CPU reads together; more of them would only be padding
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32
+WINDOWS_AT_HAND = 256  # of these, those of like lengths are read together
+
+# -----------------------------------------------------------------------------
+# Log-likelihoods
+
+
+@dataclass
+class Window:
+    """Token ids, and which of them are scored, given those before them; never the first."""
+    ids: np.ndarray
+    is_scored: np.ndarray
+
+
+@torch.inference_mode()
+def nats_of(llama, windows, caches, held=0):
+    """The sum of the nats, -log p, of each window's scored tokens.
+
+    caches: for all windows; they hold the first `held` tokens, the same of each window, of which the next
+    ones alone are scored. ValueError if the model's logits aren't finite.
+    """
+    reader = llama.reader or llama.model
+    device = llama.model.norm.weight.device
+    shape = len(windows), max(len(window.ids) for window in windows) - 1 - held
+    tokens = np.zeros(shape, dtype=np.int64)  # Padding comes last, where causality hides it.
+    targets = np.zeros(shape, dtype=np.int64)
+    is_scored = np.zeros(shape, dtype=bool)
+    for row, window in enumerate(windows):
+        length = len(window.ids) - 1 - held
+        tokens[row, :length] = window.ids[held:-1]
+        targets[row, :length] = window.ids[held + 1:]
+        is_scored[row, :length] = window.is_scored[held + 1:]
+    x = reader.extend(torch.from_numpy(tokens).to(device), [held] * len(windows), caches)
+    is_scored = torch.from_numpy(is_scored).to(device)
+    x = x[is_scored]  # (N, dim)
+    targets = torch.from_numpy(targets).to(device)[is_scored]
+    nats = []
+    # The logits of all tokens at once would take more memory than anything else.
+    for part, ids in zip(*(t.split(max(1, LOGITS_AT_ONCE // llama.model.args.vocab_size))
+                           for t in (x, targets)), strict=True):
+        logits = reader.head(part)
+        nats.append(logits.logsumexp(-1) - logits.gather(1, ids[:, None])[:, 0])
+    sums = torch.zeros(len(windows), dtype=torch.float64)
+    sums.index_add_(0, is_scored.nonzero()[:, 0].cpu(), torch.cat(nats).double().cpu())
+    if not sums.isfinite().all():
+        raise ValueError("the logits are not all finite; take --dtype float32, or sound weights")
+    return sums.tolist()
+
+
+def open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile, quantize):
+    """(Llama, rank, number of processes); the first line says what was chosen."""
+    rank, world_size, device = parallel.join_process_group(device)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype, compile=False,
+                        quantize=quantize)
+    if device.type == "cpu" and dtype is quantize is None:
+        # Products of many tokens at once, as here and in training, may want another type than decoding does.
+        compute = torch.promote_types(llama.model.dtype, fast.fast_dtype(device))
+        if compute != llama.model.dtype:
+            fast.widen(llama.model, compute)
+    if rank == 0:
+        print(answers.choices(llama.model), file=sys.stderr)
+    llama.reader = None if compile is False else fast.compile_inference(llama.model)
+    fast.keep_freed_memory(device)
+    llama.required_tokenizer  # noqa: B018 (It raises where there is none.)
+    return llama, rank, world_size
+
+
+def show(line, record, json):
+    """Prints what was found, as a line, or as a JSON object."""
+    print(json_package.dumps(record) if json else line)
+
+# -----------------------------------------------------------------------------
+# Text
+
+
+def windows_of(tokens, is_scored, size, stride):
+    """Yields the windows of a document, of at most `size` tokens, so that each token is scored once.
+
+    The first one scores all it can, each later one at most `stride` tokens, behind the others as context.
+    """
+    scored = 1  # Nothing comes before the first token, which could foretell it.
+    end = min(size, len(tokens))
+    while True:
+        begin = max(0, end - size)
+        here = is_scored[begin:end].copy()
+        here[:scored - begin] = False
+        if here.any():
+            yield Window(tokens[begin:end], here)
+        if end == len(tokens):
+            return
+        scored = end
+        end = min(end + stride, len(tokens))
+
+
+def batches_of(windows, tokens_at_once):
+    """Yields lists of windows of like lengths, of so many tokens together, padding included, or of one."""
+    windows = iter(windows)
+    while pool := list(itertools.islice(windows, WINDOWS_AT_HAND)):
+        pool.sort(key=lambda window: len(window.ids))
+        while pool:
+            longest = len(pool[-1].ids)
+            count = max(1, tokens_at_once // longest)
+            yield pool[-count:]
+            del pool[-count:]
+
+
+def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, field: str = FIELD,
+         separator: str | None = None, max_seq_len: int | None = None, stride: int | None = None,
+         device: str | None = None, dtype: str | None = None, compile: bool | None = None,
+         quantize: str | None = None, json: bool = False):
+    """Prints nats per token, perplexity and bits per UTF-8 byte of texts, of chats only the answers.
+
+    Every token of a text is scored once, given those before it in its document; BOS, EOS and other special
+    tokens aren't, nor is the first token where the model has no BOS. Inputs are what tiny_stories.py text
+    reads. ValueError names a file and document that can't be read.
+
+    Args:
+        ckpt_dir: checkpoint directory, Meta's or Hugging Face's
+        input: files, folders or patterns, one or several; files also gzipped (.gz)
+        tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
+        field: name of the text in objects and rows; another than text comes before chats and prompts
+        separator: text between a .txt's documents, with \\n for a line break; None: each file is one
+        max_seq_len: most tokens of a window; None: the model's own limit, but at most 2048
+        stride: tokens that each further window of a long document scores; None: half a window
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
+        compile: run faster; None: where it works; --nocompile: never
+        quantize: int8, in half of bfloat16's memory
+        json: print one JSON object, with documents, tokens, bytes, nats_per_token, perplexity, bits_per_byte
+    """
+    expect_at_least(2, max_seq_len=max_seq_len)
+    paths, _ = find_inputs(input)
+    cli.expect(separator != "", "separator", "empty", "a text, such as \\n\\n")
+    llama, rank, world_size = open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile,
+                                         quantize)
+    size = max_seq_len or min(llama.max_seq_len, 2048)
+    stride = size // 2 if stride is None else stride
+    cli.expect(1 <= stride < size, "stride", stride, f"1 to {size - 1}, less than a window")
+    words = Words(llama.tokenizer)
+    byte_lengths = np.array(llama.tokenizer.byte_lengths)
+    total_bytes = sum(os.path.getsize(path) for path in paths)
+    totals = np.zeros(4)  # documents, tokens, bytes, nats
+    place = llama.model.norm.weight.device
+    tokens_at_once = TOKENS_AT_ONCE * (1 if place.type == "cpu" else 8)
+
+    def windows():
+        documents = (record for path in paths for record in read_documents(path, field, separator))
+        for number, record in enumerate(documents):
+            if number % world_size != rank:
+                continue
+            stored = np.frombuffer(words.encode(record), "<u4")
+            ids, is_target, _ = files.split_marks(stored, files.MARKING_VERSION)
+            is_scored = is_target & (byte_lengths[ids] > 0)
+            totals[0] += 1
+            bar.update()
+            if is_scored.any():
+                end = is_scored.nonzero()[0][-1] + 1  # What comes later, such as EOS, needs no window.
+                yield from windows_of(ids[:end].astype(np.int64), is_scored[:end], size, stride)
+
+    with tqdm(unit="document", disable=rank > 0) as bar:
+        for batch in batches_of(windows(), tokens_at_once):
+            caches = llama.new_caches(len(batch), max(len(window.ids) for window in batch))
+            scored = np.concatenate([window.ids[window.is_scored] for window in batch])
+            totals[1:] += len(scored), byte_lengths[scored].sum(), sum(nats_of(llama, batch, caches))
+    sums = parallel.sum_over_ranks(totals, place)
+    parallel.leave_process_group()
+    documents, tokens, num_bytes = map(int, sums[:3])
+    if tokens == 0:
+        raise ValueError(f"{paths[0]}: found {documents} documents and no token to score in {total_bytes:,} "
+                         "bytes, expected a text of two tokens at least")
+    nats = sums[3] / tokens
+    bits = sums[3] / math.log(2) / num_bytes
+    perplexity = math.exp(min(nats, 700))  # Beyond it is more than a float holds.
+    record = dict(documents=documents, tokens=tokens, bytes=num_bytes, nats_per_token=nats,
+                  perplexity=perplexity, bits_per_byte=bits)
+    if rank == 0:
+        show(f"{documents:,} documents, {tokens:,} tokens, {num_bytes:,} bytes: {nats:.4f} nats per token, "
+             f"perplexity {perplexity:.3f}, {bits:.4f} bits per byte", record, json)
+
+# -----------------------------------------------------------------------------
+# Multiple choice
+
+
+def pair_of(tokenizer, context, ending):
+    """(ids of context and ending, number of those of the context).
+
+    As in EleutherAI's lm-eval, spaces at the context's end belong to the ending, whose tokens are those of
+    the whole text behind as many as the context has alone. So where a token would join both, the context
+    keeps its own tokens, and the ending may lose a character.
+    """
+    kept = context.rstrip()
+    whole = tokenizer.encode(context + ending, bos=True)
+    held = tokenizer.encode(kept, bos=True)
+    ids = held + whole[len(held):]
+    if not held:  # An empty context, and no BOS: something has to come before the first token.
+        held = [tokenizer.eos_id]
+        ids = held + whole
+    return ids, len(held)
+
+
+def score_endings(llama, pairs):
+    """Nats of each ending, given its context; pairs: pair_of's. What all begin with is read once."""
+    # As lm-eval does, a context that is too long loses its beginning. The last token is not read.
+    most = llama.max_seq_len + 1
+    cut = [(ids[-most:], begin - max(0, len(ids) - most)) for ids, begin in pairs]
+    rows = [ids for ids, _ in cut]
+    windows = [Window(np.array(ids), np.arange(len(ids)) >= max(begin, 1)) for ids, begin in cut]
+    held = min(len(os.path.commonprefix(rows)), min(begin for _, begin in cut) - 1)
+    longest = max(map(len, rows)) - 1
+    caches = llama.new_caches(len(rows), longest)
+    if held > 0:
+        reader = llama.reader or llama.model
+        with torch.inference_mode():
+            shared = llama.new_caches(1, longest)
+            prefix = torch.tensor([rows[0][:held]], device=llama.model.norm.weight.device)
+            reader.extend(prefix, [0], shared)
+            for cache, one in zip(caches, shared, strict=True):
+                cache.k[:, :held] = one.k[:, :held]
+                cache.v[:, :held] = one.v[:, :held]
+    return nats_of(llama, windows, caches, max(held, 0))
+
+
+def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, shots: int = 0,
+            seed: int = 1337, max_seq_len: int | None = None, device: str | None = None,
+            dtype: str | None = None, compile: bool | None = None, quantize: str | None = None,
+            json: bool = False):
+    """Prints how often the right answer is the likeliest, of questions with several answers.
+
+    Each answer is scored by its log-likelihood after the question: as it is, per UTF-8 byte, and per token.
+    A row is as HellaSwag, ARC, PIQA, WinoGrande or MMLU are published, or has question, choices (a list) and
+    answer (its index). ValueError names the file and the row.
+
+    Args:
+        ckpt_dir: checkpoint directory, Meta's or Hugging Face's
+        input: .jsonl file with a question per row
+        tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
+        shots: answered questions before each, drawn from the other rows
+        seed: draws them
+        max_seq_len: most tokens of a question and an answer; None: the model's own limit
+        device: cuda, cuda:1, mps or cpu; None: the first of these that is there
+        dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
+        compile: run faster; None: where it works; --nocompile: never
+        quantize: int8, in half of bfloat16's memory
+        json: print one JSON object, with questions, accuracy, accuracy_per_byte, accuracy_per_token, stderr
+    """
+    expect_at_least(2, max_seq_len=max_seq_len)
+    expect_at_least(0, shots=shots)
+    questions = read_questions(input)
+    llama, rank, world_size = open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile,
+                                         quantize)
+    right = np.zeros(3)  # by log-likelihood as it is, per byte, per token
+    for number in tqdm(range(rank, len(questions), world_size), unit="question", disable=rank > 0):
+        question = questions[number]
+        before = shots_before(questions, number, shots, seed)
+        pairs = [pair_of(llama.tokenizer, before + context, ending)
+                 for context, ending in zip(question.contexts, question.endings, strict=True)]
+        if min(len(ids) - begin for ids, begin in pairs) < 1:
+            raise ValueError(f"{input}, row {number + 1}: found a choice without a token of its own; "
+                             "expected a text")
+        nats = np.array(score_endings(llama, pairs))
+        lengths = np.array([[1, len(ending.strip().encode()), len(ids) - begin]
+                            for ending, (ids, begin) in zip(question.endings, pairs, strict=True)])
+        right += (nats[:, None] / lengths).argmin(0) == question.answer
+    plain, per_byte, per_token = parallel.sum_over_ranks(right, llama.model.norm.weight.device)
+    parallel.leave_process_group()
+    n = len(questions)
+    accuracy = plain / n
+    stderr = math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1))
+    record = dict(questions=n, accuracy=accuracy, accuracy_per_byte=per_byte / n,
+                  accuracy_per_token=per_token / n, stderr=stderr)
+    if rank == 0:
+        show(f"{n:,} questions: accuracy {accuracy:.4f} (standard error {stderr:.4f}), per byte "
+             f"{per_byte / n:.4f}, per token {per_token / n:.4f}", record, json)
+
+
+if __name__ == "__main__":
+    cli.run({"text": text, "choices": choices}, default=None)
