@@ -286,7 +286,7 @@ def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, sho
             raise ValueError(f"{input}, row {number + 1}: found a choice without a token of its own; "
                              "expected a text")
         nats = np.array(score_endings(llama, pairs))
-        lengths = np.array([[1, len(ending.strip().encode()), len(ids) - begin]
+        lengths = np.array([[1, len(ending.removeprefix(" ").encode()), len(ids) - begin]
                             for ending, (ids, begin) in zip(question.endings, pairs, strict=True)])
         right += (nats[:, None] / lengths).argmin(0) == question.answer
     plain, per_byte, per_token = parallel.sum_over_ranks(right, llama.model.norm.weight.device)

@@ -138,7 +138,7 @@ def test_compiled_and_int8_models_find_the_same(settings, bound, ckpt_dir, corpu
 # Multiple choice
 
 ROWS = [
-    {"question": "Who sat on a mat?", "choices": ["a cat", "the big red dog", "Max"], "answer": 0},
+    {"question": "Who sat on a mat?", "choices": ["a cat", "  the big red dog ", "Max"], "answer": 0},
     {"question": "Who?", "choices": {"text": ["a cat", "Zoë"], "label": ["A", "B"]}, "answerKey": "B"},
     {"question": {"stem": "Who?", "choices": [{"text": "a cat", "label": "1"},
                                               {"text": "Max", "label": "2"}]}, "answerKey": "2"},
@@ -155,7 +155,7 @@ def test_published_rows_are_asked_as_lm_eval_asks_them():
     found = [questions.question_of(row) for row in ROWS]
     assert [question.answer for question in found] == [0, 1, 1, 1, 0, 2, 3]
     assert [(q.contexts[0], q.endings) for q in found] == [
-        ("Question: Who sat on a mat?\nAnswer:", [" a cat", " the big red dog", " Max"]),
+        ("Question: Who sat on a mat?\nAnswer:", [" a cat", "   the big red dog ", " Max"]),
         ("Question: Who?\nAnswer:", [" a cat", " Zoë"]), ("Question: Who?\nAnswer:", [" a cat", " Max"]),
         ("Question: to sit\nAnswer:", [" once upon a mat", " there was the little"]),
         ("the dog saw the cat and dog", [" sat on a mat"] * 2),
@@ -174,7 +174,7 @@ def plain_scores(llama, question, before=""):
             logprobs = llama.model(torch.tensor([whole]))[0].double().log_softmax(-1)
         ids = torch.tensor(whole[begin:])
         score = float(logprobs[begin - 1:-1].gather(1, ids[:, None]).sum())
-        found.append((score, len(ending.strip().encode()), len(ids)))
+        found.append((score, len(ending.removeprefix(" ").encode()), len(ids)))
     return found
 
 
