@@ -3,6 +3,7 @@
     python convert.py from_hf SRC DST
     python convert.py to_hf SRC DST
     python convert.py to_gguf SRC FILE --dtype q8_0
+    python convert.py merge BASE ADAPTER DST
 
 Tensors keep their bytes; plumbing/huggingface.py knows how their names and the order of rows differ.
 """
@@ -197,10 +198,26 @@ def to_gguf(src: str, file: str, *, dtype: str | None = None):
         write_gguf(path, args, pieces, kind, frequencies, vocabulary, template, in_order)
 
 
+def merge(base: str, adapter: str, dst: str):
+    """Adds an adapter, trained here or by peft, to its base model: a checkpoint directory in Meta's layout.
+
+    Each tensor keeps the type that it has in the base, whose tokenizer goes along. ValueError or
+    FileNotFoundError names a file that is absent, damaged or doesn't fit, or what only peft can merge.
+
+    Args:
+        base: checkpoint directory that the adapter was trained on, Meta's or Hugging Face's
+        adapter: folder with adapter_config.json and adapter_model.safetensors
+        dst: checkpoint directory to write, which must not exist yet
+    """
+    refuse_existing(Path(dst))
+    path = find_tokenizer(base)
+    llama31.merge_adapters(base, adapter, dst, path if path.exists() else None)
+
+
 def refuse_existing(dst, kind="folder"):
     if dst.exists():
         raise FileExistsError(f"{dst} exists; give the name of a new {kind}")
 
 
 if __name__ == "__main__":
-    cli.run({"from_hf": from_hf, "to_hf": to_hf, "to_gguf": to_gguf}, default=None)
+    cli.run({"from_hf": from_hf, "to_hf": to_hf, "to_gguf": to_gguf, "merge": merge}, default=None)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from plumbing import answers, attention, checkpoint, cli, fast, files, huggingface, parallel
+from plumbing import answers, attention, checkpoint, cli, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
@@ -463,11 +463,15 @@ class Transformer(nn.Module):
         return reader.head(torch.stack(hidden))
 
     def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention."""
+        """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention.
+
+        A frozen weight takes 4, as the backward pass only goes through it.
+        """
         parts = self.layers, self.norm, self.output  # The embedding is looked up, not multiplied.
-        weights = sum(p.numel() for part in parts for p in part.parameters())
+        flops = sum((6 if p.requires_grad else 4) * p.numel()
+                    for part in parts for name, p in part.named_parameters() if not name.endswith("scale"))
         assert self.args.head_dim  # ModelArgs has worked it out.
-        return 6 * weights + 6 * self.args.n_layers * seq_len * self.args.n_heads * self.args.head_dim
+        return flops + 6 * self.args.n_layers * seq_len * self.args.n_heads * self.args.head_dim
 
     def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
                              betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
@@ -1095,22 +1099,37 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
     return tokenizer, model, pieces
 
 
-def fill_model(model, pieces, seed, device, dtype, fsdp):
-    """Gives a model on the meta device float32 weights: a checkpoint's pieces, or drawn with a seed.
+def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
+    """Gives a model on the meta device its weights: a checkpoint's pieces, or drawn with a seed.
 
-    They are float32, because an update is often too small to change a bfloat16 weight. fsdp: as shards.
+    What is trained is float32, because an update is often too small to change a bfloat16 weight. fsdp: as
+    shards, which are gathered in dtype. adapters: a folder with those of an adapted model; None: drawn.
     """
-    num_bytes = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two averages in float32
+    # Of what is trained there is a weight, a gradient and two averages, in float32.
+    num_bytes = sum(p.numel() * (16 if p.requires_grad else p.itemsize) for p in model.parameters())
     parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, shared=fsdp)
     if fsdp:
         parallel.shard_parameters(model, device, dtype)
     if pieces:
         tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+        if lora.is_adapted(model):
+            tensors = lora.adapted_tensors(model, tensors, seed, adapters)
     else:
         generator = torch.Generator(device).manual_seed(seed)
         tensors = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
                    for name, p in model.named_parameters())
-    checkpoint.load_weights(model, tensors, device, torch.float32)
+    checkpoint.load_weights(model, tensors, device)
+
+
+def merge_adapters(base, adapters, dst, tokenizer_path=None):
+    """Writes a base with adapters added as a checkpoint directory, in the types that the base is stored in.
+
+    base: a checkpoint directory. adapters: a folder of PEFT's files, ours or others'. Errors: see
+    open_checkpoint and lora.load_adapters.
+    """
+    model, pieces = open_checkpoint(base)
+    tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+    lora.save_merged(dst, model, tensors, adapters, tokenizer_path)
 
 
 def open_validation(val_data, train_data, *layout, bos_id):
@@ -1150,7 +1169,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80, sample_interval: int = 0,
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
-          fsdp: bool = False, device: str | None = None, dtype: str | None = None,
+          fsdp: bool = False, lora_rank: int = 0, lora_alpha: float | None = None,
+          quantize: str | None = None, device: str | None = None, dtype: str | None = None,
           compile: bool | None = None):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
@@ -1189,6 +1209,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         doc_mask: documents of a window don't see each other
         activation_checkpointing: compute each block twice, to keep less in memory
         fsdp: processes share out weights and optimizer (FSDP2); else each has all of them (DDP)
+        lora_rank: freeze the model and train adapters of this rank on its layers' matrices (LoRA); 0: don't;
+            checkpoints are PEFT's files then, and at the end OUT_DIR/merged is the model with the best
+        lora_alpha: adapters count lora_alpha / lora_rank times; None: twice
+        quantize: int8: the frozen matrices take half of bfloat16's memory
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: type of the computation, bfloat16 or float32; None: bfloat16 where the device multiplies it
             fast, else float32; weights, optimizer and sums are float32
@@ -1200,6 +1224,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect_at_least(0, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
                     grad_clip=grad_clip, eval_steps=eval_steps, sample_interval=sample_interval,
                     save_interval=save_interval)
+    lora.check_flags(lora_rank, lora_alpha, quantize, ckpt_dir)
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
     expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
@@ -1209,7 +1234,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     # What to train on, and where.
     run = Run(out_dir, resume, rank == 0)
-    tokenizer, model, pieces = training_source(run.newest, ckpt_dir, preset, tokenizer_path)
+    tokenizer, model, pieces = training_source(None if lora_rank else run.newest, ckpt_dir, preset,
+                                                tokenizer_path)
     layout = batch_size, seq_len, rank, world_size
     loader = DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.mark_id)
     val_loader, val_remark = open_validation(val_data, train_data, *layout, bos_id=tokenizer.mark_id)
@@ -1228,14 +1254,15 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # The model, the optimizer, and where an earlier run stopped.
     flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens)
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
-                vocabulary=[tokenizer.model_path])
+                vocabulary=[tokenizer.model_path], base=lora.base_files(ckpt_dir) if lora_rank else [])
     progress = run.load_progress(flags, data)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    saved_dtype = checkpoint.stored_dtype(pieces) if pieces else torch.float32
+    stored = checkpoint.stored_dtype(pieces) if pieces else torch.float32
+    save, saved_dtype, lora_remark = lora.adapt(model, lora_rank, lora_alpha, stored, quantize, ckpt_dir)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Trained weights and AdamW's two averages; what is saved in another type comes on top.
     bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
     run.check_disk(bytes_per_parameter * num_parameters, progress["step"])
-    fill_model(model, pieces, seed, place, compute_dtype, fsdp)
+    fill_model(model, pieces, seed, place, compute_dtype, fsdp, run.newest)
     # Sampling may use what was trained: before the first step or in it.
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
@@ -1248,8 +1275,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         fast.compile_blocks(model)
     needs_ddp = world_size > 1 and not fsdp
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if needs_ddp else model
-    # Matrix products in dtype, sums and softmax in float32; FSDP casts by itself, as it gathers in dtype.
-    autocast = torch.autocast(place.type, compute_dtype, enabled=compute_dtype != torch.float32 and not fsdp)
+    # Matrix products in dtype, sums and softmax in float32.
+    autocast = torch.autocast(place.type, compute_dtype, enabled=compute_dtype != torch.float32)
 
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
     min_lr = lr / 10 if min_lr is None else min_lr
@@ -1258,7 +1285,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if run.is_master:
         print(f"{num_parameters:,} parameters on {world_size} x {place} in {fast.name_of(compute_dtype)}, "
               f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
-        for remark in filter(None, (loader.remark, val_remark)):
+        for remark in filter(None, (lora_remark, loader.remark, val_remark)):
             print(remark)
 
     for step in run.steps(progress["step"] + 1, steps):
@@ -1281,11 +1308,14 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         if is_due or run.stopping or run.improved:
             progress = run.progress(step, loader.state_dict())
             checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress,
-                                     saved_dtype, keep, run.best_folder)
+                                     saved_dtype, keep, run.best_folder, save)
         if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp) and not run.stopping:
             for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
+    if lora_rank and run.is_master and not run.stopping:
+        best = run.best_folder or run.folder(steps)
+        merge_adapters(ckpt_dir, best, run.out_dir / "merged", tokenizer_copy)
     parallel.leave_process_group()
     run.leave()
 

@@ -5,6 +5,7 @@ What Meta's loader doesn't take from params.json lies in llama31.json beside it.
 and how Meta splits them are known here: a model is a value with parameters.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -220,10 +221,11 @@ def merged(pieces, tied):
         yield name, merge_pieces(name, pieces.pop(name))
 
 
-def load_weights(model, tensors, device, dtype):
+def load_weights(model, tensors, device, dtype=None):
     """Gives a model on the meta device its weights, from (name, tensor) pairs, one at a time.
 
-    Of a sharded model each rank keeps its shard, so that no more than one tensor is ever whole.
+    dtype: of all; None: each as in the model. Of a sharded model each rank keeps its shard, so that no more
+    than one tensor is ever whole.
     """
     layout = model.state_dict()
     state = {}
@@ -234,7 +236,8 @@ def load_weights(model, tensors, device, dtype):
             # Every rank has the same tensor, so nothing is sent: src_data_rank is None.
             tensor = distribute_tensor(tensor, layout[name].device_mesh, layout[name].placements,
                                        src_data_rank=None)
-        state[name] = tensor.to(device, dtype, copy=is_sharded)  # The copy lets go of the whole tensor.
+        kind = dtype or layout[name].dtype
+        state[name] = tensor.to(device, kind, copy=is_sharded)  # The copy lets go of the whole tensor.
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -244,27 +247,43 @@ def load_weights(model, tensors, device, dtype):
 # Writing
 
 
-def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, optimizer_dir=None):
+@contextlib.contextmanager
+def checkpoint_folder(path, tokenizer_path=None, progress=None, optimizer_dir=None, replace=False):
+    """Yields a new folder that gets what all checkpoints have; it appears at path when it is complete.
+
+    progress, optimizer_dir: what resuming needs, a dictionary that is written and a folder that is moved
+    inside. replace: whether a folder at path may be there.
+    """
+    with complete_folder(path, replace) as part:
+        yield part
+        if tokenizer_path is not None:
+            copy_tokenizer(tokenizer_path, part)
+        if progress is not None:
+            save_file(progress, part / "progress.pt")
+        if optimizer_dir is not None:
+            os.replace(optimizer_dir, part / "optimizer")
+
+
+def save_file(content, path):
+    with open(path, "wb") as file:  # Given a path, torch.save doesn't say why it fails.
+        torch.save(content, file)
+
+
+def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, optimizer_dir=None,
+                    replace=False):
     """Writes a checkpoint directory, Meta's, which appears under its name when complete.
 
-    params: the shape, a dictionary or a dataclass such as ModelArgs. state: name -> tensor. progress,
-    optimizer_dir: what resuming needs, a dictionary that is written and a folder that is moved inside.
+    params: the shape, a dictionary or a dataclass such as ModelArgs. state: name -> tensor. The others: see
+    checkpoint_folder.
     """
     if dataclasses.is_dataclass(params):
         params = dataclasses.asdict(params)
-    with complete_folder(path) as part:
+    with checkpoint_folder(path, tokenizer_path, progress, optimizer_dir, replace) as part:
         ours = {name: value for name, value in params.items() if name in OUR_FIELDS}
         metas = {name: value for name, value in params.items() if name not in OUR_FIELDS}
         for name, fields in (("params.json", metas), (OUR_PARAMS, ours)):
             (part / name).write_text(json.dumps(fields, indent=2) + "\n")
-        if tokenizer_path is not None:
-            copy_tokenizer(tokenizer_path, part)
-        for name, content in (("consolidated.00.pth", state), ("progress.pt", progress)):
-            if content is not None:
-                with open(part / name, "wb") as file:  # Given a path, torch.save doesn't say why it fails.
-                    torch.save(content, file)
-        if optimizer_dir is not None:
-            os.replace(optimizer_dir, part / "optimizer")
+        save_file(state, part / "consolidated.00.pth")
 
 
 def newest_checkpoint(folder="out"):
@@ -326,13 +345,13 @@ def point_best(out_dir, best):
 
 
 def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.float32, keep=None,
-                  best=None):
+                  best=None, save=save_checkpoint):
     """Writes a checkpoint directory from which training resumes; every rank takes part.
 
     Each rank writes its own part of the optimizer's state. dtype: of the saved weights; those that are
     trained lie beside the optimizer's averages where they are of another. keep: how many of the run's newest
     directories stay; None: all. best: the one that stays, too, and to which the link `best` leads; None:
-    there is none.
+    there is none. save: writes it as save_checkpoint does, which gets what is trained.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -352,7 +371,7 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
         raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
     weights = whole_weights(model, dtype)
     if is_master:
-        save_checkpoint(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
+        save(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
         point_best(path.parent, best)
         if keep is not None:
             drop_checkpoints(path.parent, keep, best)

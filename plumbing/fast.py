@@ -33,9 +33,10 @@ def chunked_cross_entropy(x, weight, targets, dtype, logits_at_once=LOGITS_AT_ON
                           cached_entries=CACHED_ENTRIES):
     """The sum in nats, float32, of the cross entropies of x @ weight.T against targets.
 
-    x: (N, dim). weight: (V, dim). targets: (N,), of which -100 don't count. dtype: of the matrix products.
-    A chunk of rows at a time goes from logits to loss to gradients, so that no (N, V) logits ever exist. The
-    gradients are scaled in place, so that a second backward pass through one loss raises.
+    x: (N, dim). weight: (V, dim), no gradient of which is made where it is frozen. targets: (N,), of which
+    -100 don't count. dtype: of the matrix products. A chunk of rows at a time goes from logits to loss to
+    gradients, so that no (N, V) logits ever exist. The gradients are scaled in place, so that a second
+    backward pass through one loss raises.
     """
     return ChunkedCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled(), logits_at_once,
                                      cached_entries)
@@ -53,8 +54,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         dx = None
         dweight = None
+        is_trained = with_gradients and ctx.needs_input_grad[1]
         if with_gradients:
             dx = torch.empty_like(x)
+        if is_trained:
             dweight = torch.zeros_like(weight, dtype=torch.float32)
             product = torch.empty_like(w)
         chunk_rows = max(1, min(len(x), logits_at_once // V))
@@ -72,6 +75,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     part.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
             if with_gradients:
                 dx[rows] = logits @ w * is_target[rows]
+            if is_trained:
                 torch.mm(logits.T, h * is_target[rows], out=product)
                 for dweight_part, product_part in parts(cached_entries, dweight, product):
                     dweight_part += product_part  # It is a view: dweight itself grows.
@@ -81,7 +85,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx.mul_(grad), dweight.mul_(grad), None, None, None, None, None
+        if dweight is not None:
+            dweight.mul_(grad)
+        return dx.mul_(grad), dweight, None, None, None, None, None
 
 
 def product_dtype(x):
@@ -164,7 +170,8 @@ def quantize(weight):
 
 def spread(scale, size):
     """Scales (rows, groups) -> (rows, size), one for each weight."""
-    return scale.repeat_interleave(GROUP, 1)[:, :size]
+    # repeat_interleave and a slice would read beyond the scales' end where torch.compile 2.13 makes them.
+    return scale.index_select(1, torch.arange(size, device=scale.device) // GROUP)
 
 
 def dequantize(quantized, scale):

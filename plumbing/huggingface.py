@@ -190,7 +190,7 @@ def weight_files(folder):
 
 FOUND = {  # what may lie where model.safetensors is expected -> what it is, and the way on
     "pytorch_model*.bin": "PyTorch's old format: load it with transformers, then save_pretrained",
-    "adapter_*": "an adapter alone: merge it into its base model with peft's merge_and_unload",
+    "adapter_*": "an adapter alone: python convert.py merge BASE ADAPTER DST adds it to its base model",
     "*.gguf": "llama.cpp's format: download the model's safetensors",
     "consolidated.safetensors": "Mistral's layout: download model.safetensors, or its parts and index",
     "original/consolidated.*.pth": "Meta's files: name the folder original in it",

@@ -109,12 +109,14 @@ def check_memory_of_ranks(what, num_bytes, device, shared):
 def shard_parameters(model, device, dtype):
     """Spreads weights, gradients and optimizer over the ranks, which gather one block at a time (FSDP2).
 
-    dtype: in which they gather and compute; gradients are summed in float32.
+    dtype: in which they gather what is trained. Beside frozen weights, each is gathered as it is stored, as
+    that may be int8 and its scales. Gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh  # Sampling need not wait for this import.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = dtype if all(p.requires_grad for p in model.parameters()) else None
+    policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -127,12 +129,18 @@ def whole(tensor):
 
 
 def whole_weights(model, dtype):
-    """name -> tensor, on the CPU where it was sharded; every rank takes part, the first gets them."""
+    """name -> tensor of what is trained, on the CPU where it was sharded.
+
+    Every rank takes part, the first gets them.
+    """
     state = {}
-    for name, p in model.state_dict().items():
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        p = p.detach()
         p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
         if not dist.is_initialized() or dist.get_rank() == 0:
             state[name] = p.to(dtype)
-    if state and model.args.tie_word_embeddings:
+    if "tok_embeddings.weight" in state and model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     return state

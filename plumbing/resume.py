@@ -75,9 +75,10 @@ def take_lock(path):
 # -----------------------------------------------------------------------------
 # The flags of a run
 
-FIXED = ("seq_len", "shuffle", "seed", "doc_mask")  # Others would give other windows or other losses.
+# Others would give other windows, other losses or another model.
+FIXED = ("seq_len", "shuffle", "seed", "doc_mask", "lora_rank", "lora_alpha", "quantize")
 FREE = ("batch_size", "dtype", "compile")  # They change without a word.
-SOURCES = ("ckpt_dir", "preset", "tokenizer_path")  # On resuming, the newest checkpoint takes their place.
+SOURCES = ("ckpt_dir", "preset", "tokenizer_path")  # On resuming, a checkpoint of all weights is the source.
 PASSING = ("out_dir", "resume", "device")  # They belong to one start on one machine.
 
 
@@ -145,14 +146,17 @@ def continued(newest, given, world_size):
     record = progress["flags"]
     given = {name: value for name, value in given.items() if value is not None}  # None leaves the choice.
     notes = []
+    has_base = record.get("lora_rank", 0) > 0  # What adapters were put on is still needed.
     for name, new in recordable(given).items():
         old = record.get(name, new)
         if new != old and name in FIXED:
             raise refusal(newest, progress["step"], name, old, new)
         if new != old and name not in FREE:
-            remark = ", which is only compared: the weights are its own" if name in SOURCES else ""
+            is_compared = name in SOURCES and not has_base
+            remark = ", which is only compared: the weights are its own" if is_compared else ""
             notes.append(f"with {name} {new}, not {old}{remark}")
-    flags = {name: value for name, value in record.items() if name not in SOURCES} | given
+    kept = {name: value for name, value in record.items() if has_base or name not in SOURCES}
+    flags = kept | given
     if "epochs" in given and "steps" not in given:
         flags["steps"] = None  # The epochs then say how many there are.
     if flags.get("fsdp") and "fsdp" not in given and "RANK" not in os.environ:

@@ -1,17 +1,27 @@
 """A checkpoint directory as a model of EleutherAI's lm-eval, which has the tasks that evaluate.py has not.
 
     pip install lm-eval
-    PYTHONPATH=. python tests/lm_eval_adapter.py --model llama31 --model_args ckpt_dir=DIR --tasks hellaswag
+    python tests/lm_eval_adapter.py --model llama31 --model_args ckpt_dir=DIR --tasks hellaswag
 
 On a CPU --device cpu is needed, too, as lm-eval takes cuda for granted.
 """
+
+import importlib.util
+import sys
+from pathlib import Path
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-import evaluate
-from llama31 import Llama
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # at the end, as lm-eval's tasks import another package of the name evaluate
+from llama31 import Llama  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("llama31_evaluate", ROOT / "evaluate.py")
+evaluate = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = evaluate  # where its dataclasses are looked for
+spec.loader.exec_module(evaluate)
 
 
 @register_model("llama31")

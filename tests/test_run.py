@@ -15,6 +15,7 @@ import torch
 import bench
 import chat
 import convert
+import evaluate
 import llama31
 import reference
 import stories
@@ -188,7 +189,8 @@ DEFAULTS = {
         total_batch_tokens=None, steps=None, epochs=1, lr=1e-5, min_lr=None, warmup_steps=10,
         weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0, eval_interval=100, eval_steps=80,
         sample_interval=0, save_interval=1000, keep=2, seed=1337, resume=False, shuffle=False, doc_mask=True,
-        activation_checkpointing=False, fsdp=False, device=None, dtype=None, compile=None),
+        activation_checkpointing=False, fsdp=False, lora_rank=0, lora_alpha=None, quantize=None, device=None,
+        dtype=None, compile=None),
     llama31.demo: dict(out_dir="out/demo", retrain=False),
     chat.chat: dict(
         system=None, tokenizer_path=None, max_seq_len=None, max_gen_len=256, **SAMPLING, device=None,
@@ -207,6 +209,14 @@ DEFAULTS = {
     stories.write: dict(data_dir="data", num_stories=22_000),
     convert.from_hf: dict(dtype=None),
     convert.to_hf: dict(max_file_bytes=5 * 10**9, dtype=None),
+    convert.to_gguf: dict(dtype=None),
+    convert.merge: dict(),
+    evaluate.text: dict(
+        tokenizer_path=None, field="text", separator=None, max_seq_len=None, stride=None, device=None,
+        dtype=None, compile=None, quantize=None, json=False),
+    evaluate.choices: dict(
+        tokenizer_path=None, shots=0, seed=1337, max_seq_len=None, device=None, dtype=None, compile=None,
+        quantize=None, json=False),
     bench.speed: dict(
         ckpt_dir=None, dtype=None, quantize=None, compile=True, device=None, batch_size=8, prompt_len=512,
         decode_prompt_len=128, new=128, rounds=5, peers=False),
