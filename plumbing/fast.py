@@ -176,7 +176,11 @@ def spread(scale, size):
 
 def dequantize(quantized, scale):
     """The float32 values (out, in) that integers and scales stand for."""
-    return quantized * spread(scale, quantized.size(1))
+    size = quantized.size(1)
+    if size % GROUP:  # The last group is a smaller one.
+        return quantized * spread(scale, size)
+    groups = quantized.float().unflatten(1, (-1, GROUP))  # Of whole groups, each scale is read once.
+    return groups.mul_(scale[..., None]).flatten(1)
 
 
 class Int8Weight(nn.Module):
