@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama31 import PRESETS, Llama, ModelArgs, Transformer
 from peers import missing, peers_of
-from plumbing import attention, checkpoint, cli, fast
+from plumbing import attention, checkpoint, cli, fast, lora
 from plumbing.cli import expect_at_least
 from plumbing.machine import peak_process_memory
 from plumbing.run import Stopwatch
@@ -269,12 +269,23 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
 # Memory of training
 
 
-def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype):
+FULL = dict(param_dtype="float32", lora_rank=0, quantize=None)  # train's default of what is trained, and how
+
+
+def prepared(args, form):
+    """The model on the meta device in a form such as FULL, of weights that are stored in bfloat16."""
+    model = Transformer.on_meta(args)
+    lora.prepare(model, torch.bfloat16, form["param_dtype"], form["lora_rank"], None, form["quantize"], "")
+    return model
+
+
+def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype=None, form=FULL):
     """Bytes that a forward pass keeps for the backward pass, besides the parameters.
 
-    dtype: of the parameters; the computation is in bfloat16. Tensors are fakes, which have a size only.
+    dtype: of the parameters; None: as form has it. The computation is in bfloat16. Tensors are fakes, which
+    have a size only.
     """
-    model = Transformer.on_meta(args)
+    model = prepared(args, form)
     kept = {}
 
     def keep(tensor):
@@ -283,7 +294,8 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype):
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.state_dict().items()}
+        state = {name: torch.empty(p.shape, dtype=dtype or p.dtype)
+                 for name, p in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
         model.tie()
         model.activation_checkpointing = activation_checkpointing
@@ -296,11 +308,12 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype):
         return sum(storage.nbytes() for storage in kept.values())
 
 
-def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False):
+def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False, form=FULL):
     """Bytes that chunked_cross_entropy takes while it runs, besides the gradients that it keeps.
 
-    These are, in bfloat16, the output matrix (FSDP has it already), a chunk's gradient of it and a chunk of
-    logits; in float32 their softmax, which a GPU takes of a whole chunk at once and the CPU of few rows.
+    These are, in bfloat16, the output matrix (which FSDP and bfloat16 weights have already), a chunk's
+    gradient of it, unless it is frozen, and a chunk of logits; in float32 their softmax, which a GPU takes
+    of a whole chunk at once and the CPU of few rows.
     """
     _, output = matrix_weights(args)
     chunk_rows = max(1, min(num_tokens, fast.LOGITS_AT_ONCE // args.vocab_size))
@@ -309,59 +322,76 @@ def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False):
         softmax_rows = max(1, min(chunk_rows, fast.CACHED_ENTRIES // args.vocab_size))
     # The logits in float32 and their logarithmic softmax; and the one before, if there is one.
     softmaxes = 3 if softmax_rows < num_tokens else 2
-    copies = 1 if fsdp else 2
+    copies = (form == FULL and not fsdp) + (form["lora_rank"] == 0)
     return 2 * copies * output + (2 * chunk_rows + 4 * softmaxes * softmax_rows) * args.vocab_size
 
 
 def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False,
-                    on_cpu=False):
-    """Bytes of tensors that each process of training holds at its peak, in bfloat16 over float32 weights.
+                    on_cpu=False, form=FULL):
+    """Bytes of tensors that each process of training holds at its peak, with arithmetic in bfloat16.
 
-    Weights, gradients and AdamW's averages are 16 bytes a parameter. FSDP shares them out, but gathers the
-    embedding, the output and two blocks in bfloat16, and sums gradients in float32. To this comes what the
-    forward pass keeps, and the larger of what the loss takes at its end and what recomputing a block takes.
+    Of what is trained there is a weight, a gradient and AdamW's two averages: 16 bytes a parameter in
+    float32. FSDP shares all out, but gathers the embedding, the output and two blocks, in bfloat16 or as a
+    frozen one is stored, and sums gradients in float32. To this comes what the forward pass keeps, and the
+    larger of what the loss takes at its end and what recomputing a block, or widening a matrix, takes.
     Not counted are holes between tensors, which on the CPU take up to a fifth more, and memory inside of an
     operation: without AVX512, a CPU multiplies transposed bfloat16 matrices into a float32 copy.
     """
     def saved(n_layers, recomputed):
         return saved_bytes(dataclasses.replace(args, n_layers=n_layers), batch_size, seq_len, recomputed,
-                           torch.bfloat16 if fsdp else torch.float32)
+                           torch.bfloat16 if fsdp and form == FULL else None, form)
 
-    model = Transformer.on_meta(args)
-    total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    outer = total - args.n_layers * block
-    states = 16 * total
+    model = prepared(args, form)
+    parameters = list(model.parameters())
+    block = list(model.layers[0].parameters())
+    outer = [*model.tok_embeddings.parameters(), *model.norm.parameters()]
+    outer += [] if args.tie_word_embeddings else model.output.parameters()
+    states = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
     if fsdp:
-        states = 16 * total / processes + (2 + 4) * outer + (2 * 2 + 4) * block
-    kept = saved(args.n_layers, activation_checkpointing)
-    most = loss_bytes(args, batch_size * seq_len, fsdp, on_cpu)
+        states /= processes
+        for count, gathered in ((1, outer), (2, block)):
+            states += sum(count * (2 * p.numel() if form["lora_rank"] == 0 else p.nbytes) for p in gathered)
+            states += sum(4 * p.numel() for p in gathered if p.requires_grad)
+    # Every further block keeps as much as the second one.
+    kept = saved(1, activation_checkpointing)
+    kept += (args.n_layers - 1) * (saved(2, activation_checkpointing) - kept)
+    most = loss_bytes(args, batch_size * seq_len, fsdp, on_cpu, form)
+    widened = 0
+    if form["quantize"]:  # One matrix at a time is in float32 and in bfloat16.
+        widened = (4 + 2) * args.dim * args.hidden_dim
     if activation_checkpointing:
-        if not fsdp:  # Autocast's bfloat16 copies of weights live as long as the forward pass.
-            most += 2 * matrix_weights(args)[0]
-        most = max(most, saved(2, False) - saved(1, False))
-    return int(states + kept + most)
+        if not fsdp or form["lora_rank"]:  # Autocast's copies of weights live as long as the forward pass.
+            most += 2 * sum(p.numel() for layer in model.layers for p in layer.parameters()
+                            if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32)
+        widened += saved(2, False) - saved(1, False)
+    return int(states + kept + max(most, widened))
 
 
 def memory(*, batch_size: int = 1, seq_len: int = 2048):
     """Prints as a Markdown table what training takes of each GPU, in GiB, and where that fits.
 
+    A cell has what it takes, what with --activation_checkpointing, and the smallest GPU that has that.
+
     Args:
         batch_size: windows that a GPU computes at once
         seq_len: tokens of a window
     """
-    ways = {"one GPU, or eight with DDP": {}, "eight with --fsdp": dict(processes=8, fsdp=True)}
-    print(f"| model | {batch_size} x {seq_len:,} tokens a GPU | GiB | with --activation_checkpointing |")
-    print("|---|---|---|---|")
-    for name in ("llama3.2-1b", "llama3.1-8b", "llama3.1-70b"):
+    ways = {"one, or eight with DDP": {}, "eight with --fsdp": dict(processes=8, fsdp=True)}
+    forms = {"all in float32": FULL, "--param_dtype bfloat16": FULL | dict(param_dtype="bfloat16"),
+             "--lora_rank 16": FULL | dict(lora_rank=16),
+             "--lora_rank 16 --quantize int8": FULL | dict(lora_rank=16, quantize="int8")}
+    print(f"| model | GPUs, {batch_size} x {seq_len:,} tokens each | {' | '.join(forms)} |")
+    print(f"|---|---|{'---|' * len(forms)}")
+    for name in ("llama3.2-1b", "llama3.2-3b", "llama3.1-8b", "llama3.1-70b"):
         for way, settings in ways.items():
             cells = []
-            for recomputed in (False, True):
-                size = training_memory(ModelArgs(**PRESETS[name]), batch_size, seq_len,
-                                       activation_checkpointing=recomputed, **settings) / 2**30
-                fits = [f"{room} GB" for room in (24, 80) if size < 0.92 * room]  # CUDA itself takes some
-                cells.append(f"{size:,.0f}: " + (f"fits {fits[0]}" if fits else "does not fit 80 GB"))
-            print(f"| {name} | {way} | {cells[0]} | {cells[1]} |")
+            for form in forms.values():
+                plain, recomputed = (training_memory(
+                    ModelArgs(**PRESETS[name]), batch_size, seq_len, activation_checkpointing=saving,
+                    form=form, **settings) / 2**30 for saving in (False, True))
+                fits = [f"{room} GB" for room in (24, 48, 80) if recomputed < 0.92 * room]  # CUDA takes some
+                cells.append(f"{plain:,.0f}, {recomputed:,.0f}: {fits[0] if fits else 'none'}")
+            print(f"| {name} | {way} | {' | '.join(cells)} |")
 
 
 # -----------------------------------------------------------------------------

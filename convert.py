@@ -34,6 +34,7 @@ from plumbing.huggingface import (
     tensor_names,
     write_json,
 )
+from plumbing.lora import save_merged
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.vocabularies import full_vocabulary, ids_of, metas_tokenizer, write_tokenizer_json
 from tokenizer import Tokenizer, find_tokenizer
@@ -198,20 +199,22 @@ def to_gguf(src: str, file: str, *, dtype: str | None = None):
         write_gguf(path, args, pieces, kind, frequencies, vocabulary, template, in_order)
 
 
-def merge(base: str, adapter: str, dst: str):
+def merge(base: str, adapter: str, dst: str, *, dtype: str | None = None):
     """Adds an adapter, trained here or by peft, to its base model: a checkpoint directory in Meta's layout.
 
-    Each tensor keeps the type that it has in the base, whose tokenizer goes along. ValueError or
-    FileNotFoundError names a file that is absent, damaged or doesn't fit, or what only peft can merge.
+    The base's tokenizer goes along. ValueError or FileNotFoundError names a file that is absent, damaged or
+    doesn't fit, or what only peft can merge.
 
     Args:
         base: checkpoint directory that the adapter was trained on, Meta's or Hugging Face's
         adapter: folder with adapter_config.json and adapter_model.safetensors
         dst: checkpoint directory to write, which must not exist yet
+        dtype: type of the weights, float32, bfloat16 or float16; None: each tensor's own
     """
     refuse_existing(Path(dst))
     path = find_tokenizer(base)
-    llama31.merge_adapters(base, adapter, dst, path if path.exists() else None)
+    save_merged(dst, *llama31.open_checkpoint(base), adapter, path if path.exists() else None,
+                choose_dtype(dtype))
 
 
 def refuse_existing(dst, kind="folder"):

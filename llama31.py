@@ -474,14 +474,18 @@ class Transformer(nn.Module):
         return flops + 6 * self.args.n_layers * seq_len * self.args.n_heads * self.args.head_dim
 
     def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
-                             betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+                             betas: tuple[float, float] = (0.9, 0.95), seed: int = 0,
+                             compile: bool = True) -> torch.optim.Optimizer:
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it.
 
-        Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one.
+        Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one. bfloat16
+        weights are rounded stochastically, with a seed, in a pass that is compiled where that works.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+        if parameters[0].dtype == torch.bfloat16:
+            return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile)
         fused = parameters[0].device.type in ("cuda", "cpu", "mps")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
@@ -1102,11 +1106,11 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
 def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
     """Gives a model on the meta device its weights: a checkpoint's pieces, or drawn with a seed.
 
-    What is trained is float32, because an update is often too small to change a bfloat16 weight. fsdp: as
-    shards, which are gathered in dtype. adapters: a folder with those of an adapted model; None: drawn.
+    They have the types that the model's parameters have on that device. fsdp: as shards, which are gathered
+    in dtype. adapters: a folder with those of an adapted model; None: drawn.
     """
-    # Of what is trained there is a weight, a gradient and two averages, in float32.
-    num_bytes = sum(p.numel() * (16 if p.requires_grad else p.itemsize) for p in model.parameters())
+    # Of what is trained there is a weight, a gradient and two averages.
+    num_bytes = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
     parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, shared=fsdp)
     if fsdp:
         parallel.shard_parameters(model, device, dtype)
@@ -1119,17 +1123,6 @@ def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
         tensors = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
                    for name, p in model.named_parameters())
     checkpoint.load_weights(model, tensors, device)
-
-
-def merge_adapters(base, adapters, dst, tokenizer_path=None):
-    """Writes a base with adapters added as a checkpoint directory, in the types that the base is stored in.
-
-    base: a checkpoint directory. adapters: a folder of PEFT's files, ours or others'. Errors: see
-    open_checkpoint and lora.load_adapters.
-    """
-    model, pieces = open_checkpoint(base)
-    tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
-    lora.save_merged(dst, model, tensors, adapters, tokenizer_path)
 
 
 def open_validation(val_data, train_data, *layout, bos_id):
@@ -1170,8 +1163,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
           fsdp: bool = False, lora_rank: int = 0, lora_alpha: float | None = None,
-          quantize: str | None = None, device: str | None = None, dtype: str | None = None,
-          compile: bool | None = None):
+          quantize: str | None = None, param_dtype: str = "float32", device: str | None = None,
+          dtype: str | None = None, compile: bool | None = None):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
     Checkpoints have the type of the weights that are finetuned; what resuming needs lies inside as float32.
@@ -1213,9 +1206,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             checkpoints are PEFT's files then, and at the end OUT_DIR/merged is the model with the best
         lora_alpha: adapters count lora_alpha / lora_rank times; None: twice
         quantize: int8: the frozen matrices take half of bfloat16's memory
+        param_dtype: bfloat16: weights, gradients and averages take half of float32's memory
         device: cuda, cuda:1, mps or cpu; None: the first of these that is there
         dtype: type of the computation, bfloat16 or float32; None: bfloat16 where the device multiplies it
-            fast, else float32; weights, optimizer and sums are float32
+            fast, else float32; sums are float32
         compile: compile blocks with torch.compile; None: on cuda, while a CPU gets compiled attention alone
     """
     flags = dict(locals())
@@ -1224,7 +1218,6 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect_at_least(0, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
                     grad_clip=grad_clip, eval_steps=eval_steps, sample_interval=sample_interval,
                     save_interval=save_interval)
-    lora.check_flags(lora_rank, lora_alpha, quantize, ckpt_dir)
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
     expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
@@ -1254,10 +1247,11 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # The model, the optimizer, and where an earlier run stopped.
     flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens)
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
-                vocabulary=[tokenizer.model_path], base=lora.base_files(ckpt_dir) if lora_rank else [])
+                vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
     progress = run.load_progress(flags, data)
     stored = checkpoint.stored_dtype(pieces) if pieces else torch.float32
-    save, saved_dtype, lora_remark = lora.adapt(model, lora_rank, lora_alpha, stored, quantize, ckpt_dir)
+    save, saved_dtype, prepared = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha, quantize,
+                                               ckpt_dir)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Trained weights and AdamW's two averages; what is saved in another type comes on top.
     bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
@@ -1267,7 +1261,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     model.compiled_attention = compile is not False and attention.can_compile(place)
-    optimizer = model.configure_optimizers(lr, weight_decay, betas)
+    optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile is not False)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)
         loader.load_state_dict(progress["loader"])
@@ -1285,7 +1279,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if run.is_master:
         print(f"{num_parameters:,} parameters on {world_size} x {place} in {fast.name_of(compute_dtype)}, "
               f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
-        for remark in filter(None, (lora_remark, loader.remark, val_remark)):
+        for remark in filter(None, (prepared, loader.remark, val_remark)):
             print(remark)
 
     for step in run.steps(progress["step"] + 1, steps):
@@ -1315,7 +1309,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     run.close()
     if lora_rank and run.is_master and not run.stopping:
         best = run.best_folder or run.folder(steps)
-        merge_adapters(ckpt_dir, best, run.out_dir / "merged", tokenizer_copy)
+        lora.save_merged(run.out_dir / "merged", *open_checkpoint(ckpt_dir), best, tokenizer_copy)
     parallel.leave_process_group()
     run.leave()
 

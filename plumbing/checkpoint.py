@@ -362,7 +362,7 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
     if hasattr(model, "reshard"):  # FSDP2 leaves the outermost weights gathered after an evaluation.
         model.reshard()
     state = get_optimizer_state_dict(model, optimizer)["state"]
-    if dtype != torch.float32:
+    if loses(model, dtype):
         state[MASTER] = master_weights(model)
     try:
         with warnings.catch_warnings(action="ignore"):  # It warns of a process that is alone.
@@ -377,12 +377,17 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
             drop_checkpoints(path.parent, keep, best)
 
 
-MASTER = "master_weights"  # They are float32 and lie beside AdamW's averages.
+MASTER = "master_weights"  # They lie beside AdamW's averages.
+
+
+def loses(model, dtype):
+    """Whether dtype can't hold the weights that are trained."""
+    return any(torch.promote_types(p.dtype, dtype) != dtype for p in model.parameters() if p.requires_grad)
 
 
 def master_weights(model):
     """name -> the weights that are trained, or this rank's shards of them."""
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def cause_of(error):
@@ -395,13 +400,13 @@ def cause_of(error):
 def load_optimizer(path, model, optimizer, dtype=torch.float32):
     """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is.
 
-    dtype: that of the saved weights; where it isn't float32, the model gets those that were trained.
+    dtype: that of the saved weights; where it can't hold those that were trained, the model gets these.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     state = get_optimizer_state_dict(model, optimizer)  # zeros, filled in place
     wanted = dict(state["state"])
-    if dtype != torch.float32:
+    if loses(model, dtype):
         wanted[MASTER] = master_weights(model)
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -134,6 +134,9 @@ class WideEmbedding(nn.Embedding):
         self.dtype = dtype
 
     def forward(self, tokens):
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            # The gradients of a token that is there often are to be summed in dtype, too.
+            return F.embedding(tokens, self.weight.to(self.dtype))
         return super().forward(tokens).to(self.dtype)
 
 

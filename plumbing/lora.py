@@ -1,4 +1,4 @@
-"""Finetuning in little memory: low-rank adapters on a frozen base, in and out as PEFT's files.
+"""Finetuning in little memory: low-rank adapters on a frozen base, and bfloat16 weights that learn.
 
 W x becomes W x + (alpha / rank) B A x with a frozen W (out, in), a trained A (rank, in) and B (out, rank),
 as in LoRA (Hu et al., 2021); W may be int8, as in QLoRA (Dettmers et al., 2023). Only the names of tensors
@@ -9,62 +9,67 @@ import functools
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from plumbing import checkpoint, huggingface
 from plumbing.cli import expect, expect_at_least
-from plumbing.fast import GROUP, dequantize, name_of, product_dtype, quantize, widen
+from plumbing.fast import GROUP, can_compile, dequantize, name_of, product_dtype, quantize, widen
 from plumbing.files import read_json
 
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
             "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 # -----------------------------------------------------------------------------
-# The product
+# Products with weights as they are stored
 
 
-class AdaptedProduct(torch.autograd.Function):
-    """x (..., in) times a frozen weight (out, in) and the adapter on it -> (..., out).
+class WidenedProduct(torch.autograd.Function):
+    """x (..., in) times a weight (out, in) of any stored type, int8 with its scales -> (..., out).
 
-    The weight is of any stored type, int8 with its scales; it is widened to dtype for the product, and again
-    for that of the backward pass, so that no widened copy is kept. It gets no gradient.
+    The weight is widened to x's type for the product, and again for that of the backward pass, so that no
+    widened copy is kept. A frozen one gets no gradient, and x isn't kept for it.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, a, b, factor, dtype):
-        ctx.save_for_backward(x, weight, scale, a, b)
-        ctx.factor = factor
-        ctx.dtype = dtype
-        rows = x.flatten(0, -2).to(dtype)
-        y = rows @ widened(weight, scale, dtype).T
-        y.addmm_(rows @ a.T.to(dtype), b.T.to(dtype), alpha=factor)
-        return y.unflatten(0, x.shape[:-1])
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, scale)
+        return F.linear(x, widened(weight, scale, x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale, a, b = ctx.saved_tensors
-        dtype = ctx.dtype
-        grad = grad.flatten(0, -2).to(dtype)
-        rows = x.flatten(0, -2).to(dtype)
-        grad_low = grad @ b.to(dtype) * ctx.factor  # (N, rank), of what A makes of x
-        grad_b = grad.T @ (rows @ a.T.to(dtype)) * ctx.factor
+        x, weight, scale = ctx.saved_tensors
         grad_x = None
-        if ctx.needs_input_grad[0]:  # Below the first layer nothing learns.
-            grad_x = grad @ widened(weight, scale, dtype)
-            grad_x.addmm_(grad_low, a.to(dtype))
-            grad_x = grad_x.view_as(x).type_as(x)
-        return grad_x, None, None, (grad_low.T @ rows).type_as(a), grad_b.type_as(b), None, None
+        grad_weight = None
+        if ctx.needs_input_grad[0]:  # Below the first layer nothing may learn.
+            grad_x = grad @ widened(weight, scale, grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight, None
 
 
 def widened(weight, scale, dtype):
     """A stored matrix in dtype; scale: of int8, else None."""
     values = weight if scale is None else dequantize(weight, scale)
     return values.to(dtype)
+
+
+class StoredLinear(nn.Module):
+    """Linear whose weight is trained in the type that it is stored in."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return WidenedProduct.apply(x.to(product_dtype(x)), self.weight, None)
 
 
 class AdaptedLinear(nn.Module):
@@ -85,37 +90,52 @@ class AdaptedLinear(nn.Module):
         self.factor = alpha / rank
 
     def forward(self, x):
-        return AdaptedProduct.apply(x, self.weight, self.scale, self.lora_a, self.lora_b, self.factor,
-                                    product_dtype(x))
+        rows = x.to(product_dtype(x)).flatten(0, -2)
+        low = F.linear(rows, self.lora_a)  # (N, rank)
+        y = torch.addmm(WidenedProduct.apply(rows, self.weight, self.scale), low, self.lora_b.T,
+                        alpha=self.factor)
+        return y.unflatten(0, x.shape[:-1])
+
+# -----------------------------------------------------------------------------
+# Models
 
 
-def check_flags(rank, alpha, quantize, base):
-    """Raises ValueError where train's flags of adapters don't fit together; base: --ckpt_dir."""
-    expect_at_least(0, lora_rank=rank)
+def prepare(model, stored, param_dtype, rank, alpha, quantize, base):
+    """Gives a model on the meta device the form in which it is trained; its weights come from files.
+
+    stored: their type. rank 0: all of them are trained in param_dtype; else see adapt. alpha None: twice the
+    rank. quantize: "int8" or None. base: the model's path. Returns what saves what is trained, as
+    save_checkpoint does, its type, and a line on it. ValueError where settings don't fit together.
+    """
+    expect(param_dtype in ("float32", "bfloat16"), "param_dtype", param_dtype, "float32 or bfloat16")
     expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
     expect(alpha is None or 0 < alpha < math.inf, "lora_alpha", alpha, "a number above 0")
-    expect(rank > 0 or quantize is None, "quantize", quantize,
-           "--lora_rank, too: only a frozen model's weights can be int8")
-    expect(rank > 0 or alpha is None, "lora_alpha", alpha, "--lora_rank, too")
-    expect(rank == 0 or base, "lora_rank", rank, "--ckpt_dir, too: adapters are put on a finished model")
+    if rank > 0:
+        expect(param_dtype == "float32", "param_dtype", param_dtype, "float32, the type of adapters")
+        return adapt(model, rank, alpha or 2 * rank, stored, quantize, base)
+    expect(quantize is None, "quantize", quantize, "--lora_rank, too: only frozen weights can be int8")
+    expect(alpha is None, "lora_alpha", alpha, "--lora_rank, too")
+    remark = ""
+    if param_dtype == "bfloat16":
+        store_as(model, torch.bfloat16)
+        remark = "weights, gradients and averages in bfloat16, rounded stochastically"
+    return checkpoint.save_checkpoint, stored, remark
 
 
-def base_files(ckpt_dir):
-    """The files of weights of a checkpoint directory, Meta's or Hugging Face's."""
-    layout = huggingface if huggingface.holds_weights(ckpt_dir) else checkpoint
-    return layout.weight_files(Path(ckpt_dir))
+def store_as(model, dtype):
+    """Lets a model keep its weights in dtype, and widen them for each product."""
+    model.to(dtype)
+    for layer in model.layers:
+        for name in MATRICES:
+            layer.set_submodule(name, StoredLinear(layer.get_submodule(name).weight))
+    widen(model, torch.float32)  # what is left, embedding and output
 
 
 def adapt(model, rank, alpha, stored, quantize, base):
-    """Freezes a model on the meta device in its stored type, and puts adapters on its layers' matrices.
+    """Freezes a model in its stored type, the layers' matrices perhaps in int8, and puts adapters on these.
 
-    rank 0: leaves it as it is. alpha None: twice the rank. quantize: "int8", for those matrices, or None;
-    embedding and output keep that type. base: path of the model. Returns what saves as save_checkpoint does
-    what is trained, its type, and a line on what was done.
+    See prepare.
     """
-    if rank == 0:
-        return checkpoint.save_checkpoint, stored, ""
-    alpha = alpha or 2 * rank
     count = sum(p.numel() for p in model.parameters())
     model.to(stored).requires_grad_(False)
     with torch.device("meta"):
@@ -123,10 +143,20 @@ def adapt(model, rank, alpha, stored, quantize, base):
             for name in MATRICES:
                 weight = layer.get_submodule(name).weight
                 layer.set_submodule(name, AdaptedLinear(weight, rank, alpha, quantize))
-    widen(model, torch.float32)  # of what is left, embedding and output
+    widen(model, torch.float32)  # what is left, embedding and output
     kinds = name_of(stored) + (", matrices of layers in int8" if quantize else "")
     save = functools.partial(save_adapters, alpha=alpha, base=os.path.abspath(base))
     return save, torch.float32, f"adapters of rank {rank} on {count:,} frozen parameters in {kinds}"
+
+
+def base_files(rank, ckpt_dir):
+    """The files of weights that adapters of that rank are put on; none at 0. ValueError without a model."""
+    expect_at_least(0, lora_rank=rank)
+    expect(rank == 0 or ckpt_dir, "lora_rank", rank, "--ckpt_dir, too: adapters need a finished model")
+    if rank == 0:
+        return []
+    layout = huggingface if huggingface.holds_weights(ckpt_dir) else checkpoint
+    return layout.weight_files(Path(ckpt_dir))
 
 
 def is_adapted(model):
@@ -156,23 +186,29 @@ def adapted_tensors(model, tensors, seed, newest=None):
             yield name, torch.zeros(p.shape)
 
 
-def save_merged(path, model, tensors, folder, tokenizer_path):
-    """Writes a checkpoint directory of a base's (name, tensor) pairs with a folder's adapters added."""
+def save_merged(path, model, pieces, folder, tokenizer_path=None, dtype=None):
+    """Writes a checkpoint directory of a model with a folder's adapters added.
+
+    model, pieces: as open_checkpoint has them. dtype: of all tensors; None: each keeps its own. Errors: see
+    load_adapters.
+    """
     adapters, factor = load_adapters(folder, model.args, model.state_dict())
-    state = dict(with_adapters(tensors, adapters, factor))
+    tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+    state = dict(with_adapters(tensors, adapters, factor, dtype))
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     checkpoint.save_checkpoint(path, model.args, state, tokenizer_path, replace=True)
 
 
-def with_adapters(tensors, adapters, factor):
-    """Yields (name, tensor) of a base with load_adapters' adapters added, each in its own type."""
+def with_adapters(tensors, adapters, factor, dtype=None):
+    """Yields (name, tensor) of a base with load_adapters' adapters added, in dtype, or each in its own."""
     for name, tensor in tensors:
         if name.replace("weight", "lora_a") in adapters:
             a = adapters[name.replace("weight", "lora_a")]
             b = adapters[name.replace("weight", "lora_b")]
-            tensor = (tensor.float() + factor * (b @ a)).to(tensor.dtype)
-        yield name, tensor
+            yield name, (tensor.float() + factor * (b @ a)).to(dtype or tensor.dtype)
+        else:
+            yield name, tensor.to(dtype or tensor.dtype)
 
 # -----------------------------------------------------------------------------
 # PEFT's files
@@ -220,6 +256,7 @@ def save_adapters(path, args, state, tokenizer_path=None, progress=None, optimiz
             save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # The disk may be full.
             raise OSError(f"{path}: {error}") from None
+        shutil.copymode(part / CONFIG, part / WEIGHTS)  # save_file lets only the owner read.
 
 
 def load_adapters(folder, args, layout):
@@ -260,3 +297,101 @@ def load_adapters(folder, args, layout):
         is_b = name.endswith("lora_b")
         adapters[name] = huggingface.reordered(name, tensor, args, to_meta=True) if is_b else tensor
     return adapters, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+# -----------------------------------------------------------------------------
+# bfloat16 weights that learn
+#
+# Near 1, the next bfloat16 is 1/128 away: rounded to the nearest, most updates would be lost. Rounded up or
+# down at random, as often up as it is near, each counts on average (Zamirai et al., 2020).
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW on bfloat16 weights and averages: computed in float32, rounded stochastically.
+
+    The random numbers follow from the seed, the step, the parameter and the element's index in the whole
+    tensor, so that a resumed run, and shards on any number of ranks, round alike.
+    """
+
+    def __init__(self, groups, lr, betas, seed, compile=True):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=1e-8, weight_decay=0.0))
+        self.seed = seed
+        device = self.param_groups[0]["params"][0].device
+        # Compiled, it is one pass over memory; else pieces stay in the processor's caches.
+        is_compiled = compile and can_compile(device)
+        self.update = torch.compile(update, dynamic=True) if is_compiled else update_parts
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        number = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                number += 1
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                state["step"] += 1
+                step = int(state["step"])
+                beta1, beta2 = group["betas"]
+                rates = torch.tensor([1 - group["lr"] * group["weight_decay"], beta1, 1 - beta1, beta2,
+                                      1 - beta2, group["lr"] / (1 - beta1**step), 1 - beta2**step,
+                                      group["eps"]], device=p.device)
+                keys = np.random.SeedSequence([self.seed, step, number]).generate_state(4)
+                keys = torch.from_numpy(keys.view(np.int32)).to(p.device)
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                self.update(*(local(tensor).view(-1) for tensor in tensors), rates, keys, first_element(p))
+
+
+def update(weight, grad, mean, square, rates, keys, first):
+    """One step of AdamW in place, on flat tensors that begin with element `first` of a whole one."""
+    decay, beta1, rest1, beta2, rest2, rate, correction, eps = rates.unbind()
+    g = grad.float()
+    new_mean = beta1 * mean.float() + rest1 * g
+    new_square = beta2 * square.float() + rest2 * g * g
+    new_weight = decay * weight.float() - rate * new_mean / ((new_square / correction).sqrt() + eps)
+    index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device) + first
+    bits = random_bits(index, keys[0], keys[1])
+    weight.copy_(rounded(new_weight, bits))
+    mean.copy_(rounded(new_mean, bits >> 16))
+    square.copy_(rounded(new_square, random_bits(index, keys[2], keys[3])))
+
+
+def update_parts(weight, grad, mean, square, rates, keys, first, size=2**16):
+    """The same as update, a part of so many elements after the other."""
+    for begin in range(0, weight.numel(), size):
+        part = slice(begin, begin + size)
+        update(weight[part], grad[part], mean[part], square[part], rates, keys, first + begin)
+
+
+def random_bits(index, key1, key2):
+    """32 random bits for each int32 index."""
+    return scrambled(scrambled(index ^ key1) ^ key2)
+
+
+def scrambled(x):
+    """Wellons' lowbias32: each bit of an int32 changes about half of the result's."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def rounded(x, bits):
+    """float32 -> a bfloat16 beside it, up as often as it is near that; bits: of an int32 the lower 16."""
+    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def local(tensor):
+    """This rank's part of a tensor; all of it where it isn't sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def first_element(tensor):
+    """The index in the whole tensor of the first element of this rank's part."""
+    if not hasattr(tensor, "to_local"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offsets[0] * math.prod(tensor.shape[1:])  # Shards are rows.

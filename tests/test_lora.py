@@ -20,6 +20,7 @@ from tiny import (
     untimed,
     write_checkpoint,
 )
+from torch import nn
 
 import convert
 import llama31
@@ -90,17 +91,24 @@ def test_a_product_has_the_values_and_gradients_of_plain_ones(stored):
     else:
         weight = weight.to(stored)
         values = weight.float()
-    leaves = [t.requires_grad_() for t in (x, a, b)]
     saved = []
+    layer = lora.AdaptedLinear(values, 3, 1.5, stored == torch.int8)
+    layer.weight, layer.scale = (None if t is None else nn.Parameter(t, requires_grad=False)
+                                 for t in (weight, scale))
+    layer.lora_a, layer.lora_b = (nn.Parameter(t) for t in (a, b))
+    leaves = [x.requires_grad_(), layer.lora_a, layer.lora_b]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ours = lora.AdaptedProduct.apply(x, weight, scale, a, b, 0.5, torch.float32)
+        ours = layer(x)
+    x, a, b = leaves
     expected = x @ values.T + 0.5 * (x @ a.T) @ b.T
     assert_close(ours, expected)
     grad = torch.randn(ours.shape, generator=draw)
     for mine, theirs in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, expected)), strict=True):
         assert_close(mine, theirs)
-    kept = sum(t.nbytes for t in {t.data_ptr(): t for t in saved}.values())
-    assert kept == sum(t.nbytes for t in (x, weight, a, b)) + (0 if scale is None else scale.nbytes)
+    # Besides x and what is stored, only what A makes of x is kept.
+    kept = sum(t.nbytes for t in {t.data_ptr(): t for t in saved if t is not None}.values())
+    stored_bytes = sum(t.nbytes for t in (weight, scale) if t is not None)
+    assert kept == stored_bytes + 4 * (x.numel() + a.numel() + b.numel() + 2 * 7 * 3)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(tie_word_embeddings=True, head_dim=10)])
@@ -247,8 +255,12 @@ def test_a_run_is_not_resumed_on_another_base(folder, tmp_path, changes, said):
 
 @pytest.mark.parametrize("flags, said", [
     (dict(lora_rank=-1), "lora_rank is -1"), (dict(lora_rank=0, quantize="int8"), "--lora_rank, too"),
-    (dict(lora_rank=0, lora_alpha=2.0), "--lora_rank, too"), (dict(lora_alpha=0.0), "a number above 0"),
-    (dict(quantize="int4"), "expected int8 or None"), (dict(ckpt_dir=None), "--ckpt_dir, too")], ids=str)
+    (dict(lora_rank=0, lora_alpha=2.0), "--lora_rank, too"),
+    (dict(param_dtype="bfloat16"), "param_dtype is bfloat16; expected float32"),
+    (dict(lora_rank=0, param_dtype="int8"), "expected float32 or bfloat16"),
+    (dict(lora_alpha=0.0), "a number above 0"),
+    (dict(quantize="int4"), "expected int8 or None"), (dict(ckpt_dir=None), "found neither --ckpt_dir")],
+    ids=str)
 def test_a_wrong_flag_is_named_before_anything_is_written(corpus, tmp_path, flags, said):
     with pytest.raises(ValueError, match=said):
         train(corpus, tmp_path / "out", **flags)
@@ -294,6 +306,10 @@ def test_an_adapter_of_peft_is_merged_as_peft_computes_it(settings, tokenizer, t
     assert merged.tokenizer.n_words == tokenizer.n_words
     with pytest.raises(FileExistsError):
         convert.merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    convert.merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "half"), dtype="bfloat16")
+    weights = read_weights(tmp_path / "merged")
+    for name, tensor in read_weights(tmp_path / "half").items():
+        assert torch.equal(tensor, weights[name].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("settings, said", [

@@ -34,11 +34,11 @@ def tensor_bytes(function):
     return most, live
 
 
-def train(args, batch_size, seq_len, recomputed):
+def train(args, batch_size, seq_len, recomputed, model=None):
     """Two steps, each of two micro-batches: the second one finds the gradients of the first."""
-    model = Transformer(args)
+    model = model or Transformer(args)
     model.activation_checkpointing = recomputed
-    optimizer = model.configure_optimizers(1e-3)
+    optimizer = model.configure_optimizers(1e-3, compile=False)
     tokens = torch.randint(args.vocab_size, (batch_size, seq_len))
     for _ in range(2):
         for _ in range(2):
@@ -63,6 +63,32 @@ def test_training_holds_the_bytes_of_tensors_that_are_computed(settings, batch_s
                                      on_cpu=True)
     measured, left = tensor_bytes(lambda: train(args, batch_size, seq_len, recomputed))
     assert left == 0 and computed == pytest.approx(measured, rel=0.03)
+
+
+def bfloat16_model(args, form):
+    """A model in a form of training, on the CPU, with weights of zeros, which take what others do."""
+    model = bench.prepared(args, form)
+    state = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.tie()
+    return model
+
+
+@pytest.mark.parametrize("form", [dict(param_dtype="bfloat16"), dict(lora_rank=4),
+                                  dict(lora_rank=4, quantize="int8")], ids=str)
+@pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
+    (SMALL | dict(dim=512, n_layers=8, vocab_size=1000), 1, 32, False),  # weights take the most
+    (SMALL | dict(dim=256, n_layers=8, vocab_size=1000), 4, 512, True),
+    (SMALL | dict(dim=256, vocab_size=300), 4, 512, False),  # activations
+    (SMALL | dict(n_layers=1, dim=256, vocab_size=8000, tie_word_embeddings=True), 1, 512, False)])  # logits
+def test_other_forms_of_training_hold_the_bytes_computed(form, settings, batch_size, seq_len, recomputed):
+    args = ModelArgs(**settings)
+    form = bench.FULL | form
+    computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
+                                     on_cpu=True, form=form)
+    measured, left = tensor_bytes(lambda: train(args, batch_size, seq_len, recomputed,
+                                                bfloat16_model(args, form)))
+    assert left == 0 and computed == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -210,7 +210,7 @@ DEFAULTS = {
     convert.from_hf: dict(dtype=None),
     convert.to_hf: dict(max_file_bytes=5 * 10**9, dtype=None),
     convert.to_gguf: dict(dtype=None),
-    convert.merge: dict(),
+    convert.merge: dict(dtype=None),
     evaluate.text: dict(
         tokenizer_path=None, field="text", separator=None, max_seq_len=None, stride=None, device=None,
         dtype=None, compile=None, quantize=None, json=False),
