@@ -475,7 +475,7 @@ class Transformer(nn.Module):
 
     def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
                              betas: tuple[float, float] = (0.9, 0.95), seed: int = 0,
-                             compile: bool = True) -> torch.optim.Optimizer:
+                             compile: bool | None = None) -> torch.optim.Optimizer:
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it.
 
         Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one. bfloat16
@@ -485,7 +485,7 @@ class Transformer(nn.Module):
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         if parameters[0].dtype == torch.bfloat16:
-            return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile)
+            return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
         fused = parameters[0].device.type in ("cuda", "cpu", "mps")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
@@ -1261,7 +1261,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     model.compiled_attention = compile is not False and attention.can_compile(place)
-    optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile is not False)
+    optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)
         loader.load_state_dict(progress["loader"])

@@ -189,8 +189,8 @@ DEFAULTS = {
         total_batch_tokens=None, steps=None, epochs=1, lr=1e-5, min_lr=None, warmup_steps=10,
         weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0, eval_interval=100, eval_steps=80,
         sample_interval=0, save_interval=1000, keep=2, seed=1337, resume=False, shuffle=False, doc_mask=True,
-        activation_checkpointing=False, fsdp=False, lora_rank=0, lora_alpha=None, quantize=None, device=None,
-        dtype=None, compile=None),
+        activation_checkpointing=False, fsdp=False, lora_rank=0, lora_alpha=None, quantize=None,
+        param_dtype="float32", device=None, dtype=None, compile=None),
     llama31.demo: dict(out_dir="out/demo", retrain=False),
     chat.chat: dict(
         system=None, tokenizer_path=None, max_seq_len=None, max_gen_len=256, **SAMPLING, device=None,
@@ -243,7 +243,7 @@ def test_the_defaults_of_library_calls_are_those_that_users_know():
                 for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
     assert defaults == dict(
         tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None, compile=None,
-        quantize=None, weight_decay=0.1, betas=(0.9, 0.95))
+        quantize=None, weight_decay=0.1, betas=(0.9, 0.95), seed=0)
     assert llama31.PROMPTS == reference.PROMPTS
 
 
