@@ -77,10 +77,10 @@ def bfloat16_model(args, form):
 @pytest.mark.parametrize("form", [dict(param_dtype="bfloat16"), dict(lora_rank=4),
                                   dict(lora_rank=4, quantize="int8")], ids=str)
 @pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
-    (SMALL | dict(dim=512, n_layers=8, vocab_size=1000), 1, 32, False),  # weights take the most
-    (SMALL | dict(dim=256, n_layers=8, vocab_size=1000), 4, 512, True),
-    (SMALL | dict(dim=256, vocab_size=300), 4, 512, False),  # activations
-    (SMALL | dict(n_layers=1, dim=256, vocab_size=8000, tie_word_embeddings=True), 1, 512, False)])  # logits
+    (SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 16, False),  # weights take the most
+    (SMALL | dict(vocab_size=300), 2, 256, True),
+    (SMALL | dict(vocab_size=300), 2, 256, False),  # activations
+    (SMALL | dict(n_layers=1, vocab_size=8000, tie_word_embeddings=True), 1, 256, False)])  # logits
 def test_other_forms_of_training_hold_the_bytes_computed(form, settings, batch_size, seq_len, recomputed):
     args = ModelArgs(**settings)
     form = bench.FULL | form
