@@ -49,14 +49,19 @@ def whole_tensor(name, pieces, args, dtype):
     return tensor.to(dtype or tensor.dtype)
 
 
+def open_hugging_face(src, to_meta):
+    """(shape, name -> pieces, whether the output is tied) of a Hugging Face folder; see open_pieces."""
+    args = read_config(src, llama31.ModelArgs, llama31.PRESETS.values())
+    shapes = {name: list(p.shape) for name, p in llama31.Transformer.on_meta(args).state_dict().items()}
+    return args, *open_pieces(src, args, shapes, to_meta)
+
+
 def open_mapped(src):
     """(shape, name -> mapped pieces, in_order for write_gguf) of a checkpoint directory of either kind."""
     if not holds_weights(src):
         model, pieces = llama31.open_checkpoint(src)
         return model.args, pieces, None
-    args = read_config(src, llama31.ModelArgs, llama31.PRESETS.values())
-    shapes = {name: list(p.shape) for name, p in llama31.Transformer.on_meta(args).state_dict().items()}
-    pieces, tied = open_pieces(src, args, shapes, to_meta=False)
+    args, pieces, tied = open_hugging_face(src, to_meta=False)
     args.tie_word_embeddings |= tied
     return args, pieces, lambda name, tensor: reordered(name, tensor, args, to_meta=True)
 
@@ -131,10 +136,7 @@ def from_hf(src: str, dst: str, *, dtype: str | None = None):
     dst = Path(dst)
     refuse_existing(dst)
     dtype = choose_dtype(dtype)
-    args = read_config(src, llama31.ModelArgs, llama31.PRESETS.values())
-    model = llama31.Transformer.on_meta(args)
-    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    pieces, _ = open_pieces(src, args, shapes)
+    args, pieces, _ = open_hugging_face(src, to_meta=True)
     state = {name: tensor.to(dtype or tensor.dtype) for name, [tensor] in pieces.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(dst, args, state, metas_tokenizer(src, Path(folder), args.vocab_size))

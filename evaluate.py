@@ -25,9 +25,9 @@ from plumbing.documents import FIELD, find_inputs, read_documents
 from plumbing.questions import read_questions, shots_before
 from plumbing.words import Words
 
-TOKENS_AT_ONCE = 1024  # of the windows that a CPU reads together; more of them would only be padding
+TOKENS_AT_ONCE = 1024  # A CPU is no faster with more of them, but more would be padding.
 LOGITS_AT_ONCE = 2**24  # 64 MB in float32
-WINDOWS_AT_HAND = 256  # of these, those of like lengths are read together
+WINDOWS_AT_HAND = 256  # Those of like lengths are found among so many.
 
 # -----------------------------------------------------------------------------
 # Log-likelihoods

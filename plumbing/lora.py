@@ -125,10 +125,15 @@ def prepare(model, stored, param_dtype, rank, alpha, quantize, base):
 def store_as(model, dtype):
     """Lets a model keep its weights in dtype, and widen them for each product."""
     model.to(dtype)
+    replace_linears(model, StoredLinear)
+
+
+def replace_linears(model, kind):
+    """Puts kind(weight) in place of each matrix of the layers, and widens embedding and output."""
     for layer in model.layers:
         for name in MATRICES:
-            layer.set_submodule(name, StoredLinear(layer.get_submodule(name).weight))
-    widen(model, torch.float32)  # what is left, embedding and output
+            layer.set_submodule(name, kind(layer.get_submodule(name).weight))
+    widen(model, torch.float32)
 
 
 def adapt(model, rank, alpha, stored, quantize, base):
@@ -139,11 +144,7 @@ def adapt(model, rank, alpha, stored, quantize, base):
     count = sum(p.numel() for p in model.parameters())
     model.to(stored).requires_grad_(False)
     with torch.device("meta"):
-        for layer in model.layers:
-            for name in MATRICES:
-                weight = layer.get_submodule(name).weight
-                layer.set_submodule(name, AdaptedLinear(weight, rank, alpha, quantize))
-    widen(model, torch.float32)  # what is left, embedding and output
+        replace_linears(model, lambda weight: AdaptedLinear(weight, rank, alpha, quantize))
     kinds = name_of(stored) + (", matrices of layers in int8" if quantize else "")
     save = functools.partial(save_adapters, alpha=alpha, base=os.path.abspath(base))
     return save, torch.float32, f"adapters of rank {rank} on {count:,} frozen parameters in {kinds}"
