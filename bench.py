@@ -311,19 +311,23 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype=None,
 def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False, form=FULL):
     """Bytes that chunked_cross_entropy takes while it runs, besides the gradients that it keeps.
 
-    These are, in bfloat16, the output matrix (which FSDP and bfloat16 weights have already), a chunk's
-    gradient of it, unless it is frozen, and a chunk of logits; in float32 their softmax, which a GPU takes
-    of a whole chunk at once and the CPU of few rows.
+    These are, in bfloat16, the output matrix (which FSDP and bfloat16 weights have already) and a chunk of
+    logits; then in float32 the softmax of the chunk, or one softmax beside the chunk's gradient of the
+    matrix, unless it is frozen. The CPU makes both of few rows at a time, and widens the gradient to add it.
     """
     _, output = matrix_weights(args)
     chunk_rows = max(1, min(num_tokens, fast.LOGITS_AT_ONCE // args.vocab_size))
     softmax_rows = chunk_rows
+    gradient = 2 * output
     if on_cpu:
         softmax_rows = max(1, min(chunk_rows, fast.CACHED_ENTRIES // args.vocab_size))
+        gradient = (2 + 4) * min(args.vocab_size, max(1, fast.CACHED_ENTRIES // args.dim)) * args.dim
+    softmax = 4 * softmax_rows * args.vocab_size
     # The logits in float32 and their logarithmic softmax; and the one before, if there is one.
     softmaxes = 3 if softmax_rows < num_tokens else 2
-    copies = (form == FULL and not fsdp) + (form["lora_rank"] == 0)
-    return 2 * copies * output + (2 * chunk_rows + 4 * softmaxes * softmax_rows) * args.vocab_size
+    most = max(softmaxes * softmax, softmax + (gradient if form["lora_rank"] == 0 else 0))
+    copy = 2 * output if form == FULL and not fsdp else 0
+    return copy + 2 * chunk_rows * args.vocab_size + most
 
 
 def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False,

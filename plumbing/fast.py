@@ -47,8 +47,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_gradients, logits_at_once, cached_entries):
-        w = weight.to(dtype)
-        V = len(w)
+        V = len(weight)
+        # A narrow weight is widened by blocks of words, so that no wide copy of it ever exists.
+        is_narrow = weight.itemsize < dtype.itemsize
+        words = max(1, cached_entries // weight.size(1)) if is_narrow else V
+        blocks = weight.split(words) if is_narrow else [weight.to(dtype)]
         is_target = (targets != -100)[:, None]
         index = targets[:, None].clamp(min=0)  # Any column will do where there is no target.
         total = torch.zeros((), device=x.device)
@@ -59,13 +62,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx = torch.empty_like(x)
         if is_trained:
             dweight = torch.zeros_like(weight, dtype=torch.float32)
-            product = torch.empty_like(w)
         chunk_rows = max(1, min(len(x), logits_at_once // V))
-        buffer = w.new_empty(chunk_rows, V)  # One for all chunks, as fresh memory takes time.
+        # One for all chunks, as fresh memory takes time.
+        buffer = torch.empty(chunk_rows, V, dtype=dtype, device=x.device)
         for begin in range(0, len(x), chunk_rows):
             rows = slice(begin, begin + chunk_rows)
             h = x[rows].to(dtype)
-            logits = torch.mm(h, w.T, out=buffer[:len(h)])
+            logits = buffer[:len(h)]
+            for block, columns in zip(blocks, logits.split(words, 1), strict=True):
+                torch.mm(h, block.to(dtype).T, out=columns)
             for part, i, counts in parts(cached_entries, logits, index[rows], is_target[rows]):
                 logprobs = part.float().log_softmax(-1)
                 total -= (logprobs.gather(1, i) * counts).sum()
@@ -74,11 +79,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     ones = torch.ones_like(i, dtype=torch.float32)
                     part.copy_(logprobs.exp_().scatter_add_(1, i, -ones))
             if with_gradients:
-                dx[rows] = logits @ w * is_target[rows]
+                dh = torch.zeros_like(h)
+                for block, columns in zip(blocks, logits.split(words, 1), strict=True):
+                    dh.addmm_(columns, block.to(dtype))
+                dx[rows] = dh * is_target[rows]
             if is_trained:
-                torch.mm(logits.T, h * is_target[rows], out=product)
-                for dweight_part, product_part in parts(cached_entries, dweight, product):
-                    dweight_part += product_part  # It is a view: dweight itself grows.
+                counted = h * is_target[rows]
+                for dweight_part, logits_part in parts(cached_entries, dweight, logits.T):
+                    dweight_part += logits_part @ counted  # It is a view: dweight itself grows.
         ctx.save_for_backward(dx, dweight)
         return total
 

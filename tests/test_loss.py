@@ -218,3 +218,19 @@ def test_softmax_is_float32_also_where_products_are_bfloat16():
     logits = (x.bfloat16() @ weight.bfloat16().T).float()
     total = chunked_cross_entropy(x, weight, targets, torch.bfloat16)
     assert_close(total, F.cross_entropy(logits, targets, reduction="sum"))
+
+
+@pytest.mark.parametrize("cached_entries", [1, 3 * DIM, 10**6])
+def test_a_narrow_matrix_widened_in_parts_has_the_wide_ones_loss(cached_entries):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, DIM, generator=generator)
+    narrow = torch.randn(V, DIM, generator=generator).bfloat16()
+    targets = words(40)
+    outcomes = []
+    for weight in (narrow, narrow.float()):
+        inputs = [x.clone().requires_grad_(), weight.requires_grad_()]
+        loss = chunked_cross_entropy(*inputs, targets, torch.float32, cached_entries=cached_entries)
+        loss.backward()
+        outcomes.append((loss.detach(), inputs[0].grad, inputs[1].grad.bfloat16()))
+    for found, expected in zip(*outcomes, strict=True):
+        assert_close(found, expected)

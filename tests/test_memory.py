@@ -91,6 +91,17 @@ def test_other_forms_of_training_hold_the_bytes_computed(form, settings, batch_s
     assert left == 0 and computed == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_loss_never_widens_a_whole_output_matrix(is_trained):
+    x = torch.zeros(64, 256, requires_grad=True)
+    weight = torch.zeros(8000, 256, dtype=torch.bfloat16, requires_grad=is_trained)
+    targets = torch.zeros(64, dtype=torch.int64)
+    most, _ = tensor_bytes(lambda: fast.chunked_cross_entropy(
+        x, weight, targets, torch.float32, logits_at_once=8 * 8000, cached_entries=50 * 256).backward())
+    gradients = (4 + 2) * weight.numel() if is_trained else 0  # in float32, then in the weight's type
+    assert most - gradients < 4 * weight.numel() / 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_forward_pass_keeps_exactly_the_bytes_that_are_computed(dtype, recomputed):
@@ -111,18 +122,26 @@ def test_a_forward_pass_keeps_exactly_the_bytes_that_are_computed(dtype, recompu
 def test_the_loss_takes_a_chunk_of_logits_and_their_softmax():
     args = ModelArgs(dim=64, n_layers=1, n_heads=1, vocab_size=2**17)
     matrix = 2 * 64 * 2**17  # in bfloat16
-    assert bench.loss_bytes(args, 500) == 2 * matrix + (2 + 4 + 4) * 500 * 2**17
-    assert bench.loss_bytes(args, 512) == 2 * matrix + (2 + 4 + 4) * fast.LOGITS_AT_ONCE
-    assert bench.loss_bytes(args, 513) == 2 * matrix + (2 + 4 + 4 + 4) * fast.LOGITS_AT_ONCE
-    assert bench.loss_bytes(args, 500, fsdp=True) == matrix + (2 + 4 + 4) * 500 * 2**17
+    assert bench.loss_bytes(args, 500) == matrix + (2 + 4 + 4) * 500 * 2**17
+    assert bench.loss_bytes(args, 512) == matrix + (2 + 4 + 4) * fast.LOGITS_AT_ONCE
+    assert bench.loss_bytes(args, 513) == matrix + (2 + 4 + 4 + 4) * fast.LOGITS_AT_ONCE
+    assert bench.loss_bytes(args, 500, fsdp=True) == (2 + 4 + 4) * 500 * 2**17
     cached = fast.CACHED_ENTRIES
-    assert bench.loss_bytes(args, 500, on_cpu=True) == 2 * matrix + 2 * 500 * 2**17 + (4 + 4 + 4) * cached
-    assert bench.loss_bytes(args, 8, on_cpu=True) == 2 * matrix + (2 + 4 + 4) * cached
+    assert bench.loss_bytes(args, 500, on_cpu=True) == matrix + 2 * 500 * 2**17 + (4 + 4 + 4) * cached
+    assert bench.loss_bytes(args, 8, on_cpu=True) == matrix + 2 * cached + (4 + 2 + 4) * cached
+
+
+def test_the_loss_of_few_tokens_takes_the_gradient_of_the_matrix():
+    args = ModelArgs(dim=64, n_layers=1, n_heads=1, vocab_size=2**17)
+    matrix = 2 * 64 * 2**17
+    assert bench.loss_bytes(args, 2) == matrix + (2 + 4) * 2 * 2**17 + matrix
+    frozen = bench.FULL | dict(lora_rank=1)
+    assert bench.loss_bytes(args, 2, form=frozen) == (2 + 4 + 4) * 2 * 2**17
 
 
 def test_one_row_of_logits_may_be_larger_than_what_is_handled_at_once():
     args = ModelArgs(dim=2, n_layers=1, n_heads=1, vocab_size=2**27)
-    assert bench.loss_bytes(args, 1, on_cpu=True) == 2 * 2 * 2 * 2**27 + (2 + 4 + 4) * 2**27
+    assert bench.loss_bytes(args, 1, on_cpu=True) == 2 * 2 * 2**27 + (2 + 4 + 4) * 2**27
 
 
 def test_fsdp_gathers_two_blocks_and_shares_out_the_states():
