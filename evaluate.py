@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from llama31 import Llama
-from plumbing import answers, cli, fast, files, parallel
+from plumbing import answers, cli, decoding, fast, files, parallel
 from plumbing.cli import expect_at_least
 from plumbing.documents import FIELD, find_inputs, read_documents
 from plumbing.questions import read_questions, shots_before
@@ -71,7 +71,7 @@ def nats_of(llama, windows, caches, held=0):
     sums = torch.zeros(len(windows), dtype=torch.float64)
     sums.index_add_(0, is_scored.nonzero()[:, 0].cpu(), torch.cat(nats).double().cpu())
     if not sums.isfinite().all():
-        raise ValueError("the logits are not all finite; take --dtype float32, or sound weights")
+        raise ValueError(decoding.NOT_FINITE)
     return sums.tolist()
 
 
@@ -190,7 +190,7 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
             caches = llama.new_caches(len(batch), max(len(window.ids) for window in batch))
             scored = np.concatenate([window.ids[window.is_scored] for window in batch])
             totals[1:] += len(scored), byte_lengths[scored].sum(), sum(nats_of(llama, batch, caches))
-    sums = parallel.sum_over_ranks(totals, place)
+    sums = parallel.sum_over_ranks(totals, place).tolist()
     parallel.leave_process_group()
     documents, tokens, num_bytes = map(int, sums[:3])
     if tokens == 0:
@@ -289,7 +289,7 @@ def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, sho
         lengths = np.array([[1, len(ending.removeprefix(" ").encode()), len(ids) - begin]
                             for ending, (ids, begin) in zip(question.endings, pairs, strict=True)])
         right += (nats[:, None] / lengths).argmin(0) == question.answer
-    plain, per_byte, per_token = parallel.sum_over_ranks(right, llama.model.norm.weight.device)
+    plain, per_byte, per_token = parallel.sum_over_ranks(right, llama.model.norm.weight.device).tolist()
     parallel.leave_process_group()
     n = len(questions)
     accuracy = plain / n

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from plumbing import answers, attention, checkpoint, cli, fast, files, huggingface, lora, parallel
+from plumbing import answers, attention, checkpoint, cli, decoding, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
@@ -297,14 +297,14 @@ def document_mask(starts):
     """The attention mask that keeps documents from seeing each other.
 
     starts (B, T), True where a document begins -> a BlockMask for flex attention on cuda; elsewhere, where
-    flex attention can't train, (B, 1, T, T), True where attended. None if each row is one document: causal
-    attention is enough.
+    flex attention can't train, (B, 1, T, T), True where attended, or None if each row is one document, as
+    causal attention is enough then.
     """
     document = starts.cumsum(1)  # (B, T), the number of each token's document in its row
+    if starts.is_cuda:  # To ask here whether there are several would be to wait for the GPU.
+        return attention.document_block_mask(document)
     if (document == document[:, :1]).all():
         return None
-    if starts.is_cuda:
-        return attention.document_block_mask(document)
     same_document = document[:, :, None] == document[:, None, :]  # (B, T, T)
     return same_document.tril()[:, None]  # (B, 1, T, T); tril: nothing sees what comes after it
 
@@ -717,26 +717,18 @@ class Llama:
         if caches is None:
             room = max(map(len, texts)) + max_gen_len
             caches = self.new_caches(B, min(self.max_seq_len, room))
-        device = self.model.norm.weight.device
-        unread = [prompt[held:] for prompt, held in zip(prompt_tokens, start_pos, strict=True)]
-        width = max(len(row) for row in unread)
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in unread], device=device)  # (B, T)
-        last = [len(row) - 1 for row in unread]  # the column of each row's last token
-        ended = [False] * B
         # One number a token, on the CPU, so that a seed's text is the same on every device.
         generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
         most = min(max_gen_len, self.max_seq_len)
-        uniforms = [torch.rand(most, generator=g, dtype=torch.float64).tolist() for g in generators]
-        for step in range(max_gen_len):
-            logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
-            scores = logits[:, :self.num_ids].cpu().numpy()  # one copy for all rows
-            if not math.isfinite(scores.sum()):  # One that isn't would make the sum like it.
-                raise ValueError("the logits are not all finite; take --dtype float32, or sound weights")
+        uniforms = torch.stack([torch.rand(most, generator=g, dtype=torch.float64) for g in generators])
+        ended = [False] * B
+        # On a GPU the reader draws, as waiting for each row's logits would take longer than making them.
+        draws = getattr(self.reader, "draws", self.draws)
+        for logits, ids in draws(texts, ended, start_pos, caches, sampler, uniforms, self.num_ids):
             drawn: list[int | None] = [None] * B
-            for i in range(B):
-                if ended[i]:
+            for i, token in enumerate(ids):
+                if ended[i] or token is None:
                     continue
-                token = sampler(scores[i], uniforms[i][step], texts[i])
                 if token in stop_tokens:  # It is not part of the text.
                     ended[i] = True
                     continue
@@ -746,10 +738,26 @@ class Llama:
             yield logits, drawn
             if all(ended):
                 return
+
+    def draws(self, texts, ended, start_pos, caches, sampler, uniforms, num_ids):
+        """Yields the logits (B, V) behind texts, and for each row that hasn't ended an id drawn from them.
+
+        Whoever takes them makes texts longer and marks rows as ended. uniforms (B, steps): the numbers to
+        draw with. ValueError if the logits aren't finite.
+        """
+        device = self.model.norm.weight.device
+        tokens, last = decoding.unread(texts, start_pos, device)
+        for step in range(uniforms.size(1)):
+            logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
+            scores = logits[:, :num_ids].cpu().numpy()  # one copy for all rows
+            if not math.isfinite(scores.sum()):  # One that isn't would make the sum like it.
+                raise ValueError(decoding.NOT_FINITE)
+            yield logits, [None if over else sampler(row, float(uniform), text) for over, row, uniform, text
+                           in zip(ended, scores, uniforms[:, step], texts, strict=True)]
             # A row that has ended feeds its last token to its last position again: it doesn't grow.
             tokens = torch.tensor([[text[-1]] for text in texts], device=device)  # (B, 1)
             start_pos = [len(text) - 1 for text in texts]
-            last = [0] * B
+            last = [0] * len(texts)
 
     def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, *, echo: bool = False,
                  stop_tokens: list[int] | None = None, logprobs: bool = False, **sampling):
@@ -1003,14 +1011,15 @@ def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
 def batch_on(device, loader, vocab_size, doc_mask, end=None):
     """The loader's next inputs, targets and, with doc_mask, starts, on a device; see next_batch.
 
-    ValueError for an id outside the vocabulary.
+    No starts, None, where each row is one document. ValueError for an id outside the vocabulary.
     """
     inputs, targets, *starts = loader.next_batch(starts=doc_mask, end=end)
     largest = max(int(inputs.max()), int(targets.max()))
     if largest >= vocab_size:
         raise ValueError(f"{loader.filename_pattern} holds token {largest}, the vocabulary ends at "
                          f"{vocab_size - 1}; tokenize with the tokenizer of this training")
-    return inputs.to(device), targets.to(device), starts[0].to(device) if doc_mask else None
+    has_documents = doc_mask and bool(starts[0][:, 1:].any())
+    return inputs.to(device), targets.to(device), starts[0].to(device) if has_documents else None
 
 
 @torch.no_grad()
@@ -1030,7 +1039,7 @@ def evaluate(model, loader, num_windows, doc_mask, byte_lengths, autocast):
         counted = targets[targets != -100]
         count += len(counted)
         num_bytes += int(byte_lengths[counted].sum())
-    nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device)
+    nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device).tolist()
     return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)  # a bit is log(2) nats
 
 
@@ -1045,23 +1054,24 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
     # A mean of means would favour the targets of batches that have few.
-    count = sum(int((targets != -100).sum()) for _, targets, _ in batches)
-    [count] = sum_over_ranks([count], device)
-    if count == 0:  # A step would still decay the weights, and move them by the averages of earlier steps.
-        return None, 0.0
+    count, = sum_over_ranks([sum((targets != -100).sum() for _, targets, _ in batches)], device)
     total = torch.zeros((), device=device)
     for i, (inputs, targets, starts) in enumerate(batches, start=1):
         # DDP: all-reduce the gradients after the last micro-batch only.
         model.require_backward_grad_sync = i == len(batches)
         with autocast:
-            share = model(inputs, targets, starts=starts, reduction="sum") / count
+            share = model(inputs, targets, starts=starts, reduction="sum") / count.clamp(min=1)
         # DDP and FSDP average gradients over the ranks; the shares have to be added, hence world_size.
         (share * world_size).backward()
         total += share.detach()
-    [loss] = sum_over_ranks([total], device)
+    loss, = sum_over_ranks([total], device)
     # One odd batch must not throw the weights far: longer gradients are scaled down to the norm grad_clip.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    grad_norm = float(parallel.whole(grad_norm))  # FSDP has each rank's part of it.
+    # Only here is a GPU waited for. Of the norm FSDP has each rank's part.
+    count, loss, grad_norm = *torch.stack([count, loss]).tolist(), float(parallel.whole(grad_norm))
+    if count == 0:  # A step would still decay the weights, and move them by the averages of earlier steps.
+        optimizer.zero_grad()
+        return None, 0.0
     if not math.isfinite(loss + grad_norm):
         raise ValueError(f"{what} has loss {loss} and gradient norm {grad_norm}, expected finite ones; what "
                          f"was saved before stays. Try a lower lr than {lr}")

@@ -1,4 +1,4 @@
-"""Attention where PyTorch's own is slow: with documents on a GPU, and in training on a CPU.
+"""Attention where PyTorch's own is slow: on a GPU to documents and to a cache, in training on a CPU.
 
 On a CPU attention.cpp computes it, forward and backward. Here that becomes an operator, which autograd and
 torch.compile know how to handle.
@@ -8,22 +8,33 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from plumbing.compiler import compile_library
-from plumbing.fast import Address
+from plumbing.compiler import Address, compile_library
+
+
+class OneToken(NamedTuple):
+    """The mask of a single new token a row, which may see some of a cache: seen (B, 1, 1, S), bool."""
+    seen: Tensor
 
 
 def has_kernel(mask):
-    """Whether attend takes a mask: document_block_mask's or first_seen's, but neither None nor bool."""
-    return isinstance(mask, BlockMask) or (mask is not None and mask.dtype == torch.int64)
+    """Whether attend takes a mask: document_block_mask's, first_seen's, OneToken, but neither None nor bool.
+    """
+    return isinstance(mask, BlockMask | OneToken) or (mask is not None and mask.dtype == torch.int64)
 
 
 def attend(q, k, v, mask, is_grouped):
-    """Attention of q (B, H, T, D) to k and v (B, K, T, D) -> (B, H, T, D); mask: see has_kernel."""
+    """Attention of q (B, H, T, D) to k and v (B, K, S, D) -> (B, H, T, D); mask: see has_kernel."""
+    if isinstance(mask, OneToken):
+        # Heads that share keys take the places of tokens, so that no key is repeated in memory.
+        q = q.unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, K, H/K, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.seen).flatten(1, 2)[:, :, None]
     if isinstance(mask, BlockMask):
         flex = compiled_flex_attention() if q.is_cuda else flex_attention
         return flex(q, k, v, block_mask=mask, enable_gqa=is_grouped)
@@ -40,12 +51,19 @@ def compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
+@functools.cache
+def compiled_create_block_mask():
+    """Compiled once: uncompiled, it would materialize all T x T booleans."""
+    return torch.compile(create_block_mask)
+
+
 def document_block_mask(document):
     """The BlockMask of causal attention within documents; document: (B, T), the number of each token's."""
     def attended(b, h, i, j):
         return (document[b, i] == document[b, j]) & (i >= j)
     B, T = document.shape
-    return create_block_mask(attended, B, None, T, T, device=document.device)
+    create = compiled_create_block_mask() if document.is_cuda else create_block_mask
+    return create(attended, B, None, T, T, device=document.device)
 
 # -----------------------------------------------------------------------------
 # On a CPU

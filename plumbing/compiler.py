@@ -134,3 +134,11 @@ def compile_library(path, **constants):
         except OSError as error:
             print(f"{describe(error)}; what is compiled serves this start alone", file=sys.stderr)
         return ctypes.CDLL(linked)
+
+
+class Address(ctypes.c_void_p):
+    """A C function's parameter that takes a tensor as the address of its first element; None as 0."""
+
+    @classmethod
+    def from_param(cls, tensor):
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -20,24 +20,30 @@ from torch import nn
 
 from plumbing import machine
 from plumbing.cli import expect
-from plumbing.compiler import compile_library, find_compiler
+from plumbing.compiler import Address, compile_library, find_compiler
+from plumbing.decoding import StaticReader
 
 # -----------------------------------------------------------------------------
 # Loss
 
-LOGITS_AT_ONCE = 2**26  # Logits that exist at any time: 128 MB in bfloat16.
+LOGITS_AT_ONCE = 2**26  # Logits that exist at any time, where memory is free: 128 MB in bfloat16.
 CACHED_ENTRIES = 2**20  # On the CPU, entries handled at a time, so that float32 passes stay in its cache.
 
 
-def chunked_cross_entropy(x, weight, targets, dtype, logits_at_once=LOGITS_AT_ONCE,
-                          cached_entries=CACHED_ENTRIES):
+def chunked_cross_entropy(x, weight, targets, dtype, logits_at_once=None, cached_entries=CACHED_ENTRIES):
     """The sum in nats, float32, of the cross entropies of x @ weight.T against targets.
 
     x: (N, dim). weight: (V, dim), no gradient of which is made where it is frozen. targets: (N,), of which
     -100 don't count. dtype: of the matrix products. A chunk of rows at a time goes from logits to loss to
-    gradients, so that no (N, V) logits ever exist. The gradients are scaled in place, so that a second
-    backward pass through one loss raises.
+    gradients, so that no (N, V) logits ever exist; logits_at_once None: LOGITS_AT_ONCE, on a GPU fewer if
+    they would not fit. The gradients are scaled in place, so that a second backward pass through one loss
+    raises.
     """
+    if logits_at_once is None:
+        logits_at_once = LOGITS_AT_ONCE
+        # With its softmax, a logit takes up to 14 bytes of a GPU at once. Halves, so that most runs agree.
+        while x.is_cuda and 14 * logits_at_once > free_memory(x.device) and logits_at_once > len(weight):
+            logits_at_once //= 2
     return ChunkedCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled(), logits_at_once,
                                      cached_entries)
 
@@ -217,9 +223,18 @@ class Int8Linear(Int8Weight):
     """Linear with int8 weights."""
 
     def forward(self, x):
+        if not x.is_cpu:
+            return self.multiply_compiled(x)
         rows = max(1, WIDENED_ENTRIES // x.size(-1))
         pieces = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
         return torch.cat([F.linear(x, dequantize(*piece).to(x.dtype)) for piece in pieces], -1)
+
+
+    def multiply_compiled(self, x):
+        """The product as torch.compile makes it best: with one token, of int8 weights as they are read."""
+        if x.numel() == x.size(-1):
+            return (x.float() * self.weight).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Int8Embedding(Int8Weight):
@@ -290,25 +305,17 @@ def compile_blocks(model, dynamic=None):
 def compile_inference(model):
     """What extends caches and makes logits faster: an object with the model's methods extend and head.
 
-    On the CPU a CompiledReader, on other devices the model itself with compiled blocks. None, after a line
-    on standard error that says why, where nothing can be compiled.
+    On the CPU a CompiledReader, on other devices a StaticReader of compiled blocks, which also draws. None,
+    after a line on standard error that says why, where nothing can be compiled.
     """
     if model.norm.weight.device.type != "cpu":
-        return model if compile_blocks(model, dynamic=True) else None
+        return StaticReader(model) if compile_blocks(model, dynamic=True) else None
     try:
         find_compiler()  # Also where this process has compiled the kernels before, CXX may have changed.
         return CompiledReader(model)
     except OSError as error:
         say_uncompiled(error)
         return None
-
-
-class Address(ctypes.c_void_p):
-    """A C function's parameter that takes a tensor as the address of its first element; None as 0."""
-
-    @classmethod
-    def from_param(cls, tensor):
-        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 class Model(ctypes.Structure):
@@ -476,7 +483,8 @@ def keep_freed_memory(device):
 def free_memory(device):
     """Bytes of memory that are free on a device, within a container's limit; mps shares the machine's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return machine.free_memory()
 
 

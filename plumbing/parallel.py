@@ -1,5 +1,6 @@
 """Several processes by torch's own engine: their group, sums over it, a model spread over it."""
 
+import itertools
 import os
 import time
 
@@ -71,12 +72,14 @@ def leave_process_group():
 
 
 def sum_over_ranks(values, device):
-    """The sum over all ranks of each of a list of numbers, as floats."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    """The sums over all ranks of N numbers, or tensors of one: float64 (N,), on the device."""
+    if device.type == "mps":  # It has no float64, and no other ranks.
+        device = torch.device("cpu")
+    sums = torch.stack([value.to(device).double() if isinstance(value, torch.Tensor)
+                        else torch.tensor(value, dtype=torch.float64, device=device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
 
 
 def largest_over_ranks(number, device):
@@ -120,6 +123,10 @@ def shard_parameters(model, device, dtype):
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    # While a block computes, the next one's weights are on their way; in the backward pass the one's before.
+    for layer, following in itertools.pairwise(model.layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
     register_fsdp_forward_method(model, "forward_cached")  # so that a sharded model can sample, too
 
 

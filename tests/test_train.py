@@ -30,6 +30,7 @@ from tiny import (
     untimed,
     write_checkpoint,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama31
 import reference
@@ -160,6 +161,36 @@ def test_a_step_is_adamws_on_the_gradient_of_the_mean_over_all_targets(grad_clip
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert p.grad is None
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=name)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that bring a number to the host, for which a GPU would be waited for."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waiting = torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select
+        self.count += function.overloadpacket in waiting
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("recomputed, micro_batches", [(False, 1), (True, 1), (False, 3)])
+def test_a_step_waits_for_the_loss_and_the_norm_alone(monkeypatch, recomputed, micro_batches):
+    """Tensors' tolist, numpy and cpu pass by the dispatcher on a CPU."""
+    model = random_model()
+    model.compiled_attention = True  # The dense mask of a CPU alone asks whether there are documents.
+    model.activation_checkpointing = recomputed
+    optimizer = model.configure_optimizers(0.1)
+    starts = torch.zeros(2, 9, dtype=torch.bool)
+    starts[0, 4] = True
+    batches = [(*random_tokens(2, 2, 9), starts)] * micro_batches
+    calls = []
+    for name in ("tolist", "numpy", "cpu"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name, method=method, **kwargs:
+                            calls.append(name) or method(*args, **kwargs))
+    with Waits() as waits:
+        llama31.optimize(model, optimizer, batches, 0.1, 1.0, torch.autocast("cpu", enabled=False))
+    assert waits.count == 1 and calls == ["tolist"]
 
 
 def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
