@@ -4,6 +4,7 @@
     python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
     python bench.py memory                                   # what training takes of a device's memory
     python bench.py train --peers                            # steps of training, beside transformers
+    python bench.py --preset llama3.1-8b                     # with random weights
 """
 
 import contextlib
@@ -23,9 +24,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama31 import PRESETS, Llama, ModelArgs, Transformer
-from peers import missing, peers_of
+from peers import missing, peers_of, transformers_runner
 from plumbing import attention, checkpoint, cli, fast, lora
-from plumbing.cli import expect_at_least
+from plumbing.cli import expect, expect_at_least
 from plumbing.machine import peak_process_memory
 from plumbing.run import Stopwatch
 
@@ -180,6 +181,20 @@ def ours(llama):
     return run
 
 
+def drawn(preset, room, batch_size, device, dtype, compile, quantize):
+    """A Llama of a preset's shape with random weights, for rows of so many tokens."""
+    model = Transformer.on_meta(ModelArgs(**PRESETS[preset]))
+    dtype = dtype or fast.fast_dtype(device, torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = ((name, model.init_weight(name, torch.empty(p.shape, dtype=dtype, device=device), generator))
+               for name, p in list(model.named_parameters()))
+    if quantize:
+        fast.load_int8(model, tensors, device, dtype)
+    else:
+        checkpoint.load_weights(model, tensors, device, dtype)
+    return Llama(model.eval(), None, room, batch_size, fast.compile_inference(model) if compile else None)
+
+
 def way(reader):
     """How a Llama with this reader runs: with which instructions where fast.cpp was compiled for it."""
     if isinstance(reader, fast.CompiledReader):
@@ -187,16 +202,18 @@ def way(reader):
     return "eager" if reader is None else "compiled"
 
 
-def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: str | None = None,
-          compile: bool = True, device: str | None = None, batch_size: int = 8, prompt_len: int = 512,
-          decode_prompt_len: int = 128, new: int = 128, rounds: int = 5, peers: bool = False):
-    """Measures loading, prefill and decoding of a checkpoint directory, and the machine before and after.
+def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str | None = None,
+          quantize: str | None = None, compile: bool = True, device: str | None = None, batch_size: int = 8,
+          prompt_len: int = 512, decode_prompt_len: int = 128, new: int = 128, rounds: int = 5,
+          peers: bool = False):
+    """Measures loading, prefill and decoding of a model, and the machine before and after.
 
     Ratios are of tokens per second, ours to theirs: their median over the rounds, and their range. Prompts
     are random tokens, those of a batch of several lengths.
 
     Args:
         ckpt_dir: checkpoint directory; None: the one last written under out/
+        preset: instead of a checkpoint, a shape such as llama3.2-1b, with random weights
         dtype: float32, bfloat16 or float16; None: bfloat16 on cuda, elsewhere as stored
         quantize: int8, in half of bfloat16's memory
         compile: compile inference
@@ -206,17 +223,23 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
         decode_prompt_len: tokens of the longest prompt in front of decoding
         new: tokens to generate
         rounds: how often each contestant has its turn
-        peers: also transformers and llama.cpp, if they are installed, with the same weights, in alternation
+        peers: also transformers and llama.cpp, if they are installed, with the same weights, in alternation;
+            with a preset transformers alone, with random weights
     """
     expect_at_least(1, batch_size=batch_size, prompt_len=prompt_len, decode_prompt_len=decode_prompt_len,
                     rounds=rounds)
     expect_at_least(2, new=new)
-    ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
+    expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
+    expect(preset is None or ckpt_dir is None, "preset", preset, "no --ckpt_dir beside it")
     device = fast.choose_device(device)
     room = max(prompt_len, decode_prompt_len) + new
     before = limits(device)
     start = time.perf_counter()
-    llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
+    if preset:
+        llama = drawn(preset, room, batch_size, device, fast.choose_dtype(dtype), compile, quantize)
+    else:
+        ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
+        llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
     load_seconds = time.perf_counter() - start
     fast.keep_freed_memory(device)
     args = llama.model.args
@@ -230,7 +253,11 @@ def speed(*, ckpt_dir: str | None = None, dtype: str | None = None, quantize: st
 
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
-        if peers:
+        if peers and preset:
+            if not missing("transformers"):
+                model = transformers_model(args, device, stored)
+                contestants["transformers"] = transformers_runner(model, device)
+        elif peers:
             gguf_kind = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[kind]
             gguf_kind = "q8_0" if quantize else gguf_kind
             contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, stored, device, room, batch_size)
@@ -415,13 +442,16 @@ def run_step():
     return prepared_step()
 
 
-def transformers_model(args):
+def transformers_model(args, device, dtype=torch.float32):
+    """transformers' model of the same shape, with random weights."""
     import transformers
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.hidden_dim,
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads,
         num_key_value_heads=args.n_kv_heads, head_dim=args.head_dim,
-        tie_word_embeddings=args.tie_word_embeddings, use_cache=False))
+        tie_word_embeddings=args.tie_word_embeddings, use_cache=False)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def random_documents(vocab_size, batch_size, seq_len, document):
@@ -446,7 +476,7 @@ def prepare_step(name, args, batch_size, seq_len, document, device, dtype, compi
     global prepared_step
     x, y = (tokens.to(device) for tokens in random_documents(args.vocab_size, batch_size, seq_len, document))
     if name == "transformers":
-        model = transformers_model(args).to(device)
+        model = transformers_model(args, device)
         forward = torch.compile(model) if compile else model
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     else:
@@ -476,9 +506,9 @@ def prepare_step(name, args, batch_size, seq_len, document, device, dtype, compi
 
 
 def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49152, n_layers: int = 30,
-                document: int = 150, rounds: int = 5, compile: bool = True, device: str | None = None,
-                dtype: str | None = None, peers: bool = False):
-    """Measures steps of training a model of dim 576, over float32 weights, as a table.
+                preset: str | None = None, document: int = 150, rounds: int = 5, compile: bool = True,
+                device: str | None = None, dtype: str | None = None, peers: bool = False):
+    """Measures steps of training a model of dim 576, or of a preset, over float32 weights, as a table.
 
     Once with causal attention and once with --doc_mask, in alternation. Ratios are of the first row's tokens
     per second to the others': their median over the rounds, and their range.
@@ -488,6 +518,7 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
         seq_len: tokens of a window
         vocab_size: token ids
         n_layers: blocks
+        preset: a shape such as llama3.2-1b instead of these
         document: tokens of a document on average; a TinyStory has 150
         rounds: how often each contestant has its turn
         compile: compile the blocks with torch.compile
@@ -497,11 +528,13 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, document=document, rounds=rounds)
     expect_at_least(2, vocab_size=vocab_size)
+    expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
     device = fast.choose_device(device)
     compute = fast.choose_dtype(dtype) or fast.fast_dtype(device)
     compile = compile and fast.can_compile(device)
     args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
                      multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
+    args = ModelArgs(**PRESETS[preset]) if preset else args
     flops = batch_size * seq_len * Transformer.on_meta(args).flops_per_token(seq_len)
     peak = gemm_peak(compute, device)
     print(f"{machine(device)}: {fast.name_of(compute)} {peak / 1e9:,.0f} GFLOP/s; "

@@ -35,7 +35,11 @@ def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
     absent = missing("transformers", "llama_cpp", "gguf")
     peers = {}
     if "transformers" not in absent:
-        peers["transformers"] = transformers_runner(ckpt_dir, folder / "hf", dtype, device)
+        import transformers  # It takes seconds, and is wanted only with --peers.
+        convert.to_hf(ckpt_dir, folder / "hf")
+        transformers.logging.set_verbosity_error()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).to(device)
+        peers["transformers"] = transformers_runner(model, device)
     if device.type == "cpu" and "llama_cpp" not in absent and "gguf" not in absent:
         model, pieces = llama31.open_checkpoint(ckpt_dir)
         write_gguf(folder / "model.gguf", model.args, pieces, kind, model.rope_frequencies)  # for ids alone
@@ -46,20 +50,15 @@ def peers_of(ckpt_dir, folder, kind, dtype, device, room, batch_size):
 # transformers
 
 
-def transformers_runner(ckpt_dir, folder, dtype, device):
-    """transformers' generate, on a Hugging Face folder that is written first."""
-    import transformers  # It takes seconds, and is wanted only with --peers.
-    convert.to_hf(ckpt_dir, folder)
-    transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-
+def transformers_runner(model, device):
+    """transformers' generate."""
     def seconds(prompts, new):
         width = max(len(row) for row in prompts)  # generate wants padding on the left
         tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
         start = time.perf_counter()
-        made = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new,
-                              min_new_tokens=new, pad_token_id=0, eos_token_id=[])
+        made = model.generate(tokens, attention_mask=mask, do_sample=False, use_cache=True,
+                              max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=[])
         made.tolist()  # This waits for a GPU.
         return time.perf_counter() - start
 
