@@ -35,17 +35,23 @@ def chunked_cross_entropy(x, weight, targets, dtype, logits_at_once=None, cached
 
     x: (N, dim). weight: (V, dim), no gradient of which is made where it is frozen. targets: (N,), of which
     -100 don't count. dtype: of the matrix products. A chunk of rows at a time goes from logits to loss to
-    gradients, so that no (N, V) logits ever exist; logits_at_once None: LOGITS_AT_ONCE, on a GPU fewer if
-    they would not fit. The gradients are scaled in place, so that a second backward pass through one loss
-    raises.
+    gradients, so that no (N, V) logits ever exist; logits_at_once None: as many as fit. The gradients are
+    scaled in place, so that a second backward pass through one loss raises.
     """
-    if logits_at_once is None:
-        logits_at_once = LOGITS_AT_ONCE
-        # With its softmax, a logit takes up to 14 bytes of a GPU at once. Halves, so that most runs agree.
-        while x.is_cuda and 14 * logits_at_once > free_memory(x.device) and logits_at_once > len(weight):
-            logits_at_once //= 2
+    logits_at_once = logits_at_once or logits_that_fit(x.device)
     return ChunkedCrossEntropy.apply(x, weight, targets, dtype, torch.is_grad_enabled(), logits_at_once,
                                      cached_entries)
+
+
+def logits_that_fit(device):
+    """LOGITS_AT_ONCE, or a power of two below it if a GPU lacks the memory."""
+    number = LOGITS_AT_ONCE
+    # With its softmax, a logit takes up to 14 bytes. A CPU makes that of a few rows at a time.
+    if device.type == "cuda":
+        free = free_memory(device)
+        while number > 2**20 and 14 * number > free:
+            number //= 2  # not just what fits, so that the sums of most runs are the same
+    return number
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -446,3 +446,15 @@ def test_int8_has_bfloat16s_perplexity_of_real_text_within_half_a_percent(smollm
         ours, expected = (math.exp(load_checkpoint(smollm2_dir, quantize=quantize)(inputs, targets))
                           for quantize in ("int8", None))
     assert ours == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 70), (1, 70), (3, 1, 70), (2, 5, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_products_for_torch_compile_have_the_values_of_the_cpus(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    layer = Int8Linear(*quantize(torch.randn(50, 70, generator=generator)), dtype)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    found = layer.multiply_compiled(x)
+    assert found.shape == layer(x).shape and found.dtype == dtype
+    exact = x.double() @ fast.dequantize(layer.quantized, layer.scale).double().T
+    assert (found - exact).abs().max() <= (1e-5 if dtype is torch.float32 else 1e-2) * exact.abs().max()

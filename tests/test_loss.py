@@ -1,11 +1,15 @@
 """The loss: chunked as if whole, documents apart as if run alone, blocks recomputed as if kept."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import SHAPE, assert_close, random_model, random_tokens
+from torch.profiler import ProfilerActivity, profile
 
 from llama31 import document_mask
+from plumbing import attention, fast
 from plumbing.attention import document_block_mask
 from plumbing.fast import chunked_cross_entropy
 
@@ -181,16 +185,27 @@ def test_flex_attention_has_the_logits_of_the_boolean_mask():
         assert_close(model.trunk(tokens, positions, flex_mask(tokens)), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has gradients only on cuda")
-def test_flex_attention_has_the_gradients_of_the_boolean_mask_on_cuda():
-    tokens = torch.cat([packed(70, 60, 20), packed(1, 140, 9)])
-    model = random_model()
-    model(tokens, tokens, BOS).backward()
-    expected = gradients(model)
-    model.cuda()
-    model(tokens.cuda(), tokens.cuda(), BOS).backward()
-    for name, grad in gradients(model).items():
-        assert (grad.cpu() - expected[name]).abs().max() <= 1e-3 * expected[name].abs().max()
+@pytest.mark.slow
+def test_a_compiled_block_mask_is_the_same_and_makes_no_matrix_of_booleans():
+    document = (torch.rand(1, 2048, generator=torch.Generator().manual_seed(0)) < 0.01).cumsum(1)
+    expected = attention.document_block_mask(document)
+    compiled = torch.compile(attention.create_block_mask)
+    make = functools.partial(attention.document_block_mask, document, compiled)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(make(), name), getattr(expected, name))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        make()
+    most = max(event.nbytes() for event in profiled.profiler.kineto_results.events()
+               if event.name() == "[memory]")
+    assert most < 2048 * 2048 / 16
+
+
+@pytest.mark.parametrize("free, number", [(2**40, 2**26), (14 * 2**26, 2**26), (14 * 2**26 - 1, 2**25),
+                                          (14 * 2**22, 2**22), (0, 2**20)])
+def test_a_gpu_makes_as_many_logits_as_fit(monkeypatch, free, number):
+    monkeypatch.setattr(fast, "free_memory", lambda device: free)
+    assert fast.logits_that_fit(torch.device("cuda")) == number
+    assert fast.logits_that_fit(torch.device("cpu")) == 2**26
 
 
 @pytest.mark.parametrize("bos_id", [None, BOS])
