@@ -1117,13 +1117,14 @@ def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
     """Gives a model on the meta device its weights: a checkpoint's pieces, or drawn with a seed.
 
     They have the types that the model's parameters have on that device. fsdp: as shards, which are gathered
-    in dtype. adapters: a folder with those of an adapted model; None: drawn.
+    in dtype, see train. adapters: a folder with those of an adapted model; None: drawn.
     """
     # Of what is trained there is a weight, a gradient and two averages.
     num_bytes = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
-    parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, shared=fsdp)
+    sharing = parallel.ranks_that_share(fsdp)
+    parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, sharing)
     if fsdp:
-        parallel.shard_parameters(model, device, dtype)
+        parallel.shard_parameters(model, device, dtype, sharing)
     if pieces:
         tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
         if lora.is_adapted(model):
@@ -1172,7 +1173,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80, sample_interval: int = 0,
           save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
           shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
-          fsdp: bool = False, lora_rank: int = 0, lora_alpha: float | None = None,
+          fsdp: bool | int = False, lora_rank: int = 0, lora_alpha: float | None = None,
           quantize: str | None = None, param_dtype: str = "float32", device: str | None = None,
           dtype: str | None = None, compile: bool | None = None):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
@@ -1211,7 +1212,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         shuffle: a new order of the windows in each epoch
         doc_mask: documents of a window don't see each other
         activation_checkpointing: compute each block twice, to keep less in memory
-        fsdp: processes share out weights and optimizer (FSDP2); else each has all of them (DDP)
+        fsdp: processes share out weights and optimizer (FSDP2), a number: so many of them do, as on one
+            machine, and each such group has all of them (HSDP); else each process has (DDP)
         lora_rank: freeze the model and train adapters of this rank on its layers' matrices (LoRA); 0: don't;
             checkpoints are PEFT's files then, and at the end OUT_DIR/merged is the model with the best
         lora_alpha: adapters count lora_alpha / lora_rank times; None: twice

@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from plumbing.cli import expect
 from plumbing.fast import check_memory, choose_device
 
 
@@ -100,24 +101,38 @@ def gather_over_ranks(value):
     return values
 
 
-def check_memory_of_ranks(what, num_bytes, device, shared):
-    """Raises ValueError if a device has less free than a rank takes; shared: the ranks share it out."""
-    if shared:
-        num_bytes /= dist.get_world_size()
+def ranks_that_share(fsdp):
+    """How many ranks share out one copy of the weights; fsdp: False, True for all, or that number.
+
+    ValueError where it doesn't divide the number of ranks.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    number = (world_size if fsdp else 1) if isinstance(fsdp, bool) else fsdp
+    expect(number > 0 and world_size % number == 0, "fsdp", number,
+           f"a number that divides that of the processes, {world_size}")
+    return number
+
+
+def check_memory_of_ranks(what, num_bytes, device, sharing):
+    """Raises ValueError if a device has less free than a rank takes; sharing: how many share it out."""
+    num_bytes /= sharing
     if device.type == "cpu":  # The processes of a machine share its memory.
         num_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check_memory(what, num_bytes, device)
 
 
-def shard_parameters(model, device, dtype):
-    """Spreads weights, gradients and optimizer over the ranks, which gather one block at a time (FSDP2).
+def shard_parameters(model, device, dtype, sharing):
+    """Spreads weights, gradients and optimizer over ranks, which gather one block at a time (FSDP2).
 
-    dtype: in which they gather what is trained. Beside frozen weights, each is gathered as it is stored, as
+    sharing: how many ranks, neighbours, hold one copy; where there are several copies, their gradients are
+    summed (HSDP). dtype: in which they gather what is trained. Beside frozen weights, each is gathered as it is stored, as
     that may be int8 and its scales. Gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh  # Sampling need not wait for this import.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    copies = dist.get_world_size() // sharing
+    sizes = {"copy": copies, "shard": sharing} if copies > 1 else {"shard": sharing}
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     gathered = dtype if all(p.requires_grad for p in model.parameters()) else None
     policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:

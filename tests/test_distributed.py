@@ -65,7 +65,8 @@ def assert_same_run(one, several):
 
 
 @pytest.mark.parametrize("processes, flags", [
-    (4, ["--activation_checkpointing"]), (1, ["--fsdp"]), (4, ["--fsdp", "--activation_checkpointing"])],
+    (4, ["--activation_checkpointing"]), (1, ["--fsdp"]), (4, ["--fsdp", "--activation_checkpointing"]),
+    (4, ["--fsdp=2"]), (2, ["--fsdp=1"])],
     ids=str)
 def test_several_processes_have_the_losses_of_one(corpus, tmp_path, one_process, processes, flags):
     result, out_dir = train(corpus, processes, tmp_path, "--batch_size=2", "--sample_interval=10", *EXACT,
@@ -107,7 +108,9 @@ def test_an_evaluation_is_the_same_on_any_number_of_ranks(corpus, tmp_path):
 
 @pytest.mark.parametrize("before, after", [
     ((2, "--fsdp"), (4, "--fsdp")), ((4, "--fsdp"), (1, "--fsdp=False")),
-    ((2, "--fsdp=False"), (2, "--fsdp"))], ids=str)
+    ((2, "--fsdp=False"), (2, "--fsdp")), ((4, "--fsdp=2"), (4, "--fsdp")),
+    ((4, "--fsdp"), (4, "--fsdp=2")), ((4, "--fsdp=2"), (2, "--fsdp=False")),
+    ((2, "--fsdp=False"), (4, "--fsdp=2"))], ids=str)
 def test_a_run_resumes_on_another_number_of_ranks(corpus, tmp_path, one_process, before, after):
     for processes, flag in (before, after):
         for late in ("step_000014", "step_000020"):
@@ -116,7 +119,7 @@ def test_a_run_resumes_on_another_number_of_ranks(corpus, tmp_path, one_process,
                                    "--save_interval=7", "--keep=9", *EXACT)
         assert result.returncode == 0, result.stderr[-6000:]
     assert_same_run(one_process, out_dir)
-    if "--fsdp" in before:
+    if before[1] == "--fsdp":
         assert len(list((out_dir / "step_000007" / "optimizer").glob("*.distcp"))) == before[0]
 
 
