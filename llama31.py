@@ -1212,8 +1212,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         shuffle: a new order of the windows in each epoch
         doc_mask: documents of a window don't see each other
         activation_checkpointing: compute each block twice, to keep less in memory
-        fsdp: processes share out weights and optimizer (FSDP2), a number: so many of them do, as on one
-            machine, and each such group has all of them (HSDP); else each process has (DDP)
+        fsdp: processes share out weights and optimizer (FSDP2); a number: so many do, and each such group
+            has a copy (HSDP); else each process has one (DDP)
         lora_rank: freeze the model and train adapters of this rank on its layers' matrices (LoRA); 0: don't;
             checkpoints are PEFT's files then, and at the end OUT_DIR/merged is the model with the best
         lora_alpha: adapters count lora_alpha / lora_rank times; None: twice
