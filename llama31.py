@@ -41,6 +41,7 @@ from plumbing import answers, attention, checkpoint, cli, decoding, fast, files,
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
+from plumbing.muon import Muon
 from plumbing.parallel import sum_over_ranks
 from plumbing.resume import locked, resumable
 from plumbing.run import Run, entropy_floor
@@ -475,11 +476,12 @@ class Transformer(nn.Module):
 
     def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
                              betas: tuple[float, float] = (0.9, 0.95), seed: int = 0,
-                             compile: bool | None = None) -> torch.optim.Optimizer:
+                             compile: bool | None = None, muon: bool = False) -> torch.optim.Optimizer:
         """AdamW with decay on matrices and none on norms; one fused kernel where the device has it.
 
         Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one. bfloat16
-        weights are rounded stochastically, with a seed, in a pass that is compiled where that works.
+        weights are rounded stochastically, with a seed, in a pass that is compiled where that works. muon:
+        the layers' matrices move by Muon instead. The embedding is none: its rows are looked up one by one.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -487,6 +489,9 @@ class Transformer(nn.Module):
         if parameters[0].dtype == torch.bfloat16:
             return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
         fused = parameters[0].device.type in ("cuda", "cpu", "mps")
+        if muon:
+            matrices = [p for p in self.layers.parameters() if p.dim() == 2]
+            return Muon(groups, matrices, lr=learning_rate, betas=betas, fused=fused)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 # -----------------------------------------------------------------------------
@@ -1170,10 +1175,11 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           batch_size: int = 4, seq_len: int = 1024, total_batch_tokens: int | None = None,
           steps: int | None = None, epochs: int = 1, lr: float = 1e-5, min_lr: float | None = None,
           warmup_steps: int = 10, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
-          grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80, sample_interval: int = 0,
-          save_interval: int = 1000, keep: int = 2, seed: int = 1337, resume: bool = False,
-          shuffle: bool = False, doc_mask: bool = True, activation_checkpointing: bool = False,
-          fsdp: bool | int = False, lora_rank: int = 0, lora_alpha: float | None = None,
+          muon: bool = False, grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80,
+          sample_interval: int = 0, save_interval: int = 1000, keep: int = 2, seed: int = 1337,
+          resume: bool = False, shuffle: bool = False, doc_mask: bool = True,
+          activation_checkpointing: bool = False, fsdp: bool | int = False,
+          lora_rank: int = 0, lora_alpha: float | None = None,
           quantize: str | None = None, param_dtype: str = "float32", device: str | None = None,
           dtype: str | None = None, compile: bool | None = None):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
@@ -1200,6 +1206,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         warmup_steps: steps in which the learning rate rises
         weight_decay: pull of matrices towards zero (AdamW)
         betas: how slowly AdamW's averages of gradients and of their squares change
+        muon: layers' matrices move in all directions alike: from scratch more is learned in the same time
         grad_clip: largest norm of the gradient; 0: any
         eval_interval: steps from one evaluation to the next; the last step is always evaluated
         eval_steps: windows that an evaluation looks at, the first ones; 0: all
@@ -1233,6 +1240,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
     expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
+    expect(not (muon and (fsdp or lora_rank or param_dtype != "float32")), "muon", muon,
+           "no --fsdp, --lora_rank or --param_dtype beside it, as it wants whole matrices in float32")
     rank, world_size, place = parallel.join_process_group(device, needed=fsdp)
     compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
     fast.keep_freed_memory(place)
@@ -1273,7 +1282,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     model.compiled_attention = compile is not False and attention.can_compile(place)
-    optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile)
+    optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile, muon)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)
         loader.load_state_dict(progress["loader"])

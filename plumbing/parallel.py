@@ -124,9 +124,9 @@ def check_memory_of_ranks(what, num_bytes, device, sharing):
 def shard_parameters(model, device, dtype, sharing):
     """Spreads weights, gradients and optimizer over ranks, which gather one block at a time (FSDP2).
 
-    sharing: how many ranks, neighbours, hold one copy; where there are several copies, their gradients are
-    summed (HSDP). dtype: in which they gather what is trained. Beside frozen weights, each is gathered as it is stored, as
-    that may be int8 and its scales. Gradients are summed in float32.
+    dtype: in which they gather what is trained. Beside frozen weights, each is gathered as it is stored, as
+    that may be int8 and its scales. Gradients are summed in float32. sharing: how many ranks, neighbours,
+    hold one copy; where there are several copies, their gradients are summed (HSDP).
     """
     from torch.distributed.device_mesh import init_device_mesh  # Sampling need not wait for this import.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -76,7 +76,8 @@ def take_lock(path):
 # The flags of a run
 
 # Others would give other windows, other losses or another model.
-FIXED = ("seq_len", "shuffle", "seed", "doc_mask", "lora_rank", "lora_alpha", "quantize", "param_dtype")
+FIXED = ("seq_len", "shuffle", "seed", "doc_mask", "lora_rank", "lora_alpha", "quantize", "param_dtype",
+         "muon")
 FREE = ("batch_size", "dtype", "compile")  # They change without a word.
 SOURCES = ("ckpt_dir", "preset", "tokenizer_path")  # On resuming, a checkpoint of all weights is the source.
 PASSING = ("out_dir", "resume", "device")  # They belong to one start on one machine.

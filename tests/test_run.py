@@ -187,7 +187,7 @@ DEFAULTS = {
         train_data="tinystories/TinyStories_train*.bin", val_data=None,
         out_dir="out/train", preset=None, ckpt_dir=None, tokenizer_path=None, batch_size=4, seq_len=1024,
         total_batch_tokens=None, steps=None, epochs=1, lr=1e-5, min_lr=None, warmup_steps=10,
-        weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0, eval_interval=100, eval_steps=80,
+        weight_decay=0.1, betas=(0.9, 0.95), muon=False, grad_clip=1.0, eval_interval=100, eval_steps=80,
         sample_interval=0, save_interval=1000, keep=2, seed=1337, resume=False, shuffle=False, doc_mask=True,
         activation_checkpointing=False, fsdp=False, lora_rank=0, lora_alpha=None, quantize=None,
         param_dtype="float32", device=None, dtype=None, compile=None),
@@ -218,11 +218,11 @@ DEFAULTS = {
         tokenizer_path=None, shots=0, seed=1337, max_seq_len=None, device=None, dtype=None, compile=None,
         quantize=None, json=False),
     bench.speed: dict(
-        ckpt_dir=None, dtype=None, quantize=None, compile=True, device=None, batch_size=8, prompt_len=512,
-        decode_prompt_len=128, new=128, rounds=5, peers=False),
+        ckpt_dir=None, preset=None, dtype=None, quantize=None, compile=True, device=None, batch_size=8,
+        prompt_len=512, decode_prompt_len=128, new=128, rounds=5, peers=False),
     bench.train_speed: dict(
-        batch_size=4, seq_len=512, vocab_size=49152, n_layers=30, document=150, rounds=5, compile=True,
-        device=None, dtype=None, peers=False),
+        batch_size=4, seq_len=512, vocab_size=49152, n_layers=30, preset=None, document=150, rounds=5,
+        compile=True, device=None, dtype=None, peers=False),
     bench.memory: dict(batch_size=1, seq_len=2048)}
 
 
@@ -243,7 +243,7 @@ def test_the_defaults_of_library_calls_are_those_that_users_know():
                 for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
     assert defaults == dict(
         tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None, compile=None,
-        quantize=None, weight_decay=0.1, betas=(0.9, 0.95), seed=0)
+        quantize=None, weight_decay=0.1, betas=(0.9, 0.95), seed=0, muon=False)
     assert llama31.PROMPTS == reference.PROMPTS
 
 
