@@ -1242,7 +1242,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
     expect(not (muon and (fsdp or lora_rank or param_dtype != "float32")), "muon", muon,
            "no --fsdp, --lora_rank or --param_dtype beside it, as it wants whole matrices in float32")
-    rank, world_size, place = parallel.join_process_group(device, needed=fsdp)
+    rank, world_size, place = parallel.join_process_group(device, needed=bool(fsdp))
     compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
     fast.keep_freed_memory(place)
 

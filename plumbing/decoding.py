@@ -31,7 +31,10 @@ class StaticReader:
 
     def __init__(self, model):
         self.model = model
-        self.head = model.head
+
+    def head(self, x):
+        """As Transformer.head."""
+        return self.model.head(x)
 
     def extend(self, tokens, start_pos, caches):
         """As Transformer.extend."""
