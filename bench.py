@@ -4,7 +4,6 @@
     python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
     python bench.py memory                                   # what training takes of a device's memory
     python bench.py train --peers                            # steps of training, beside transformers
-    python bench.py --preset llama3.1-8b                     # with random weights
 """
 
 import contextlib
@@ -181,9 +180,15 @@ def ours(llama):
     return run
 
 
-def drawn(preset, room, batch_size, device, dtype, compile, quantize):
-    """A Llama of a preset's shape with random weights, for rows of so many tokens."""
-    model = Transformer.on_meta(ModelArgs(**PRESETS[preset]))
+def args_of(preset):
+    """A preset's shape; ValueError if there is none of that name."""
+    expect(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    return ModelArgs(**PRESETS[preset])
+
+
+def drawn(args, room, batch_size, device, dtype, compile, quantize):
+    """A Llama of a shape with random weights, for rows of so many tokens."""
+    model = Transformer.on_meta(args)
     dtype = dtype or fast.fast_dtype(device, torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     tensors = ((name, model.init_weight(name, torch.empty(p.shape, dtype=dtype, device=device), generator))
@@ -229,14 +234,14 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
     expect_at_least(1, batch_size=batch_size, prompt_len=prompt_len, decode_prompt_len=decode_prompt_len,
                     rounds=rounds)
     expect_at_least(2, new=new)
-    expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
     expect(preset is None or ckpt_dir is None, "preset", preset, "no --ckpt_dir beside it")
+    args = args_of(preset) if preset else None
     device = fast.choose_device(device)
     room = max(prompt_len, decode_prompt_len) + new
     before = limits(device)
     start = time.perf_counter()
-    if preset:
-        llama = drawn(preset, room, batch_size, device, fast.choose_dtype(dtype), compile, quantize)
+    if args:
+        llama = drawn(args, room, batch_size, device, fast.choose_dtype(dtype), compile, quantize)
     else:
         ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
         llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
@@ -253,14 +258,12 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
 
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
-        if peers and preset:
-            if not missing("transformers"):
-                model = transformers_model(args, device, stored)
-                contestants["transformers"] = transformers_runner(model, device)
-        elif peers:
-            gguf_kind = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[kind]
-            gguf_kind = "q8_0" if quantize else gguf_kind
-            contestants |= peers_of(ckpt_dir, Path(folder), gguf_kind, stored, device, room, batch_size)
+        if peers and preset and not missing("transformers"):
+            model = transformers_model(args, device, stored)
+            contestants["transformers"] = transformers_runner(model, device)
+        elif peers and not preset:
+            gguf = "q8_0" if quantize else {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[kind]
+            contestants |= peers_of(ckpt_dir, Path(folder), gguf, stored, device, room, batch_size)
         for job in jobs:
             for contestant in contestants.values():
                 contestant(job.prompts, min(job.new, 4))  # warms up
@@ -352,9 +355,8 @@ def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False, form=FULL):
     softmax = 4 * softmax_rows * args.vocab_size
     # The logits in float32 and their logarithmic softmax; and the one before, if there is one.
     softmaxes = 3 if softmax_rows < num_tokens else 2
-    most = max(softmaxes * softmax, softmax + (gradient if form["lora_rank"] == 0 else 0))
-    copy = 2 * output if form == FULL and not fsdp else 0
-    return copy + 2 * chunk_rows * args.vocab_size + most
+    most = max(softmaxes * softmax, softmax + gradient * (form["lora_rank"] == 0))
+    return 2 * output * (form == FULL and not fsdp) + 2 * chunk_rows * args.vocab_size + most
 
 
 def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False,
@@ -423,7 +425,6 @@ def memory(*, batch_size: int = 1, seq_len: int = 2048):
                 fits = [f"{room} GB" for room in (24, 48, 80) if recomputed < 0.92 * room]  # CUDA takes some
                 cells.append(f"{plain:,.0f}, {recomputed:,.0f}: {fits[0] if fits else 'none'}")
             print(f"| {name} | {way} | {' | '.join(cells)} |")
-
 
 # -----------------------------------------------------------------------------
 # Speed of training
@@ -528,13 +529,12 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, document=document, rounds=rounds)
     expect_at_least(2, vocab_size=vocab_size)
-    expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
+    args = args_of(preset) if preset else ModelArgs(
+        dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size, multiple_of=256,
+        tie_word_embeddings=True, max_seq_len=seq_len)
     device = fast.choose_device(device)
     compute = fast.choose_dtype(dtype) or fast.fast_dtype(device)
     compile = compile and fast.can_compile(device)
-    args = ModelArgs(dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size,
-                     multiple_of=256, tie_word_embeddings=True, max_seq_len=seq_len)
-    args = ModelArgs(**PRESETS[preset]) if preset else args
     flops = batch_size * seq_len * Transformer.on_meta(args).flops_per_token(seq_len)
     peak = gemm_peak(compute, device)
     print(f"{machine(device)}: {fast.name_of(compute)} {peak / 1e9:,.0f} GFLOP/s; "

@@ -57,12 +57,12 @@ def compiled_create_block_mask():
     return torch.compile(create_block_mask)
 
 
-def document_block_mask(document, create=None):
+def document_block_mask(document):
     """The BlockMask of causal attention within documents; document: (B, T), the number of each token's."""
     def attended(b, h, i, j):
         return (document[b, i] == document[b, j]) & (i >= j)
     B, T = document.shape
-    create = create or (compiled_create_block_mask() if document.is_cuda else create_block_mask)
+    create = compiled_create_block_mask() if document.is_cuda else create_block_mask
     return create(attended, B, None, T, T, device=document.device)
 
 # -----------------------------------------------------------------------------

@@ -45,19 +45,19 @@ class StaticReader:
         """As Llama.draws, with the same ids; rows that have ended go on, and nobody looks at them."""
         device = self.model.norm.weight.device
         room = caches[0].k.size(1)
-        uniforms = uniforms.to(device)
-        tokens, last = unread(texts, start_pos, device)
-        logits = self.model.forward_cached(tokens, start_pos, caches, last, self)
-        step = Step(self.model, caches, sampler, uniforms, texts, num_ids)
-        step.draw(logits)
+        longest = max(map(len, texts))
+        step = Step(self.model, caches, sampler, uniforms.to(device), texts, num_ids)
         for count in range(uniforms.size(1)):
+            if count == 0:
+                tokens, last = unread(texts, start_pos, device)
+                step.draw(self.model.forward_cached(tokens, start_pos, caches, last, self))
+            else:
+                # Powers of two, so that few sizes are recorded.
+                step.run(min(room, 2 ** max(8, (longest + count - 1).bit_length())))
             ids = step.ids.tolist()  # The host waits here, and nowhere else.
             if -1 in ids:
                 raise ValueError(NOT_FINITE)
             yield step.logits.clone(), ids
-            longest = min(step.longest + count + 1, room)
-            if count + 1 < uniforms.size(1):
-                step.run(min(room, 2 ** max(8, (longest - 1).bit_length())))
 
 
 class Step:
@@ -70,7 +70,6 @@ class Step:
         self.caches = caches
         self.sampler = sampler
         self.uniforms = uniforms
-        self.longest = max(map(len, texts))
         self.last_position = caches[0].k.size(1) - 1
         self.count = torch.zeros((), dtype=torch.int64, device=device)  # tokens drawn for each row
         self.positions = torch.tensor([[len(text) - 1] for text in texts], device=device)  # (B, 1)
@@ -92,7 +91,7 @@ class Step:
         if not self.uniforms.is_cuda:
             self.extend(size)
             return
-        if size != self.size:  # as often as the text's length doubles
+        if size != self.size:
             self.record(size)
         self.recording.replay()
 
@@ -165,7 +164,8 @@ def drawn(logits: Tensor, uniform: Tensor, sampler, seen: Tensor | None = None) 
     kept = weights >= sampler.min_p
     if sampler.top_p < 1 or sampler.top_k:
         total = weights.sum(1, keepdim=True)
-        ranked, order = weights.sort(dim=1, descending=True, stable=True)  # of equals, the lower id first
+        # Stable, it leaves of equals the lower id first.
+        ranked, order = weights.sort(dim=1, descending=True, stable=True)
         held = ranked.cumsum(1)
         # A token is dropped when the likelier ones alone already hold top_p.
         likely = torch.ones_like(kept)

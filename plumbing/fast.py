@@ -235,7 +235,6 @@ class Int8Linear(Int8Weight):
         pieces = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
         return torch.cat([F.linear(x, dequantize(*piece).to(x.dtype)) for piece in pieces], -1)
 
-
     def multiply_compiled(self, x):
         """The product as torch.compile makes it best: with one token, of int8 weights as they are read."""
         if x.numel() == x.size(-1):

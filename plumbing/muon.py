@@ -31,10 +31,11 @@ class Muon(torch.optim.AdamW):
                     state["step"] = torch.zeros(())  # AdamW wants to find it when it is loaded.
                     state["momentum"] = torch.zeros_like(p)
                 average = state["momentum"].lerp_(p.grad, 1 - self.momentum)
-                direction = orthogonalized(p.grad.lerp(average, self.momentum))  # Nesterov's look ahead
+                # The gradient counts once more on top of the average, as Nesterov has it.
+                direction = orthogonalized(p.grad.lerp(average, self.momentum))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-                p.grad = None  # so that AdamW leaves it as it is
+                p.grad = None  # AdamW leaves what has none.
         return super().step(closure)
 
 

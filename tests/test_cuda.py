@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(
 
 # Sums in other orders differ in the last digits of float32; bfloat16 has 8 digits of a binary number.
 CLOSENESS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-HEADS_OF_64 = dict(dim=256, n_heads=4, n_kv_heads=2, multiple_of=64)  # as flash kernels want them
+HEADS_OF_64 = dict(dim=256, n_heads=4, n_kv_heads=2, multiple_of=64)  # Flash kernels want such a width.
 PROMPTS = [[5, 6, 7], [1], [8, 9] * 30]
 
 

@@ -78,6 +78,10 @@ def test_caches_hold_all_but_the_tokens_drawn_last_and_go_on_from_there():
     assert_same_steps(found, expected)
 
 
+def test_no_token_is_drawn_where_none_is_asked_for():
+    assert steps(static(random_llama()), [[5, 6]], 0) == []
+
+
 def test_each_steps_logits_are_its_own():
     """They are not a place that the next step writes to."""
     found = steps(static(random_llama()), [[5, 6]], 3, temperature=0)

@@ -1,12 +1,9 @@
 """The loss: chunked as if whole, documents apart as if run alone, blocks recomputed as if kept."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import SHAPE, assert_close, random_model, random_tokens
-from torch.profiler import ProfilerActivity, profile
+from tiny import SHAPE, assert_close, random_model, random_tokens, tensor_bytes
 
 from llama31 import document_mask
 from plumbing import attention, fast
@@ -186,17 +183,14 @@ def test_flex_attention_has_the_logits_of_the_boolean_mask():
 
 
 @pytest.mark.slow
-def test_a_compiled_block_mask_is_the_same_and_makes_no_matrix_of_booleans():
+def test_a_compiled_block_mask_is_the_same_and_makes_no_matrix_of_booleans(monkeypatch):
     document = (torch.rand(1, 2048, generator=torch.Generator().manual_seed(0)) < 0.01).cumsum(1)
     expected = attention.document_block_mask(document)
-    compiled = torch.compile(attention.create_block_mask)
-    make = functools.partial(attention.document_block_mask, document, compiled)
+    monkeypatch.setattr(attention, "create_block_mask", torch.compile(attention.create_block_mask))
+    found = attention.document_block_mask(document)
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-        assert torch.equal(getattr(make(), name), getattr(expected, name))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        make()
-    most = max(event.nbytes() for event in profiled.profiler.kineto_results.events()
-               if event.name() == "[memory]")
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    most, _ = tensor_bytes(lambda: attention.document_block_mask(document))
     assert most < 2048 * 2048 / 16
 
 

@@ -7,31 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import output
-from torch.profiler import ProfilerActivity, profile
+from tiny import output, tensor_bytes
 
 import bench
 from llama31 import PRESETS, ModelArgs, Transformer, save_checkpoint
 from plumbing import fast
 
 SMALL = dict(dim=64, n_layers=8, n_heads=2, n_kv_heads=1, multiple_of=32)
-
-
-def tensor_bytes(function):
-    """The most bytes of tensors that a function allocates at any time, and those it leaves.
-
-    The profiler sees what torch's allocator gives, also inside of operations. That is the same on every
-    processor, which the memory of the process is not.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = function()  # noqa: F841 (it holds what is left)
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = 0
-    most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most, live
 
 
 def train(args, batch_size, seq_len, recomputed, model=None):

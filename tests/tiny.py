@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import llama31
 from llama31 import Llama, ModelArgs, Transformer
@@ -117,6 +118,27 @@ def shard_bytes(tokens, magic=20240801, version=7, count=None):
 def shard_tokens(path):
     """The tokens of a .bin shard as they are stored, with the marks of version 8."""
     return np.frombuffer(path.read_bytes()[1024:], "<u4")
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+def tensor_bytes(function):
+    """The most bytes of tensors that a function allocates at any time, and those it leaves.
+
+    The profiler sees what torch's allocator gives, also inside of operations. That is the same on every
+    processor, which the memory of the process is not.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = function()  # noqa: F841 (it holds what is left)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = 0
+    most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most, live
 
 
 # -----------------------------------------------------------------------------
