@@ -240,6 +240,10 @@ def test_a_narrow_matrix_widened_in_parts_has_the_wide_ones_loss(cached_entries)
         inputs = [x.clone().requires_grad_(), weight.requires_grad_()]
         loss = chunked_cross_entropy(*inputs, targets, torch.float32, cached_entries=cached_entries)
         loss.backward()
-        outcomes.append((loss.detach(), inputs[0].grad, inputs[1].grad.bfloat16()))
-    for found, expected in zip(*outcomes, strict=True):
-        assert_close(found, expected)
+        outcomes.append((loss.detach(), inputs[0].grad, inputs[1].grad.float()))
+    (loss, dx, dweight), (expected_loss, expected_dx, expected_dweight) = outcomes
+    assert_close(loss, expected_loss)
+    assert_close(dx, expected_dx)
+    # Each entry is rounded to the 8 digits of bfloat16; sums in another order may be rounded the other way.
+    rounding = 2**-8 * expected_dweight.abs()
+    assert ((dweight - expected_dweight).abs() <= rounding + 1e-5 * expected_dweight.abs().max()).all()
