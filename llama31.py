@@ -1419,8 +1419,8 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
             tiny_stories.tokenize(str(data), vocabulary, num_workers=1)  # 1 s; workers start slower
             train(train_data=str(data / "TinyStories_train*.bin"),
                   val_data=str(data / "TinyStories_val.bin"), out_dir=str(part), preset="demo",
-                  tokenizer_path=vocabulary, batch_size=6, seq_len=256, steps=1200, lr=3e-3, min_lr=0.0,
-                  warmup_steps=30, eval_interval=300, eval_steps=0, save_interval=0, shuffle=True)
+                  tokenizer_path=vocabulary, batch_size=2, seq_len=1024, steps=800, lr=3e-3, min_lr=0.0,
+                  warmup_steps=30, muon=True, eval_interval=200, eval_steps=0, save_interval=0, shuffle=True)
             expect((part / "loss.png").exists(), "the demo", "cut short", "a whole run; start it again")
     sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 

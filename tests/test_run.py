@@ -258,8 +258,8 @@ def test_the_demo_trains_by_its_recipe(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="enough"):
         llama31.demo(out_dir=str(tmp_path / "demo"))
     [flags] = calls
-    recipe = dict(preset="demo", batch_size=6, seq_len=256, steps=1200, lr=3e-3, min_lr=0.0, warmup_steps=30,
-                  eval_interval=300, eval_steps=0, save_interval=0, shuffle=True)
+    recipe = dict(preset="demo", batch_size=2, seq_len=1024, steps=800, lr=3e-3, min_lr=0.0, warmup_steps=30,
+                  muon=True, eval_interval=200, eval_steps=0, save_interval=0, shuffle=True)
     assert {name: flags[name] for name in recipe} == recipe
     assert flags.keys() - recipe.keys() == {"train_data", "val_data", "out_dir", "tokenizer_path"}
     assert PRESETS["demo"] == dict(dim=192, n_layers=2, n_heads=3, n_kv_heads=3, multiple_of=32,
