@@ -2,12 +2,12 @@
 
     python bench.py                                          # the checkpoint last written under out/
     python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
-    python bench.py memory                                   # what training takes of a device's memory
     python bench.py train --peers                            # steps of training, beside transformers
+    python bench.py memory                                   # what training takes of a GPU's memory
+    python bench.py plan --preset llama3.1-70b --gpus 64     # how GPUs should share a model
 """
 
 import contextlib
-import dataclasses
 import itertools
 import multiprocessing
 import platform
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+import planner
 from llama31 import PRESETS, Llama, ModelArgs, Transformer
 from peers import missing, peers_of, transformers_runner
-from plumbing import attention, checkpoint, cli, fast, lora
+from plumbing import attention, checkpoint, cli, fast
 from plumbing.cli import expect, expect_at_least
 from plumbing.machine import peak_process_memory
 from plumbing.run import Stopwatch
@@ -296,137 +296,6 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
         print(row)
 
 # -----------------------------------------------------------------------------
-# Memory of training
-
-
-FULL = dict(param_dtype="float32", lora_rank=0, quantize=None)  # train's default of what is trained, and how
-
-
-def prepared(args, form):
-    """The model on the meta device in a form such as FULL, of weights that are stored in bfloat16."""
-    model = Transformer.on_meta(args)
-    lora.prepare(model, torch.bfloat16, form["param_dtype"], form["lora_rank"], None, form["quantize"], "")
-    return model
-
-
-def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype=None, form=FULL):
-    """Bytes that a forward pass keeps for the backward pass, besides the parameters.
-
-    dtype: of the parameters; None: as form has it. The computation is in bfloat16. Tensors are fakes, which
-    have a size only.
-    """
-    model = prepared(args, form)
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # Several tensors may be views of one storage.
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {name: torch.empty(p.shape, dtype=dtype or p.dtype)
-                 for name, p in model.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-        model.tie()
-        model.activation_checkpointing = activation_checkpointing
-        tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-        autocast = torch.autocast("cpu", torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            loss = model(tokens, tokens)  # noqa: F841 (it holds what is kept)
-        for p in model.parameters():
-            kept.pop(p.untyped_storage()._cdata, None)
-        return sum(storage.nbytes() for storage in kept.values())
-
-
-def loss_bytes(args, num_tokens, fsdp=False, on_cpu=False, form=FULL):
-    """Bytes that chunked_cross_entropy takes while it runs, besides the gradients that it keeps.
-
-    These are, in bfloat16, the output matrix (which FSDP and bfloat16 weights have already) and a chunk of
-    logits; then in float32 the softmax of the chunk, or one softmax beside the chunk's gradient of the
-    matrix, unless it is frozen. The CPU makes both of few rows at a time, and widens the gradient to add it.
-    """
-    _, output = matrix_weights(args)
-    chunk_rows = max(1, min(num_tokens, fast.LOGITS_AT_ONCE // args.vocab_size))
-    softmax_rows = chunk_rows
-    gradient = 2 * output
-    if on_cpu:
-        softmax_rows = max(1, min(chunk_rows, fast.CACHED_ENTRIES // args.vocab_size))
-        gradient = (2 + 4) * min(args.vocab_size, max(1, fast.CACHED_ENTRIES // args.dim)) * args.dim
-    softmax = 4 * softmax_rows * args.vocab_size
-    # The logits in float32 and their logarithmic softmax; and the one before, if there is one.
-    softmaxes = 3 if softmax_rows < num_tokens else 2
-    most = max(softmaxes * softmax, softmax + gradient * (form["lora_rank"] == 0))
-    return 2 * output * (form == FULL and not fsdp) + 2 * chunk_rows * args.vocab_size + most
-
-
-def training_memory(args, batch_size, seq_len, processes=1, fsdp=False, activation_checkpointing=False,
-                    on_cpu=False, form=FULL):
-    """Bytes of tensors that each process of training holds at its peak, with arithmetic in bfloat16.
-
-    Of what is trained there is a weight, a gradient and AdamW's two averages: 16 bytes a parameter in
-    float32. FSDP shares all out, but gathers the embedding, the output and two blocks, in bfloat16 or as a
-    frozen one is stored, and sums gradients in float32. To this comes what the forward pass keeps, and the
-    larger of what the loss takes at its end and what recomputing a block, or widening a matrix, takes.
-    Not counted are holes between tensors, which on the CPU take up to a fifth more, and memory inside of an
-    operation: without AVX512, a CPU multiplies transposed bfloat16 matrices into a float32 copy.
-    """
-    def saved(n_layers, recomputed):
-        return saved_bytes(dataclasses.replace(args, n_layers=n_layers), batch_size, seq_len, recomputed,
-                           torch.bfloat16 if fsdp and form == FULL else None, form)
-
-    model = prepared(args, form)
-    parameters = list(model.parameters())
-    block = list(model.layers[0].parameters())
-    outer = [*model.tok_embeddings.parameters(), *model.norm.parameters()]
-    outer += [] if args.tie_word_embeddings else model.output.parameters()
-    states = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
-    if fsdp:
-        states /= processes
-        for count, gathered in ((1, outer), (2, block)):
-            states += sum(count * (2 * p.numel() if form["lora_rank"] == 0 else p.nbytes) for p in gathered)
-            states += sum(4 * p.numel() for p in gathered if p.requires_grad)
-    # Every further block keeps as much as the second one.
-    kept = saved(1, activation_checkpointing)
-    kept += (args.n_layers - 1) * (saved(2, activation_checkpointing) - kept)
-    most = loss_bytes(args, batch_size * seq_len, fsdp, on_cpu, form)
-    widened = 0
-    if form["quantize"]:  # One matrix at a time is in float32 and in bfloat16.
-        widened = (4 + 2) * args.dim * args.hidden_dim
-    if activation_checkpointing:
-        if not fsdp or form["lora_rank"]:  # Autocast's copies of weights live as long as the forward pass.
-            most += 2 * sum(p.numel() for layer in model.layers for p in layer.parameters()
-                            if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32)
-        widened += saved(2, False) - saved(1, False)
-    return int(states + kept + max(most, widened))
-
-
-def memory(*, batch_size: int = 1, seq_len: int = 2048):
-    """Prints as a Markdown table what training takes of each GPU, in GiB, and where that fits.
-
-    A cell has what it takes, what with --activation_checkpointing, and the smallest GPU that has that.
-
-    Args:
-        batch_size: windows that a GPU computes at once
-        seq_len: tokens of a window
-    """
-    ways = {"one, or eight with DDP": {}, "eight with --fsdp": dict(processes=8, fsdp=True)}
-    forms = {"all in float32": FULL, "--param_dtype bfloat16": FULL | dict(param_dtype="bfloat16"),
-             "--lora_rank 16": FULL | dict(lora_rank=16),
-             "--lora_rank 16 --quantize int8": FULL | dict(lora_rank=16, quantize="int8")}
-    print(f"| model | GPUs, {batch_size} x {seq_len:,} tokens each | {' | '.join(forms)} |")
-    print(f"|---|---|{'---|' * len(forms)}")
-    for name in ("llama3.2-1b", "llama3.2-3b", "llama3.1-8b", "llama3.1-70b"):
-        for way, settings in ways.items():
-            cells = []
-            for form in forms.values():
-                plain, recomputed = (training_memory(
-                    ModelArgs(**PRESETS[name]), batch_size, seq_len, activation_checkpointing=saving,
-                    form=form, **settings) / 2**30 for saving in (False, True))
-                fits = [f"{room} GB" for room in (24, 48, 80) if recomputed < 0.92 * room]  # CUDA takes some
-                cells.append(f"{plain:,.0f}, {recomputed:,.0f}: {fits[0] if fits else 'none'}")
-            print(f"| {name} | {way} | {' | '.join(cells)} |")
-
-# -----------------------------------------------------------------------------
 # Speed of training
 
 
@@ -562,4 +431,5 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
 
 
 if __name__ == "__main__":
-    cli.run({"speed": speed, "train": train_speed, "memory": memory}, default="speed")
+    cli.run({"speed": speed, "train": train_speed, "memory": planner.memory, "plan": planner.plan},
+            default="speed")

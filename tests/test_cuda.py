@@ -21,8 +21,8 @@ from tiny import (
     write_checkpoint,
 )
 
-import bench
 import llama31
+import planner
 import reference
 from llama31 import Llama, ModelArgs, Transformer
 from plumbing import attention, fast
@@ -179,11 +179,11 @@ def test_one_process_under_torchrun_trains_as_without(corpus, tmp_path, flag):
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the CPU's memory is measured in tests/test_memory.py")
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_memory_is_what_bench_py_says(form):
+def test_memory_is_what_the_planner_says(form):
     recomputed = form.get("activation_checkpointing", False)
-    form = bench.FULL | {name: value for name, value in form.items() if name in bench.FULL}
+    form = planner.FULL | {name: value for name, value in form.items() if name in planner.FULL}
     args = ModelArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=4, vocab_size=32000, multiple_of=256)
-    model = bench.prepared(args, form)
+    model = planner.prepared(args, form)
     state = {name: torch.zeros(p.shape, dtype=p.dtype, device=DEVICE) for name, p in
              model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -199,6 +199,6 @@ def test_memory_is_what_bench_py_says(form):
             model(tokens, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-    computed = bench.training_memory(args, 4, 1024, activation_checkpointing=recomputed, form=form)
+    computed = planner.training_memory(args, 4, 1024, activation_checkpointing=recomputed, form=form)
     # Compiled blocks keep fewer activations than the count, which is of uncompiled ones.
     assert 0.6 * computed < torch.cuda.max_memory_allocated() < 1.1 * computed

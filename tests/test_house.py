@@ -17,7 +17,8 @@ BUDGETS = {
     "convert.py": 230,
     "evaluate.py": 306,  # 220, a line of help for each of its 22 flags
     "chat.py": 195,  # 140, a line of help for each of its 14 flags, and what is pasted or piped
-    "bench.py": 565,  # 500, the memory of four ways to train, and presets with random weights
+    "bench.py": 440,
+    "planner.py": 405,  # what training takes of GPUs, out of bench.py, and how they should share a model
     "peers.py": 140,
     "plumbing/fast.py": 586,  # 450, and weights of fewer bits than the arithmetic, devices and their types
     "plumbing/fast.cpp": 630,  # 620, and int8 products for each kind of processor
@@ -51,7 +52,7 @@ BUDGETS = {
     "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
 }
 SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
-           "peers"}
+           "planner", "peers"}
 
 
 def imports(path):

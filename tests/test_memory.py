@@ -1,15 +1,14 @@
-"""The memory that bench.py says training takes, against what tensors take here; and memory that is kept."""
+"""The memory that planner.py computes, against what tensors take here; and memory that is kept."""
 
 import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import output, tensor_bytes
+from tiny import ROOT, output, tensor_bytes
 
-import bench
+import planner
 from llama31 import PRESETS, ModelArgs, Transformer, save_checkpoint
 from plumbing import fast
 
@@ -41,7 +40,7 @@ def train(args, batch_size, seq_len, recomputed, model=None):
     (SMALL | dict(dim=32, n_layers=1, vocab_size=20000), 1, 1000, False)])  # logits
 def test_training_holds_the_bytes_of_tensors_that_are_computed(settings, batch_size, seq_len, recomputed):
     args = ModelArgs(**settings)
-    computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
+    computed = planner.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
                                      on_cpu=True)
     measured, left = tensor_bytes(lambda: train(args, batch_size, seq_len, recomputed))
     assert left == 0 and computed == pytest.approx(measured, rel=0.03)
@@ -49,7 +48,7 @@ def test_training_holds_the_bytes_of_tensors_that_are_computed(settings, batch_s
 
 def bfloat16_model(args, form):
     """A model in a form of training, on the CPU, with weights of zeros, which take what others do."""
-    model = bench.prepared(args, form)
+    model = planner.prepared(args, form)
     state = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     model.tie()
@@ -65,8 +64,8 @@ def bfloat16_model(args, form):
     (SMALL | dict(n_layers=1, vocab_size=8000, tie_word_embeddings=True), 1, 256, False)])  # logits
 def test_other_forms_of_training_hold_the_bytes_computed(form, settings, batch_size, seq_len, recomputed):
     args = ModelArgs(**settings)
-    form = bench.FULL | form
-    computed = bench.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
+    form = planner.FULL | form
+    computed = planner.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,
                                      on_cpu=True, form=form)
     measured, left = tensor_bytes(lambda: train(args, batch_size, seq_len, recomputed,
                                                 bfloat16_model(args, form)))
@@ -98,54 +97,43 @@ def test_a_forward_pass_keeps_exactly_the_bytes_that_are_computed(dtype, recompu
 
     _, left = tensor_bytes(forward)
     loss_bytes = 4  # They are left, too; the tokens are kept, but were there before.
-    assert bench.saved_bytes(args, 2, 16, recomputed, dtype) == left - loss_bytes + tokens.nbytes
+    assert planner.saved_bytes(args, 2, 16, recomputed, dtype) == left - loss_bytes + tokens.nbytes
 
 
 def test_the_loss_takes_a_chunk_of_logits_and_their_softmax():
     args = ModelArgs(dim=64, n_layers=1, n_heads=1, vocab_size=2**17)
     matrix = 2 * 64 * 2**17  # in bfloat16
-    assert bench.loss_bytes(args, 500) == matrix + (2 + 4 + 4) * 500 * 2**17
-    assert bench.loss_bytes(args, 512) == matrix + (2 + 4 + 4) * fast.LOGITS_AT_ONCE
-    assert bench.loss_bytes(args, 513) == matrix + (2 + 4 + 4 + 4) * fast.LOGITS_AT_ONCE
-    assert bench.loss_bytes(args, 500, fsdp=True) == (2 + 4 + 4) * 500 * 2**17
+    assert planner.loss_bytes(args, 500) == matrix + (2 + 4 + 4) * 500 * 2**17
+    assert planner.loss_bytes(args, 512) == matrix + (2 + 4 + 4) * fast.LOGITS_AT_ONCE
+    assert planner.loss_bytes(args, 513) == matrix + (2 + 4 + 4 + 4) * fast.LOGITS_AT_ONCE
+    assert planner.loss_bytes(args, 500, fsdp=True) == (2 + 4 + 4) * 500 * 2**17
     cached = fast.CACHED_ENTRIES
-    assert bench.loss_bytes(args, 500, on_cpu=True) == matrix + 2 * 500 * 2**17 + (4 + 4 + 4) * cached
-    assert bench.loss_bytes(args, 8, on_cpu=True) == matrix + 2 * cached + (4 + 2 + 4) * cached
+    assert planner.loss_bytes(args, 500, on_cpu=True) == matrix + 2 * 500 * 2**17 + (4 + 4 + 4) * cached
+    assert planner.loss_bytes(args, 8, on_cpu=True) == matrix + 2 * cached + (4 + 2 + 4) * cached
 
 
 def test_the_loss_of_few_tokens_takes_the_gradient_of_the_matrix():
     args = ModelArgs(dim=64, n_layers=1, n_heads=1, vocab_size=2**17)
     matrix = 2 * 64 * 2**17
-    assert bench.loss_bytes(args, 2) == matrix + (2 + 4) * 2 * 2**17 + matrix
-    frozen = bench.FULL | dict(lora_rank=1)
-    assert bench.loss_bytes(args, 2, form=frozen) == (2 + 4 + 4) * 2 * 2**17
+    assert planner.loss_bytes(args, 2) == matrix + (2 + 4) * 2 * 2**17 + matrix
+    frozen = planner.FULL | dict(lora_rank=1)
+    assert planner.loss_bytes(args, 2, form=frozen) == (2 + 4 + 4) * 2 * 2**17
 
 
 def test_one_row_of_logits_may_be_larger_than_what_is_handled_at_once():
     args = ModelArgs(dim=2, n_layers=1, n_heads=1, vocab_size=2**27)
-    assert bench.loss_bytes(args, 1, on_cpu=True) == 2 * 2 * 2**27 + (2 + 4 + 4) * 2**27
-
-
-def test_fsdp_gathers_two_blocks_and_shares_out_the_states():
-    args = ModelArgs(**SMALL, vocab_size=1000)
-    model = Transformer.on_meta(args)
-    total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    kept = bench.saved_bytes(args, 1, 8, False, torch.bfloat16)
-    states = 16 * total // 8 + (2 + 4) * (2 * 1000 * 64 + 64) + (2 * 2 + 4) * block
-    assert bench.training_memory(args, 1, 8, 8, fsdp=True) == states + kept + bench.loss_bytes(args, 8, True)
+    assert planner.loss_bytes(args, 1, on_cpu=True) == 2 * 2 * 2**27 + (2 + 4 + 4) * 2**27
 
 
 def test_fsdp_shares_out_the_states_and_checkpointing_keeps_less():
     args = ModelArgs(**PRESETS["llama3.2-1b"])
 
-    def size(**settings):
-        return bench.training_memory(args, 1, 512, **settings)
+    def size(sharing=1, **settings):
+        return planner.training_memory(args, 1, 512, planner.Sharing(sharing), **settings)
     assert size(activation_checkpointing=True) < size() - 500e6
     parameters = 1_235_814_400
     assert 16 * parameters < size(activation_checkpointing=True) < 21 * parameters
-    two, eight = (size(processes=n, fsdp=True) for n in (2, 8))
-    assert two - eight == 16 * parameters * 3 / 8
+    assert size(2) - size(8) == 16 * parameters * 3 / 8
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
@@ -174,8 +162,7 @@ fresh = faults()
 faults()
 print(fresh, faults())
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=Path(bench.__file__).parent, capture_output=True,
-                         text=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     fresh, later = map(int, out.split())
     assert later < 0.1 * fresh if is_kept else later > 0.9 * fresh
 

@@ -17,6 +17,7 @@ import chat
 import convert
 import evaluate
 import llama31
+import planner
 import reference
 import stories
 import tiny_stories
@@ -223,7 +224,9 @@ DEFAULTS = {
     bench.train_speed: dict(
         batch_size=4, seq_len=512, vocab_size=49152, n_layers=30, preset=None, document=150, rounds=5,
         compile=True, device=None, dtype=None, peers=False),
-    bench.memory: dict(batch_size=1, seq_len=2048)}
+    planner.memory: dict(batch_size=1, seq_len=2048),
+    planner.plan: dict(gpu_memory=80, machine=8, batch_size=1, seq_len=8192, total_batch_tokens=None,
+                       param_dtype="float32", lora_rank=0, quantize=None)}
 
 
 @pytest.mark.parametrize("command", DEFAULTS, ids=lambda command: f"{command.__module__}.{command.__name__}")
