@@ -8,6 +8,7 @@
 Tensors keep their bytes; plumbing/huggingface.py knows how their names and the order of rows differ.
 """
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 import llama31
 from plumbing import cli
-from plumbing.checkpoint import merge_pieces, save_checkpoint, stored_dtype
+from plumbing.checkpoint import save_checkpoint
 from plumbing.fast import choose_dtype
 from plumbing.files import complete_folder, read_json
 from plumbing.gguf_file import choose_kind, write_gguf
@@ -35,6 +36,7 @@ from plumbing.huggingface import (
     write_json,
 )
 from plumbing.lora import save_merged
+from plumbing.mapped import stored_dtype
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.vocabularies import full_vocabulary, ids_of, metas_tokenizer, write_tokenizer_json
 from tokenizer import Tokenizer, find_tokenizer
@@ -45,7 +47,7 @@ from tokenizer import Tokenizer, find_tokenizer
 
 def whole_tensor(name, pieces, args, dtype):
     """The tensor of some pieces with its rows in Hugging Face's order; dtype None: its own."""
-    tensor = reordered(name, merge_pieces(name, pieces), args, to_meta=False)
+    tensor = reordered(name, pieces.whole(), args, to_meta=False)
     return tensor.to(dtype or tensor.dtype)
 
 
@@ -77,7 +79,7 @@ def write_tensors(folder, args, pieces, max_file_bytes, dtype):
     groups = []  # the names of each file's tensors
     room = 0  # bytes that the last group may still take
     for name in names:
-        num_bytes = sum(piece.numel() * (dtype or piece.dtype).itemsize for piece in pieces[name])
+        num_bytes = math.prod(pieces[name].shape) * (dtype or pieces[name].dtype).itemsize
         num_bytes += 250  # A tensor's entry in the file's header takes at most that.
         if num_bytes > room:
             groups.append([])
@@ -137,7 +139,7 @@ def from_hf(src: str, dst: str, *, dtype: str | None = None):
     refuse_existing(dst)
     dtype = choose_dtype(dtype)
     args, pieces, _ = open_hugging_face(src, to_meta=True)
-    state = {name: tensor.to(dtype or tensor.dtype) for name, [tensor] in pieces.items()}
+    state = {name: parts.whole().to(dtype or parts.dtype) for name, parts in pieces.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(dst, args, state, metas_tokenizer(src, Path(folder), args.vocab_size))
 

@@ -41,8 +41,8 @@ from plumbing import answers, attention, checkpoint, cli, decoding, fast, files,
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.dialogs import describe, pack_dialogs
+from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
-from plumbing.parallel import sum_over_ranks
 from plumbing.resume import locked, resumable
 from plumbing.run import Run, entropy_floor
 from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
@@ -506,7 +506,7 @@ def read_args(ckpt_dir):
 
 
 def open_checkpoint(ckpt_dir):
-    """(Transformer on the meta device, tensor name -> its memory-mapped pieces) of a checkpoint directory.
+    """(Transformer on the meta device, tensor name -> its Pieces in files) of a checkpoint directory.
 
     The directory is Meta's or Hugging Face's. The output is tied if declared, absent or equal to the
     embedding. Errors: see read_args and both open_pieces.
@@ -531,12 +531,12 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
     device = torch.device(device)
     model, pieces = open_checkpoint(ckpt_dir)
-    stored = checkpoint.stored_dtype(pieces)
+    stored = stored_dtype(pieces)
     compute = dtype or fast.fast_dtype(device, stored)
     kept = stored if dtype is None and device.type == "cpu" else compute
     num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
     fast.check_memory(f"the weights of {ckpt_dir}", num_bytes, device)
-    tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+    tensors = merged(pieces, model.args.tie_word_embeddings)
     if quantize:
         fast.load_int8(model, tensors, device, compute)
         return model.eval()
@@ -1044,7 +1044,7 @@ def evaluate(model, loader, num_windows, doc_mask, byte_lengths, autocast):
         counted = targets[targets != -100]
         count += len(counted)
         num_bytes += int(byte_lengths[counted].sum())
-    nats, count, num_bytes = sum_over_ranks([nats, count, num_bytes], byte_lengths.device).tolist()
+    nats, count, num_bytes = parallel.sum_over_ranks([nats, count, num_bytes], byte_lengths.device).tolist()
     return nats / max(count, 1), nats / math.log(2) / max(num_bytes, 1)  # a bit is log(2) nats
 
 
@@ -1059,7 +1059,7 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
     # A mean of means would favour the targets of batches that have few.
-    count, = sum_over_ranks([sum((targets != -100).sum() for _, targets, _ in batches)], device)
+    count, = parallel.sum_over_ranks([sum((targets != -100).sum() for _, targets, _ in batches)], device)
     total = torch.zeros((), device=device)
     for i, (inputs, targets, starts) in enumerate(batches, start=1):
         # DDP: all-reduce the gradients after the last micro-batch only.
@@ -1069,7 +1069,7 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
         # DDP and FSDP average gradients over the ranks; the shares have to be added, hence world_size.
         (share * world_size).backward()
         total += share.detach()
-    loss, = sum_over_ranks([total], device)
+    loss, = parallel.sum_over_ranks([total], device)
     # One odd batch must not throw the weights far: longer gradients are scaled down to the norm grad_clip.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     # Only here is a GPU waited for. Of the norm FSDP has each rank's part.
@@ -1131,7 +1131,7 @@ def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
     if fsdp:
         parallel.shard_parameters(model, device, dtype, sharing)
     if pieces:
-        tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+        tensors = taken(pieces, model.args.tie_word_embeddings)
         if lora.is_adapted(model):
             tensors = lora.adapted_tensors(model, tensors, seed, adapters)
     else:
@@ -1270,7 +1270,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
                 vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
     progress = run.load_progress(flags, data)
-    stored = checkpoint.stored_dtype(pieces) if pieces else torch.float32
+    stored = stored_dtype(pieces) if pieces else torch.float32
     save, saved_dtype, prepared = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha, quantize,
                                                ckpt_dir)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

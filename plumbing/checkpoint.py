@@ -7,7 +7,6 @@ and how Meta splits them are known here: a model is a value with parameters.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from plumbing import mapped, parallel
 from plumbing.cli import say
 from plumbing.files import complete_folder
-from plumbing.parallel import whole_weights
+from plumbing.mapped import Pieces, split_dim
 from plumbing.tokenizer_json import copy_tokenizer
 
 OUR_PARAMS = "llama31.json"
@@ -61,21 +61,6 @@ def read_params(path, shape):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     return args, fields
-
-
-def split_dim(name):
-    """The dimension along which Meta's model-parallel files split a tensor; None: each has all of it."""
-    if name.endswith("norm.weight"):
-        return None
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-
-
-def merge_pieces(name, pieces):
-    """The whole tensor of one piece per file; of a single file it is the piece itself, memory-mapped."""
-    dim = split_dim(name)
-    if len(pieces) == 1 or dim is None:
-        return pieces[0]
-    return torch.cat(pieces, dim)
 
 
 def load_file(path, map_location="cpu"):
@@ -171,7 +156,7 @@ def weight_files(ckpt_dir):
 
 
 def open_pieces(ckpt_dir, shapes):
-    """(name -> its memory-mapped pieces, one per consolidated.NN.pth, and whether the output is tied).
+    """(name -> its Pieces, one per consolidated.NN.pth, and whether the output is tied).
 
     shapes: name -> list of sizes of the whole tensor. The output is tied if it is absent or equal to the
     embedding. Strict: FileNotFoundError for an absent file; ValueError names an unreadable one, lists the
@@ -201,43 +186,29 @@ def open_pieces(ckpt_dir, shapes):
                 raise ValueError(f"{path}: its {name} differs from that of {files[0].name}; expected files "
                                  "of one model, download them again")
     tied = all(torch.equal(state["output.weight"], state["tok_embeddings.weight"]) for state in states)
-    return {name: [state[name] for state in states] for name in shapes}, tied
-
-
-def stored_dtype(pieces):
-    """The type of open_pieces' matrices; of several, the one that holds all of their values."""
-    types = {piece.dtype for parts in pieces.values() for piece in parts if piece.dim() > 1}
-    return functools.reduce(torch.promote_types, types)
-
-
-def merged(pieces, tied):
-    """Yields (name, tensor) of open_pieces' pieces, merged one at a time; a tied output not at all.
-
-    They leave the dictionary, so that a piece stays in memory only as long as its tensor is used.
-    """
-    if tied:
-        del pieces["output.weight"]
-    for name in list(pieces):
-        yield name, merge_pieces(name, pieces.pop(name))
+    return {name: Pieces(name, [state[name] for state in states]) for name in shapes}, tied
 
 
 def load_weights(model, tensors, device, dtype=None):
-    """Gives a model on the meta device its weights, from (name, tensor) pairs, one at a time.
+    """Gives a model on the meta device its weights, from (name, tensor or Pieces) pairs, one at a time.
 
-    dtype: of all; None: each as in the model. Of a sharded model each rank keeps its shard, so that no more
-    than one tensor is ever whole.
+    dtype: of all; None: each as in the model. Of a sharded model each rank reads and keeps its part.
     """
     layout = model.state_dict()
     state = {}
     for name, tensor in tensors:
-        is_sharded = hasattr(layout[name], "placements")
-        if is_sharded:
-            from torch.distributed.tensor import distribute_tensor  # Sampling need not wait for this import.
-            # Every rank has the same tensor, so nothing is sent: src_data_rank is None.
-            tensor = distribute_tensor(tensor, layout[name].device_mesh, layout[name].placements,
-                                       src_data_rank=None)
         kind = dtype or layout[name].dtype
-        state[name] = tensor.to(device, kind, copy=is_sharded)  # The copy lets go of the whole tensor.
+        if parallel.is_sharded(layout[name]):
+            offsets, sizes = parallel.own_part(layout[name])
+            if isinstance(tensor, Pieces):
+                part = tensor.part(offsets, sizes)
+            else:
+                part = tensor[tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))]
+            # The copy lets go of the whole tensor, or of the file's map.
+            state[name] = parallel.as_part(part.to(device, kind, copy=True), layout[name])
+        else:
+            whole = tensor.whole() if isinstance(tensor, Pieces) else tensor
+            state[name] = whole.to(device, kind)
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -273,17 +244,20 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
                     replace=False):
     """Writes a checkpoint directory, Meta's, which appears under its name when complete.
 
-    params: the shape, a dictionary or a dataclass such as ModelArgs. state: name -> tensor. The others: see
-    checkpoint_folder.
+    params: the shape, a dictionary or a dataclass such as ModelArgs. state: name -> tensor, or what yields
+    one such dictionary for each file. The others: see checkpoint_folder.
     """
     if dataclasses.is_dataclass(params):
         params = dataclasses.asdict(params)
+    states = [state] if isinstance(state, dict) else state
     with checkpoint_folder(path, tokenizer_path, progress, optimizer_dir, replace) as part:
         ours = {name: value for name, value in params.items() if name in OUR_FIELDS}
         metas = {name: value for name, value in params.items() if name not in OUR_FIELDS}
         for name, fields in (("params.json", metas), (OUR_PARAMS, ours)):
             (part / name).write_text(json.dumps(fields, indent=2) + "\n")
-        save_file(state, part / "consolidated.00.pth")
+        for i, state in enumerate(states):
+            save_file(state, part / f"consolidated.{i:02d}.pth")
+            del state  # before the next one is made
 
 
 def newest_checkpoint(folder="out"):
@@ -369,9 +343,12 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
             dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # such as no space left
         raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
-    weights = whole_weights(model, dtype)
-    if is_master:
-        save(path, model.args, weights, tokenizer_path, progress, optimizer_dir)
+    states = mapped.weights_of_files(model, dtype)
+    if not is_master:
+        for _ in states:
+            pass
+    else:
+        save(path, model.args, states, tokenizer_path, progress, optimizer_dir)
         point_best(path.parent, best)
         if keep is not None:
             drop_checkpoints(path.parent, keep, best)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.checkpoint import merge_pieces, split_dim
 from plumbing.files import check_disk, complete, read_json
 from tokenizer import SPLIT_PATTERN
 
@@ -65,7 +64,7 @@ def write_gguf(path, args, pieces, kind, frequencies, vocabulary=None, template=
     if args.use_scaled_rope:
         tensors["rope_freqs.weight"] = [len(frequencies)], types.F32
     for name in order:
-        sizes = whole_sizes(name, pieces[name])
+        sizes = pieces[name].shape
         tensors[names.get_name(name, [".weight"])] = sizes, type_of(sizes)
     check_disk(path, sum(num_bytes(*entry) for entry in tensors.values()), Path(path).parent)
     with complete(path) as file:
@@ -98,17 +97,9 @@ def write_gguf(path, args, pieces, kind, frequencies, vocabulary=None, template=
             unscaled = args.rope_theta ** -(torch.arange(0, args.head_dim, 2).float() / args.head_dim)
             write("rope_freqs.weight", unscaled / frequencies)
         for name in order:
-            tensor = merge_pieces(name, pieces.pop(name))
+            tensor = pieces.pop(name).whole()
             write(names.get_name(name, [".weight"]), in_order(name, tensor) if in_order else tensor)
         file.write(bytes(-file.tell() % writer.data_alignment))
-
-
-def whole_sizes(name, parts):
-    """The sizes of a tensor that has been split into these parts."""
-    sizes = list(parts[0].shape)
-    if split_dim(name) is not None:
-        sizes[split_dim(name)] *= len(parts)
-    return sizes
 
 
 def add_shape(writer, args, kind):

@@ -6,6 +6,7 @@ rows 2i and 2i + 1 of a head together, Hugging Face's turns rows i and i + D/2.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.checkpoint import check_tensors
 from plumbing.files import read_json
+from plumbing.mapped import Pieces
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -140,14 +142,22 @@ def tensor_names(args):
     return names
 
 
+def heads_of(name, args):
+    """How many heads the rows of wq and wk belong to; None: other tensors. name: Meta's."""
+    return {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name.split(".")[-2])
+
+
+def in_order(rows, heads, to_meta):
+    """So many heads' rows in the order of the other format."""
+    # A head's rows are two halves in Hugging Face's order, and pairs in Meta's.
+    sizes = (heads, 2, -1) if to_meta else (heads, -1, 2)
+    return rows.unflatten(0, sizes).transpose(1, 2).flatten(0, 2)
+
+
 def reordered(name, weight, args, to_meta):
     """A tensor with its rows in the order of the other format; name: Meta's."""
-    heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return weight
-    # A head's rows are two halves in Hugging Face's order, and pairs in Meta's.
-    rows = (heads, 2, -1) if to_meta else (heads, -1, 2)
-    return weight.unflatten(0, rows).transpose(1, 2).flatten(0, 2)
+    heads = heads_of(name, args)
+    return in_order(weight, heads, to_meta) if heads else weight
 
 
 def holds_weights(ckpt_dir):
@@ -238,10 +248,10 @@ def read_tensors(folder):
 
 
 def open_pieces(ckpt_dir, args, shapes, to_meta=True):
-    """As checkpoint.open_pieces, for a folder of Hugging Face's: wq and wk are copied, the rest is mapped.
+    """As checkpoint.open_pieces, for a folder of Hugging Face's.
 
-    shapes: Meta's name -> list of sizes. to_meta: whether rows of wq and wk get Meta's order; if they keep
-    theirs, nothing is copied. Errors: see read_tensors; ValueError lists tensors that don't fit.
+    shapes: Meta's name -> list of sizes. to_meta: whether rows of wq and wk get Meta's order, by which parts
+    of them are copies. Errors: see read_tensors; ValueError lists tensors that don't fit.
     """
     tensors = read_tensors(Path(ckpt_dir))
     names = tensor_names(args)
@@ -255,11 +265,11 @@ def open_pieces(ckpt_dir, args, shapes, to_meta=True):
                              "config.json has tie_word_embeddings")
     check_tensors(ckpt_dir, tensors, {names[name]: shape for name, shape in shapes.items()})
     tied = torch.equal(tensors[head], tensors[embedding])
-    if not to_meta:
-        return {name: [tensors[theirs]] for name, theirs in names.items()}, tied
-    # pop: so that the map of what is copied goes at once.
-    pieces = {name: [reordered(name, tensors.pop(theirs), args, to_meta=True)]
-              for name, theirs in names.items()}
+    pieces = {}
+    for name, theirs in names.items():
+        heads = heads_of(name, args) if to_meta else None
+        order = functools.partial(in_order, to_meta=True) if heads else None
+        pieces[name] = Pieces(name, [tensors[theirs]], order, heads or 1)
     return pieces, tied
 
 

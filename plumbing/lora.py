@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from plumbing import checkpoint, huggingface
+from plumbing import checkpoint, huggingface, mapped, parallel
 from plumbing.cli import expect, expect_at_least
 from plumbing.fast import GROUP, can_compile, dequantize, name_of, product_dtype, quantize, widen
 from plumbing.files import read_json
@@ -165,15 +165,17 @@ def is_adapted(model):
 
 
 def adapted_tensors(model, tensors, seed, newest=None):
-    """Yields (name, tensor) of an adapted model: its base's tensors, quantized where it is, and adapters.
+    """Yields (name, tensor or Pieces) of an adapted model: its base's, quantized where it is, and adapters.
 
-    newest: a folder of adapters to go on with; None: A is drawn as PEFT does, on all ranks alike, B is zero.
+    tensors: mapped.taken's, or whole ones. newest: a folder of adapters to go on with; None: A is drawn
+    as PEFT does, on all ranks alike, B is zero.
     """
     layout = model.state_dict()
     adapters, _ = load_adapters(newest, model.args, layout) if newest else ({}, None)
     for name, tensor in tensors:
         if layout[name].dtype == torch.int8:
-            tensor, scale = quantize(tensor)
+            whole = tensor.whole() if isinstance(tensor, mapped.Pieces) else tensor
+            tensor, scale = quantize(whole)
             yield name.removesuffix("weight") + "scale", scale
         yield name, tensor
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +196,7 @@ def save_merged(path, model, pieces, folder, tokenizer_path=None, dtype=None):
     load_adapters.
     """
     adapters, factor = load_adapters(folder, model.args, model.state_dict())
-    tensors = checkpoint.merged(pieces, model.args.tie_word_embeddings)
+    tensors = mapped.merged(pieces, model.args.tie_word_embeddings)
     state = dict(with_adapters(tensors, adapters, factor, dtype))
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
@@ -237,11 +239,14 @@ def peft_names(args):
     return names
 
 
-def save_adapters(path, args, state, tokenizer_path=None, progress=None, optimizer_dir=None, *, alpha, base):
+def save_adapters(path, args, states, tokenizer_path=None, progress=None, optimizer_dir=None, *, alpha,
+                  base):
     """Writes adapters as a folder that peft reads, in which training goes on, too.
 
-    As checkpoint.save_checkpoint; state: name -> lora_a or lora_b. base: the path of the frozen model.
+    As checkpoint.save_checkpoint; states: one dictionary, name -> lora_a or lora_b. base: the path of the
+    frozen model.
     """
+    state, = states
     names = peft_names(args)
     rank = state["layers.0.attention.wq.lora_a"].size(0)
     modules = sorted({name.split(".")[-3] for name in names.values()})
@@ -386,13 +391,12 @@ def rounded(x, bits):
 
 def local(tensor):
     """This rank's part of a tensor; all of it where it isn't sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    return tensor.to_local() if parallel.is_sharded(tensor) else tensor.detach()
 
 
 def first_element(tensor):
     """The index in the whole tensor of the first element of this rank's part."""
-    if not hasattr(tensor, "to_local"):
+    if not parallel.is_sharded(tensor):
         return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    offsets, _ = parallel.own_part(tensor)
     return offsets[0] * math.prod(tensor.shape[1:])  # Shards are rows.

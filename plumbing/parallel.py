@@ -145,24 +145,26 @@ def shard_parameters(model, device, dtype, sharing):
     register_fsdp_forward_method(model, "forward_cached")  # so that a sharded model can sample, too
 
 
+def is_sharded(tensor):
+    """Whether a tensor is spread over ranks, each of which holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def own_part(tensor):
+    """(offsets, sizes) of this rank's part of a sharded tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    spread = tensor.device_mesh, tensor.placements
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, *spread)
+    return offsets, sizes
+
+
+def as_part(part, like):
+    """The sharded tensor, spread as another one is, of which this rank has that part."""
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape,
+                              stride=like.stride())
+
+
 def whole(tensor):
     """A sharded tensor as every rank has it after gathering; another one as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole_weights(model, dtype):
-    """name -> tensor of what is trained, on the CPU where it was sharded.
-
-    Every rank takes part, the first gets them.
-    """
-    state = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        p = p.detach()
-        p = p.full_tensor().cpu() if hasattr(p, "full_tensor") else p
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            state[name] = p.to(dtype)
-    if "tok_embeddings.weight" in state and model.args.tie_word_embeddings:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    return state
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -14,8 +14,8 @@ from tiny import RESCALED, SHAPE, WIDE, assert_close, output, random_model, writ
 import reference
 from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
 from plumbing.answers import choices
-from plumbing.checkpoint import split_dim
 from plumbing.fast import choose_dtype, fast_dtype
+from plumbing.mapped import split_dim
 
 ARGS = {**SHAPE, **dict(n_heads=8, n_kv_heads=8, vocab_size=104)}  # what eight files can share
 TOKENS = torch.arange(20)[None]

@@ -31,7 +31,6 @@ import convert
 import llama31
 import reference
 from plumbing import cli
-from plumbing.checkpoint import merge_pieces
 from plumbing.vocabularies import write_tokenizer_json, write_tokenizer_model
 from tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ def weights(folder):
     """Name -> (dtype, shape, bytes) of every tensor of a folder of either format."""
     if (folder / "params.json").exists():
         _, pieces = llama31.open_checkpoint(folder)
-        state = {name: merge_pieces(name, pieces[name]) for name in pieces}
+        state = {name: parts.whole() for name, parts in pieces.items()}
     else:
         state = {}
         for path in folder.glob("*.safetensors"):

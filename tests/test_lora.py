@@ -116,7 +116,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(changes, tmp_path):
     peft = pytest.importorskip("peft")
     model = random_model(2, **changes)
     ours = adapted(model)
-    lora.save_adapters(tmp_path / "adapter", model.args, adapters_of(ours), alpha=5.0, base="base")
+    lora.save_adapters(tmp_path / "adapter", model.args, [adapters_of(ours)], alpha=5.0, base="base")
     theirs = peft.PeftModel.from_pretrained(hugging_face(model.args, model.state_dict()),
                                             tmp_path / "adapter", is_trainable=True)
     tokens = random_tokens(2, 21)
@@ -339,7 +339,8 @@ def test_an_adapter_of_another_kind_is_refused_by_name(settings, said, tmp_path)
 def test_a_damaged_adapter_is_one_line(edit, said, tmp_path):
     model = random_model(6)
     base = write_checkpoint(tmp_path / "base", model)
-    lora.save_adapters(tmp_path / "adapter", model.args, adapters_of(adapted(model)), alpha=5.0, base=base)
+    lora.save_adapters(tmp_path / "adapter", model.args, [adapters_of(adapted(model))], alpha=5.0,
+                       base=base)
     edit(tmp_path / "adapter")
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         convert.merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))

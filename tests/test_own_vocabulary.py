@@ -25,7 +25,6 @@ import reference
 import tiny_stories
 from llama31 import Llama
 from plumbing import huggingface
-from plumbing.checkpoint import merge_pieces
 from tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -85,7 +84,7 @@ def train(folder, data, out_dir):
 def weights(folder):
     """Name -> tensor, Meta's, of a folder of either format."""
     _, pieces = llama31.open_checkpoint(folder)
-    return {name: merge_pieces(name, parts) for name, parts in pieces.items()}
+    return {name: parts.whole() for name, parts in pieces.items()}
 
 
 def assert_same_weights(a, b):

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import fake_group
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,16 +25,6 @@ from plumbing import cli, parallel
 CPU = torch.device("cpu")
 FORMS = {"float32": FULL, "bfloat16": FULL | dict(param_dtype="bfloat16"), "lora": FULL | dict(lora_rank=16),
          "int8": FULL | dict(lora_rank=16, quantize="int8")}
-
-
-@contextlib.contextmanager
-def fake_group(world_size):
-    """This process as the first of so many, whose collectives send nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def tracked_memory(args, sharing, batch_size, seq_len, recomputes, form, micro_batches=1):

@@ -330,7 +330,7 @@ def test_an_evaluation_counts_every_window_and_its_targets_bytes_once(tmp_path, 
     for rank in range(num_ranks):
         loader = llama31.DistributedShardedDataLoader(tmp_path / "val.bin", batch_size, 16, rank, num_ranks)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(llama31, "sum_over_ranks",
+            patch.setattr(llama31.parallel, "sum_over_ranks",
                           lambda values, _: sums.append(values) or torch.tensor(values))
             llama31.evaluate(model, loader, 10, False, byte_lengths, torch.autocast("cpu", enabled=False))
     expected = pytest.approx([nats, count, num_bytes], 1e-5)

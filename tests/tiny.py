@@ -1,5 +1,6 @@
 """What the tests share: a random tiny model and its files, texts, token files, closeness and processes."""
 
+import contextlib
 import json
 import math
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import llama31
@@ -143,6 +145,17 @@ def tensor_bytes(function):
 
 # -----------------------------------------------------------------------------
 # Processes and runs
+
+
+@contextlib.contextmanager
+def fake_group(world_size, rank=0):
+    """This process as one of so many, whose collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def run(*words, **settings):
