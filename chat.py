@@ -9,7 +9,7 @@ import os
 import sys
 
 from llama31 import Llama, Sampler
-from plumbing import cli, fast
+from plumbing import cli, fast, parallel
 from plumbing.answers import choices
 from plumbing.files import decode
 from plumbing.machine import has_input, keys_at_once
@@ -141,6 +141,9 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         compile: run faster; None: where it works, the first time after some seconds; --nocompile: never
         quantize: int8, in half of bfloat16's memory; None: weights stay as they are
     """
+    _, processes = parallel.launched()
+    cli.expect(processes == 1, "torchrun's number of processes", processes,
+               "1, as a terminal talks to one; `llama31.py sample --prompt_file` answers by several")
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
                         compile=False, quantize=quantize)
     note(choices(llama.model))

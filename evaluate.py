@@ -75,22 +75,21 @@ def nats_of(llama, windows, caches, held=0):
     return sums.tolist()
 
 
-def open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile, quantize):
-    """(Llama, rank, number of processes); the first line says what was chosen."""
+def open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile, quantize, tensor_parallel):
+    """(Llama, this process's share, number of shares); the first line says what was chosen."""
     rank, world_size, device = parallel.join_process_group(device)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype, compile=False,
-                        quantize=quantize)
-    if device.type == "cpu" and dtype is quantize is None:
+                        quantize=quantize, tensor_parallel=tensor_parallel)
+    if device.type == "cpu" and dtype is quantize is None and tensor_parallel == 1:
         # Products of many tokens at once, as here and in training, may want another type than decoding does.
         compute = torch.promote_types(llama.model.dtype, fast.fast_dtype(device))
         if compute != llama.model.dtype:
             fast.widen(llama.model, compute)
-    if rank == 0:
-        print(answers.choices(llama.model), file=sys.stderr)
+    print(answers.choices(llama.model), file=sys.stderr)
     llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(device)
     llama.required_tokenizer  # noqa: B018 (It raises where there is none.)
-    return llama, rank, world_size
+    return llama, rank // tensor_parallel, world_size // tensor_parallel
 
 
 def show(line, record, json):
@@ -132,10 +131,11 @@ def batches_of(windows, tokens_at_once):
             del pool[-count:]
 
 
+@parallel.only_first_prints()
 def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, field: str = FIELD,
          separator: str | None = None, max_seq_len: int | None = None, stride: int | None = None,
          device: str | None = None, dtype: str | None = None, compile: bool | None = None,
-         quantize: str | None = None, json: bool = False):
+         quantize: str | None = None, tensor_parallel: int = 1, json: bool = False):
     """Prints nats per token, perplexity and bits per UTF-8 byte of texts, of chats only the answers.
 
     Every token of a text is scored once, given those before it in its document; BOS, EOS and other special
@@ -154,13 +154,15 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
         dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
         compile: run faster; None: where it works; --nocompile: never
         quantize: int8, in half of bfloat16's memory
+        tensor_parallel: processes that split one model, which one device can't hold
         json: print one JSON object, with documents, tokens, bytes, nats_per_token, perplexity, bits_per_byte
     """
     expect_at_least(2, max_seq_len=max_seq_len)
+    expect_at_least(1, tensor_parallel=tensor_parallel)
     paths, _ = find_inputs(input)
     cli.expect(separator != "", "separator", "empty", "a text, such as \\n\\n")
-    llama, rank, world_size = open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile,
-                                         quantize)
+    llama, share, shares = open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile,
+                                      quantize, tensor_parallel)
     size = max_seq_len or min(llama.max_seq_len, 2048)
     stride = size // 2 if stride is None else stride
     cli.expect(1 <= stride < size, "stride", stride, f"1 to {size - 1}, less than a window")
@@ -174,7 +176,7 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
     def windows():
         documents = (record for path in paths for record in read_documents(path, field, separator))
         for number, record in enumerate(documents):
-            if number % world_size != rank:
+            if number % shares != share:
                 continue
             stored = np.frombuffer(words.encode(record), "<u4")
             ids, is_target, _ = files.split_marks(stored, files.MARKING_VERSION)
@@ -185,12 +187,13 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
                 end = is_scored.nonzero()[0][-1] + 1  # What comes later, such as EOS, needs no window.
                 yield from windows_of(ids[:end].astype(np.int64), is_scored[:end], size, stride)
 
-    with tqdm(unit="document", disable=rank > 0) as bar:
+    with tqdm(unit="document") as bar:
         for batch in batches_of(windows(), tokens_at_once):
             caches = llama.new_caches(len(batch), max(len(window.ids) for window in batch))
             scored = np.concatenate([window.ids[window.is_scored] for window in batch])
             totals[1:] += len(scored), byte_lengths[scored].sum(), sum(nats_of(llama, batch, caches))
-    sums = parallel.sum_over_ranks(totals, place).tolist()
+    # Those that split a model have all seen the same.
+    sums = (parallel.sum_over_ranks(totals, place) / tensor_parallel).tolist()
     parallel.leave_process_group()
     documents, tokens, num_bytes = map(int, sums[:3])
     if tokens == 0:
@@ -201,9 +204,8 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
     perplexity = math.exp(min(nats, 700))  # Beyond it is more than a float holds.
     record = dict(documents=documents, tokens=tokens, bytes=num_bytes, nats_per_token=nats,
                   perplexity=perplexity, bits_per_byte=bits)
-    if rank == 0:
-        show(f"{documents:,} documents, {tokens:,} tokens, {num_bytes:,} bytes: {nats:.4f} nats per token, "
-             f"perplexity {perplexity:.3f}, {bits:.4f} bits per byte", record, json)
+    show(f"{documents:,} documents, {tokens:,} tokens, {num_bytes:,} bytes: {nats:.4f} nats per token, "
+         f"perplexity {perplexity:.3f}, {bits:.4f} bits per byte", record, json)
 
 # -----------------------------------------------------------------------------
 # Multiple choice
@@ -248,10 +250,11 @@ def score_endings(llama, pairs):
     return nats_of(llama, windows, caches, max(held, 0))
 
 
+@parallel.only_first_prints()
 def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, shots: int = 0,
             seed: int = 1337, max_seq_len: int | None = None, device: str | None = None,
             dtype: str | None = None, compile: bool | None = None, quantize: str | None = None,
-            json: bool = False):
+            tensor_parallel: int = 1, json: bool = False):
     """Prints how often the right answer is the likeliest, of questions with several answers.
 
     Each answer is scored by its log-likelihood after the question: as it is, per UTF-8 byte, and per token.
@@ -269,15 +272,17 @@ def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, sho
         dtype: float32, bfloat16 or float16; None: what the device multiplies fast, with weights as stored
         compile: run faster; None: where it works; --nocompile: never
         quantize: int8, in half of bfloat16's memory
+        tensor_parallel: processes that split one model, which one device can't hold
         json: print one JSON object, with questions, accuracy, accuracy_per_byte, accuracy_per_token, stderr
     """
     expect_at_least(2, max_seq_len=max_seq_len)
+    expect_at_least(1, tensor_parallel=tensor_parallel)
     expect_at_least(0, shots=shots)
     questions = read_questions(input)
-    llama, rank, world_size = open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile,
-                                         quantize)
+    llama, share, shares = open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile,
+                                      quantize, tensor_parallel)
     right = np.zeros(3)  # by log-likelihood as it is, per byte, per token
-    for number in tqdm(range(rank, len(questions), world_size), unit="question", disable=rank > 0):
+    for number in tqdm(range(share, len(questions), shares), unit="question"):
         question = questions[number]
         before = shots_before(questions, number, shots, seed)
         pairs = [pair_of(llama.tokenizer, before + context, ending)
@@ -289,16 +294,16 @@ def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, sho
         lengths = np.array([[1, len(ending.removeprefix(" ").encode()), len(ids) - begin]
                             for ending, (ids, begin) in zip(question.endings, pairs, strict=True)])
         right += (nats[:, None] / lengths).argmin(0) == question.answer
-    plain, per_byte, per_token = parallel.sum_over_ranks(right, llama.model.norm.weight.device).tolist()
+    sums = parallel.sum_over_ranks(right, llama.model.norm.weight.device) / tensor_parallel
+    plain, per_byte, per_token = sums.tolist()
     parallel.leave_process_group()
     n = len(questions)
     accuracy = plain / n
     stderr = math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1))
     record = dict(questions=n, accuracy=accuracy, accuracy_per_byte=per_byte / n,
                   accuracy_per_token=per_token / n, stderr=stderr)
-    if rank == 0:
-        show(f"{n:,} questions: accuracy {accuracy:.4f} (standard error {stderr:.4f}), per byte "
-             f"{per_byte / n:.4f}, per token {per_token / n:.4f}", record, json)
+    show(f"{n:,} questions: accuracy {accuracy:.4f} (standard error {stderr:.4f}), per byte "
+         f"{per_byte / n:.4f}, per token {per_token / n:.4f}", record, json)
 
 
 if __name__ == "__main__":

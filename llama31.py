@@ -329,6 +329,7 @@ class Transformer(nn.Module):
         self.rope_frequencies = rope_frequencies(args)
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
         self.compiled_attention = False  # True: attention.cpp makes that of the loss, on a CPU
+        self.tensor_parallel = 1  # how many processes split its heads, see load_checkpoint
         if not self.output.weight.is_meta:
             self.init_weights()
 
@@ -522,25 +523,30 @@ def open_checkpoint(ckpt_dir):
     return model, pieces
 
 
-def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, quantize=None):
+def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, quantize=None,
+                    tensor_parallel: int = 1):
     """The Transformer of a checkpoint directory. Errors: see open_checkpoint.
 
     dtype: of weights and arithmetic. None: what the device multiplies fast; on the CPU the weights then stay
     in the type that they are stored in, and those of a single file memory-mapped. quantize: int8 or None.
+    tensor_parallel: how many of torchrun's processes split the model; each reads its part of the files.
     """
     expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
+    expect(quantize is None or tensor_parallel == 1, "quantize", quantize,
+           f"None where {tensor_parallel} processes split a model")
     device = torch.device(device)
     model, pieces = open_checkpoint(ckpt_dir)
+    if tensor_parallel > 1:
+        parallel.split_model(model, device, tensor_parallel)
     stored = stored_dtype(pieces)
     compute = dtype or fast.fast_dtype(device, stored)
-    kept = stored if dtype is None and device.type == "cpu" else compute
+    kept = stored if dtype is None and device.type == "cpu" and tensor_parallel == 1 else compute
     num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
-    fast.check_memory(f"the weights of {ckpt_dir}", num_bytes, device)
-    tensors = merged(pieces, model.args.tie_word_embeddings)
+    parallel.check_memory_of_ranks(f"the weights of {ckpt_dir}", num_bytes, device, tensor_parallel)
     if quantize:
-        fast.load_int8(model, tensors, device, compute)
+        fast.load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
         return model.eval()
-    checkpoint.load_weights(model, tensors, device, kept)
+    checkpoint.load_weights(model, taken(pieces, model.args.tie_word_embeddings), device, kept)
     if kept != compute:
         fast.widen(model, compute)
     return model.eval()
@@ -580,7 +586,7 @@ class Sampler:
         # number counts, because a step of the model drives the code of each from the processor's caches.
         scores = np.asarray(logits)
         if self.repetition_penalty != 1:
-            scores = self.penalized(scores, text)
+            scores = decoding.penalized(scores, text, self.repetition_penalty)
         largest = scores.max()
         if not math.isfinite(largest):
             raise ValueError(f"found {largest} as the largest logit; expected a finite one")
@@ -593,45 +599,11 @@ class Sampler:
             weights = np.exp((scores[near] - largest) / np.float32(self.temperature))  # the likeliest has 1
             weights = weights.astype(np.float64)  # in which sums are exact enough
             rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
-            kept = self.kept(weights, rest)
+            kept = decoding.kept(weights, self.top_p, self.top_k, self.min_p, rest)
             if len(kept) > 0:
                 break
         cdf = weights[kept].cumsum()
         return int(near[kept[cdf.searchsorted(uniform * cdf[-1], side="right")]])
-
-    def penalized(self, scores, text):
-        """The logits with a text's tokens made less likely, each once (Keskar et al., 2019)."""
-        ids = np.fromiter(set(text), dtype=np.int64)
-        scores = scores.copy()
-        held = scores[ids]
-        # Dividing a negative logit would make its token likelier.
-        scores[ids] = np.where(held < 0, held * self.repetition_penalty, held / self.repetition_penalty)
-        return scores
-
-    def kept(self, weights, rest=0.0):
-        """Which tokens the limits leave, ascending; none if that depends on others, which hold at most rest.
-
-        weights: probabilities times a constant, the largest of which is 1.
-        """
-        total = weights.sum()
-        # Sorting all of V is slow: those rarer than this hold less than 1 - top_p together (0.9: rounding).
-        rare = 0.9 * (1 - self.top_p) / len(weights) * total
-        ids, = (weights >= max(rare, self.min_p)).nonzero()
-        if self.top_p == 1 and self.top_k == 0:
-            return ids
-        ids = ids[(-weights[ids]).argsort(kind="stable")]  # the likeliest first; of equals, the lower id
-        if self.top_p < 1:
-            # A token is dropped when the likelier ones alone already hold top_p.
-            held = weights[ids].cumsum()
-            count = held.searchsorted(self.top_p * total) + 1
-            most = held.searchsorted(self.top_p * (total + rest)) + 1
-            # Where it is all of these, the rare ones might be left, too.
-            if most > count and (count < len(ids) or rare > self.min_p):
-                return ids[:0]
-            ids = ids[:count]
-        ids = ids[:self.top_k or None]
-        ids.sort()
-        return ids
 
 # -----------------------------------------------------------------------------
 # Generation
@@ -654,17 +626,21 @@ class Llama:
     def build(ckpt_dir: str | os.PathLike, tokenizer_path: str | os.PathLike | None = None,
               max_seq_len: int | None = None, max_batch_size: int = 32,
               device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-              compile: bool | None = None, quantize: str | None = None) -> "Llama":
+              compile: bool | None = None, quantize: str | None = None,
+              tensor_parallel: int | None = None) -> "Llama":
         """Loads a checkpoint directory, with its own tokenizer unless tokenizer_path names another.
 
         max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
         its name; None: see load_checkpoint. compile None: where it works; where it doesn't, a line on
-        standard error says why. quantize: "int8" halves bfloat16's memory. ValueError or FileNotFoundError
-        names a file at fault.
+        standard error says why. quantize: "int8" halves bfloat16's memory. tensor_parallel: how many of
+        torchrun's processes split the model, and call this and all else alike; None: all of them. ValueError
+        or FileNotFoundError names a file at fault.
         """
-        expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        device = fast.choose_device(device)
-        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize)
+        expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
+                        tensor_parallel=tensor_parallel)
+        _, world_size, device = parallel.join_process_group(device)
+        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize,
+                                world_size if tensor_parallel is None else tensor_parallel)
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
@@ -678,6 +654,8 @@ class Llama:
     def new_caches(self, batch_size, max_seq_len=None):
         """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
         args = self.model.args
+        kv_heads = (args.n_kv_heads or args.n_heads) // self.model.tensor_parallel
+        args = dataclasses.replace(args, n_kv_heads=kv_heads)
         dtype = self.model.dtype
         device = self.model.norm.weight.device
         room = self.max_seq_len if max_seq_len is None else max_seq_len
@@ -1338,6 +1316,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 # Commands
 
 
+@parallel.only_first_prints()
 def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
            prompt_file: str | None = None, max_gen_len: int = 256,
            temperature: float = Sampler.temperature, top_p: float = Sampler.top_p,
@@ -1350,7 +1329,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
 
     Of several prompts the first streams as its tokens come, the others follow. Speed goes to standard error.
     A .jsonl file holds dialogs, a row with messages or conversations each; every row is printed as JSON with
-    the answer as a further message, in the file's order.
+    the answer as a further message, in the file's order. Under torchrun all processes split the model.
 
     Args:
         ckpt_dir: checkpoint directory; None: the one last written under out/
@@ -1389,11 +1368,12 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     fast.keep_freed_memory(llama.model.norm.weight.device)
     if has_dialogs:
         answers.print_answers(llama, prompt_file, rows, prompts, max_gen_len, stop, **sampling)
-        return
-    prompt_tokens = llama.encode(prompts, special)
-    if not special:
-        cli.say_spelled(prompts, llama.required_tokenizer.special_tokens)
-    answers.print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling)
+    else:
+        prompt_tokens = llama.encode(prompts, special)
+        if not special:
+            cli.say_spelled(prompts, llama.required_tokenizer.special_tokens)
+        answers.print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling)
+    parallel.leave_process_group()
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):

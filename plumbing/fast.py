@@ -313,6 +313,9 @@ def compile_inference(model):
     On the CPU a CompiledReader, on other devices a StaticReader of compiled blocks, which also draws. None,
     after a line on standard error that says why, where nothing can be compiled.
     """
+    if model.tensor_parallel > 1:
+        say_uncompiled(f"{model.tensor_parallel} processes split the model")
+        return None
     if model.norm.weight.device.type != "cpu":
         return StaticReader(model) if compile_blocks(model, dynamic=True) else None
     try:

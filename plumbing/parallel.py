@@ -1,5 +1,6 @@
 """Several processes by torch's own engine: their group, sums over it, a model spread over it."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -143,6 +144,45 @@ def shard_parameters(model, device, dtype, sharing):
         layer.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([layer])
     register_fsdp_forward_method(model, "forward_cached")  # so that a sharded model can sample, too
+
+
+def split_model(model, device, number):
+    """Splits a model on the meta device over so many processes, neighbours, as Meta splits its files.
+
+    Each has some heads, with their keys and values, some of the feed-forward layer's gates, and some words
+    (Shoeybi et al., 2019); what these give is added up twice a block. ValueError where it doesn't divide
+    these.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    expect(world_size % number == 0, "tensor_parallel", number,
+           f"a number that divides that of the processes, {world_size}")
+    for name in ("n_kv_heads", "hidden_dim", "vocab_size"):
+        size = getattr(model.args, name)
+        expect(size % number == 0, "tensor_parallel", number, f"a number that divides {name}, {size}")
+    mesh = init_device_mesh(device.type, (world_size // number, number), mesh_dim_names=("copy", "split"))
+    plan = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
+            "output": ColwiseParallel(output_layouts=Replicate())}
+    for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
+        plan[f"layers.*.{name}"] = ColwiseParallel()
+    for name in ("attention.wo", "feed_forward.w2"):
+        plan[f"layers.*.{name}"] = RowwiseParallel()
+    parallelize_module(model, mesh["split"], plan)
+    model.tie()
+    model.tensor_parallel = number
+
+
+@contextlib.contextmanager
+def only_first_prints():
+    """Lets no process but the first print, until an error."""
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+        yield
 
 
 def is_sharded(tensor):

@@ -214,10 +214,10 @@ DEFAULTS = {
     convert.merge: dict(dtype=None),
     evaluate.text: dict(
         tokenizer_path=None, field="text", separator=None, max_seq_len=None, stride=None, device=None,
-        dtype=None, compile=None, quantize=None, json=False),
+        dtype=None, compile=None, quantize=None, tensor_parallel=1, json=False),
     evaluate.choices: dict(
         tokenizer_path=None, shots=0, seed=1337, max_seq_len=None, device=None, dtype=None, compile=None,
-        quantize=None, json=False),
+        quantize=None, tensor_parallel=1, json=False),
     bench.speed: dict(
         ckpt_dir=None, preset=None, dtype=None, quantize=None, compile=True, device=None, batch_size=8,
         prompt_len=512, decode_prompt_len=128, new=128, rounds=5, peers=False),
@@ -246,7 +246,7 @@ def test_the_defaults_of_library_calls_are_those_that_users_know():
                 for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
     assert defaults == dict(
         tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None, compile=None,
-        quantize=None, weight_decay=0.1, betas=(0.9, 0.95), seed=0, muon=False)
+        quantize=None, tensor_parallel=None, weight_decay=0.1, betas=(0.9, 0.95), seed=0, muon=False)
     assert llama31.PROMPTS == reference.PROMPTS
 
 
