@@ -982,6 +982,11 @@ class DistributedShardedDataLoader:
 # Training
 
 
+def suggested_learning_rate(dim, is_new, has_adapters):
+    """A rate to begin with: the wider a model, the lower. docs/measurements.md has the runs behind it."""
+    return (0.6 if is_new else 0.5 if has_adapters else 0.05) / dim
+
+
 def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
     """The rate of one step of 1 … steps: up to lr while AdamW's averages fill, a cosine down to min_lr."""
     step = min(step, steps)  # Steps that are added later keep the last rate.
@@ -1151,7 +1156,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           val_data: str | None = None, out_dir: str = "out/train",
           preset: str | None = None, ckpt_dir: str | None = None, tokenizer_path: str | None = None,
           batch_size: int = 4, seq_len: int = 1024, total_batch_tokens: int | None = None,
-          steps: int | None = None, epochs: int = 1, lr: float = 1e-5, min_lr: float | None = None,
+          steps: int | None = None, epochs: int = 1, lr: float | None = None, min_lr: float | None = None,
           warmup_steps: int = 10, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
           muon: bool = False, grad_clip: float = 1.0, eval_interval: int = 100, eval_steps: int = 80,
           sample_interval: int = 0, save_interval: int = 1000, keep: int = 2, seed: int = 1337,
@@ -1178,8 +1183,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         total_batch_tokens: tokens of a step, over processes and micro-batches; None: one micro-batch each
         steps: steps in all; None: as many as the epochs take
         epochs: how often every window is seen
-        lr: learning rate after the warm-up; 1e-5 suits finetuning, 1e-3 small models from scratch; another
-            one, given with more steps on resuming, begins a new schedule
+        lr: learning rate after the warm-up; None: 0.05 / dim, of adapters 0.5 / dim, from scratch 0.6 / dim;
+            another one, given with more steps on resuming, begins a new schedule
         min_lr: learning rate at the end of the cosine; None: a tenth of lr
         warmup_steps: steps in which the learning rate rises
         weight_decay: pull of matrices towards zero (AdamW)
@@ -1244,7 +1249,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
 
     # The model, the optimizer, and where an earlier run stopped.
-    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens)
+    lr = suggested_learning_rate(model.args.dim, pieces is None, lora_rank > 0) if lr is None else lr
+    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens, lr=lr)
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
                 vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
     progress = run.load_progress(flags, data)

@@ -45,7 +45,7 @@ class Settings:
     beta2: float = 0.95
     growing_rows: int = 0  # rows to begin with; they grow to `rows` over the first half
     growing_length: int = 0  # seq_len of the first 30%, with as many tokens per step
-    order: str = "stream"  # or "documents": each window begins with one
+    order: str = "stream"  # or "documents": each window begins with one; "short": those of short ones first
     cautious: bool = False  # decay only where the step, too, brings a weight nearer to zero
     average: float = 0.0  # the share at the end whose weights are averaged, every tenth step
     muon: bool = False
@@ -88,9 +88,12 @@ class Windows:
 
     def cut(self, seq_len):
         tokens, rng = self.tokens, np.random.default_rng([self.settings.seed, self.epoch])
-        if self.settings.order == "stream":
-            return [tokens[k * seq_len:(k + 1) * seq_len + 1]
-                    for k in rng.permutation((len(tokens) - 1) // seq_len)]
+        if self.settings.order != "documents":
+            windows = [tokens[k * seq_len:(k + 1) * seq_len + 1]
+                       for k in rng.permutation((len(tokens) - 1) // seq_len)]
+            if self.settings.order == "short" and self.epoch == 0:
+                windows.sort(key=lambda window: -(window == self.bos_id).sum())
+            return windows
         windows, row = [], tokens[:0]
         documents = np.split(tokens, np.flatnonzero(tokens == self.bos_id)[1:])
         for k in rng.permutation(len(documents)):

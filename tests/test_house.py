@@ -9,7 +9,7 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1415,  # 1300, a line of help for each of the 52 flags, a sampler that hardly costs time
+    "llama31.py": 1421,  # 1300, a line of help for each of the 52 flags, a sampler that hardly costs time
     "tokenizer.py": 460,  # 360, the kinds of messages that files have, two kinds of vocabulary
     "tiny_stories.py": 455,  # 420, and what text() says of its splits, and of lost answers
     "stories.py": 400,

@@ -23,8 +23,8 @@ from tiny_stories import text
 SHAPE = dict(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, multiple_of=32, tie_word_embeddings=True,
              rope_theta=10000.0)
 BATCH = dict(batch_size=6, seq_len=256, shuffle=True)
-# of the demo, and of nanoGPT's small model
-OURS = dict(lr=3e-3, min_lr=0.0, warmup_steps=30)
+# the default rate, with the demo's schedule; and of nanoGPT's small model
+OURS = dict(min_lr=0.0, warmup_steps=30)
 NANOGPT = dict(lr=1e-3, min_lr=1e-4, warmup_steps=100, betas=(0.9, 0.99), doc_mask=False)
 
 

@@ -187,7 +187,7 @@ DEFAULTS = {
     llama31.train: dict(
         train_data="tinystories/TinyStories_train*.bin", val_data=None,
         out_dir="out/train", preset=None, ckpt_dir=None, tokenizer_path=None, batch_size=4, seq_len=1024,
-        total_batch_tokens=None, steps=None, epochs=1, lr=1e-5, min_lr=None, warmup_steps=10,
+        total_batch_tokens=None, steps=None, epochs=1, lr=None, min_lr=None, warmup_steps=10,
         weight_decay=0.1, betas=(0.9, 0.95), muon=False, grad_clip=1.0, eval_interval=100, eval_steps=80,
         sample_interval=0, save_interval=1000, keep=2, seed=1337, resume=False, shuffle=False, doc_mask=True,
         activation_checkpointing=False, fsdp=False, lora_rank=0, lora_alpha=None, quantize=None,

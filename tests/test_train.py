@@ -59,6 +59,19 @@ def run(corpus, out_dir, **flags):
     return read_log(out_dir)
 
 
+def test_without_a_rate_it_is_one_for_the_models_width_and_use(corpus, tmp_path):
+    def highest(out_dir, **flags):
+        return max(record["lr"] for record in run(corpus, tmp_path / out_dir, lr=None, **flags))
+    dim = llama31.PRESETS["small"]["dim"]
+    assert highest("new") == pytest.approx(0.6 / dim)
+    # Resumed weights come from a checkpoint, too, but the rate from the run's record.
+    records = run(corpus, tmp_path / "new", lr=None, resume=True, steps=12)
+    assert records[-1]["lr"] == pytest.approx(0.06 / dim) and records[-1]["step"] == 12
+    start = dict(ckpt_dir=str(tmp_path / "new" / "step_000012"), preset=None, tokenizer_path=None)
+    assert highest("fine", **start) == pytest.approx(0.05 / dim)
+    assert highest("adapters", lora_rank=2, **start) == pytest.approx(0.5 / dim)
+
+
 def test_the_rate_warms_up_linearly_and_follows_a_cosine_to_its_floor():
     rates = [llama31.learning_rate_at(step, 110, 1.0, 0.1, 10) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
