@@ -529,7 +529,8 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
 
     dtype: of weights and arithmetic. None: what the device multiplies fast; on the CPU the weights then stay
     in the type that they are stored in, and those of a single file memory-mapped. quantize: int8 or None.
-    tensor_parallel: how many of torchrun's processes split the model; each reads its part of the files.
+    tensor_parallel: how many of torchrun's processes split the model; each reads its part of the files, and
+    keeps it in the type of the arithmetic.
     """
     expect(quantize in (None, "int8"), "quantize", repr(quantize), "int8 or None")
     expect(quantize is None or tensor_parallel == 1, "quantize", quantize,
@@ -638,9 +639,8 @@ class Llama:
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
                         tensor_parallel=tensor_parallel)
-        _, world_size, device = parallel.join_process_group(device)
-        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize,
-                                world_size if tensor_parallel is None else tensor_parallel)
+        tensor_parallel, device = parallel.processes_that_split(tensor_parallel, device)
+        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize, tensor_parallel)
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
@@ -1189,7 +1189,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         warmup_steps: steps in which the learning rate rises
         weight_decay: pull of matrices towards zero (AdamW)
         betas: how slowly AdamW's averages of gradients and of their squares change
-        muon: layers' matrices move in all directions alike: from scratch more is learned in the same time
+        muon: layers' matrices move in all directions alike: the demo learns more in the same time
         grad_clip: largest norm of the gradient; 0: any
         eval_interval: steps from one evaluation to the next; the last step is always evaluated
         eval_steps: windows that an evaluation looks at, the first ones; 0: all

@@ -76,7 +76,7 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype=None,
 
     dtype: of the parameters; None: as form has it. The computation is in bfloat16.
     """
-    # Of the vocabulary only the gradient of the output matrix depends, in float32; two words are faster.
+    # Only the gradient of the output matrix, in float32, depends on the vocabulary; two words are faster.
     left_out = 4 * args.dim * (args.vocab_size - 2) * (form["lora_rank"] == 0)
     model = prepared(dataclasses.replace(args, vocab_size=2), form)
     kept = {}
@@ -164,7 +164,7 @@ class Sharing:
                    for p in parameters)
 
     def gathered(self, parameters, itemsize=None):
-        """Bytes of whole parameters, with the rows that pad them."""
+        """Bytes of whole parameters, with the rows that pad them; 0 where nothing is shared out."""
         return self.number * self.bytes_of(parameters, itemsize) if self.number > 1 else 0
 
 
@@ -363,7 +363,7 @@ def plan(*, preset: str, gpus: int, gpu_memory: float = 80, machine: int = 8, ba
     Args:
         preset: a shape such as llama3.1-70b
         gpus: how many there are
-        gpu_memory: GB of each
+        gpu_memory: GiB of each, by which GPUs are named: 80 of an H100
         machine: GPUs of a machine, between which data travels fast
         batch_size: windows that a GPU computes at once
         seq_len: tokens of a window
@@ -377,19 +377,24 @@ def plan(*, preset: str, gpus: int, gpu_memory: float = 80, machine: int = 8, ba
     expect(gpu_memory > 0, "gpu_memory", gpu_memory, "a number above 0")
     expect(gpus <= machine or gpus % machine == 0, "gpus", gpus, f"a multiple of --machine {machine}")
     tokens = gpus * batch_size * seq_len
-    total = total_batch_tokens or tokens
+    expect_at_least(0, lora_rank=lora_rank)
+    total = tokens if total_batch_tokens is None else total_batch_tokens
     expect(total > 0 and total % tokens == 0, "total_batch_tokens", total, f"a multiple of {tokens:,}, the "
            "tokens of a micro-batch on all GPUs")
     args = ModelArgs(**PRESETS[preset])
     form = dict(param_dtype=param_dtype, lora_rank=lora_rank, quantize=quantize)
     micro_batches = total // tokens
-    numbers = [1] + [n for n in (machine * 2**k for k in range(20)) if n < gpus and gpus % n == 0] + [gpus]
+    # Copies that end within a machine would share its links with others.
+    numbers = [1, *(n for n in range(machine, gpus, machine) if gpus % n == 0), gpus]
     sharings = [Sharing(number, gpus // number) for number in dict.fromkeys(numbers)]
     ways = [Way.of(args, batch_size, seq_len, sharing, recomputes, micro_batches, form, machine)
             for sharing in sharings for recomputes in (False, True)]
     best = best_of([way for way in ways if fits(way.gibibytes, gpu_memory)])
-    print(f"{preset} on {gpus} x {gpu_memory:g} GB, {machine} GPUs in a machine; {total:,} tokens per step, "
-          f"{micro_batches} x {batch_size} x {seq_len:,} on each GPU\n")
+    kind = param_dtype
+    if lora_rank:
+        kind = f"adapters of rank {lora_rank}" + (" on int8" if quantize else "")
+    print(f"{preset}, {kind}, on {gpus} x {gpu_memory:g} GB, {machine} GPUs in a machine; {total:,} tokens "
+          f"per step, {micro_batches} x {batch_size} x {seq_len:,} on each GPU\n")
     print("| flags of train | GiB of each GPU | GB that it sends per step | between machines | |")
     print("|---|---|---|---|---|")
     for way in ways:

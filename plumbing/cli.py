@@ -45,6 +45,8 @@ def run(commands, default, argv=None):
     except (ValueError, OSError) as error:
         flush_or_drop_output()
         if isinstance(error, BrokenPipeError):  # The reader of our output has left: nothing went wrong.
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                sys.exit(1)  # torchrun has to end the others, which would wait for this process.
             return
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
             error = "no space left for standard output, or for another file; make room, then run again"

@@ -20,8 +20,8 @@ def split_dim(name):
 class Pieces:
     """A tensor as files hold it, memory-mapped: a piece in each, which follow each other along a dimension.
 
-    order: makes Meta's order out of whole heads' rows, where files have another one; heads: how many there
-    are.
+    order: a function of rows and the number of heads they belong to, which brings them into Meta's order,
+    where files have another one; heads: how many heads the tensor has.
     """
 
     def __init__(self, name, tensors, order=None, heads=1):
@@ -42,27 +42,26 @@ class Pieces:
         """Of several types, the one that holds all of their values."""
         return functools.reduce(torch.promote_types, [tensor.dtype for tensor in self.tensors])
 
-    @property
-    def nbytes(self):
-        return sum(tensor.nbytes for tensor in self.tensors)
-
     def whole(self):
         """The whole tensor: of a single file it is the piece itself."""
         return self.part([0] * len(self.shape), self.shape)
 
     def part(self, offsets, sizes):
-        """The part that begins at offsets and has these sizes. Only it is read, and the rest of heads."""
+        """The part that begins at offsets and has these sizes.
+
+        Nothing else is read but the rest of any head that it cuts.
+        """
         begin, rows = offsets[0], sizes[0]
         head = self.shape[0] // self.heads if self.order else 1
         first = begin // head * head
         last = -(-(begin + rows) // head) * head  # rounded up
-        found = self.stored([first, *offsets[1:]], [last - first, *sizes[1:]])
+        found = self.read([first, *offsets[1:]], [last - first, *sizes[1:]])
         if self.order and len(found):
             found = self.order(found, len(found) // head)
         return found if len(found) == rows else found[begin - first:begin - first + rows]
 
-    def stored(self, offsets, sizes):
-        """A part as the files have it."""
+    def read(self, offsets, sizes):
+        """A part in the files' own order."""
         parts = []
         at = 0  # where the piece begins
         for tensor in self.tensors:
@@ -105,9 +104,9 @@ def merged(pieces, tied):
 def number_of_files(model, dtype):
     """Into how many consolidated.NN.pth a model's weights go, split as Meta splits them; see FILE_BYTES."""
     args = model.args
-    left = sum(p.numel() for p in model.parameters() if p.requires_grad) * dtype.itemsize / FILE_BYTES
+    needed = sum(p.numel() for p in model.parameters() if p.requires_grad) * dtype.itemsize / FILE_BYTES
     number = 1
-    while left > number and not any(size % (2 * number) for size in (
+    while needed > number and not any(size % (2 * number) for size in (
             args.vocab_size, args.dim, args.hidden_dim, args.n_kv_heads)):
         number *= 2
     return number
@@ -131,7 +130,7 @@ def weights_of_files(model, dtype):
             dim = split_dim(name)
             if dim is not None and number > 1:  # torch.save would write all that a view is a view of.
                 tensor = tensor.chunk(number, dim)[i].clone()
-            state[name] = tensor.to("cpu" if parallel.is_sharded(p) else tensor.device, dtype)
+            state[name] = tensor.to("cpu", dtype)
         if model.args.tie_word_embeddings and "tok_embeddings.weight" in state:
             state["output.weight"] = state["tok_embeddings.weight"]
         yield state

@@ -42,7 +42,7 @@ def refuse_other_launchers():
     for name, launcher in tasks.items():
         count = os.environ.get(name, "")
         if count.isdecimal() and int(count) > 1:
-            raise ValueError(f"found {name} {count}, but no variables of torchrun: each task would train by "
+            raise ValueError(f"found {name} {count}, but no variables of torchrun: each task would work by "
                              f"itself; let {launcher} start a single one, or one a node that is "
                              "`torchrun --nnodes NODES --nproc_per_node GPUS ...`")
 
@@ -146,12 +146,25 @@ def shard_parameters(model, device, dtype, sharing):
     register_fsdp_forward_method(model, "forward_cached")  # so that a sharded model can sample, too
 
 
+def processes_that_split(number, device):
+    """(how many processes split a model, this process's device), of torchrun's group where they are several.
+
+    number None: all that torchrun has started. A process that isn't to split one joins no group.
+    """
+    if number is None:
+        number = launched()[1] if "RANK" in os.environ else 1
+    if number == 1:
+        return 1, choose_device(device)
+    *_, device = join_process_group(device)
+    return number, device
+
+
 def split_model(model, device, number):
     """Splits a model on the meta device over so many processes, neighbours, as Meta splits its files.
 
     Each has some heads, with their keys and values, some of the feed-forward layer's gates, and some words
-    (Shoeybi et al., 2019); what these give is added up twice a block. ValueError where it doesn't divide
-    these.
+    (Shoeybi et al., 2019); what the processes make of them is added up twice a block. ValueError where the
+    number doesn't divide these.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
@@ -159,9 +172,11 @@ def split_model(model, device, number):
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     expect(world_size % number == 0, "tensor_parallel", number,
            f"a number that divides that of the processes, {world_size}")
+    expect(device.type != "mps", "device", device, "cpu or cuda, as mps sends nothing to other processes")
     for name in ("n_kv_heads", "hidden_dim", "vocab_size"):
         size = getattr(model.args, name)
-        expect(size % number == 0, "tensor_parallel", number, f"a number that divides {name}, {size}")
+        expect(size % number == 0, "the number of processes that split the model", number,
+               f"one that divides {name}, {size}")
     mesh = init_device_mesh(device.type, (world_size // number, number), mesh_dim_names=("copy", "split"))
     plan = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
             "output": ColwiseParallel(output_layouts=Replicate())}
@@ -179,7 +194,7 @@ def only_first_prints():
     """Lets no process but the first print, until an error."""
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":
-            nothing = stack.enter_context(open(os.devnull, "w"))
+            nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nothing))
             stack.enter_context(contextlib.redirect_stderr(nothing))
         yield

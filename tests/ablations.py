@@ -1,4 +1,4 @@
-"""What one idea brings: a training that differs from the present recipe in it, and its bits per byte.
+"""What one idea brings: a training that differs in it from AdamW's recipe, and its bits per byte.
 
     OMP_NUM_THREADS=1 python tests/ablations.py demo out/demo/data seed=2
     OMP_NUM_THREADS=1 python tests/ablations.py stories DATA lr=1.5e-3 cautious=1 weight_decay=0.5

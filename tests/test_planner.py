@@ -194,7 +194,7 @@ def test_the_best_way_sends_the_least_then_computes_blocks_once():
 def test_a_plan_marks_what_does_not_fit_and_names_the_best(capsys):
     planner.plan(preset="llama3.1-8b", gpus=16, gpu_memory=80, seq_len=2048, total_batch_tokens=2**17)
     title, *lines = capsys.readouterr().out.splitlines()
-    assert title == ("llama3.1-8b on 16 x 80 GB, 8 GPUs in a machine; 131,072 tokens per step, "
+    assert title == ("llama3.1-8b, float32, on 16 x 80 GB, 8 GPUs in a machine; 131,072 tokens per step, "
                      "4 x 1 x 2,048 on each GPU")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     cells = {flags: rest for flags, *rest in rows[2:]}
@@ -216,6 +216,8 @@ def test_a_plan_says_where_nothing_fits(capsys):
     (dict(preset="llama"), "preset is llama; expected one of demo, "),
     (dict(gpus=0), "gpus is 0; expected at least 1"),
     (dict(gpus=12), "gpus is 12; expected a multiple of --machine 8"),
+    (dict(lora_rank=-1), "lora_rank is -1; expected at least 0"),
+    (dict(total_batch_tokens=0), "total_batch_tokens is 0; expected a multiple of 131,072"),
     (dict(gpu_memory=0), "gpu_memory is 0; expected a number above 0"),
     (dict(total_batch_tokens=100), "total_batch_tokens is 100; expected a multiple of 131,072")])
 def test_a_plan_refuses_what_it_cannot_compute(flags, message):
@@ -226,4 +228,4 @@ def test_a_plan_refuses_what_it_cannot_compute(flags, message):
 def test_bench_py_plans(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench.py", "plan", "--preset", "llama3.2-1b", "--gpus", "1"])
     cli.run({"plan": planner.plan, "speed": bench.speed}, default="speed")
-    assert "llama3.2-1b on 1 x 80 GB" in capsys.readouterr().out
+    assert "llama3.2-1b, float32, on 1 x 80 GB" in capsys.readouterr().out

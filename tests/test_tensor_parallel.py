@@ -135,9 +135,9 @@ parallel.leave_process_group()
 
 
 @pytest.mark.parametrize("number, changes, message", [
-    (4, dict(n_kv_heads=2), "tensor_parallel is 4; expected a number that divides n_kv_heads, 2"),
+    (4, dict(n_kv_heads=2), "processes that split the model is 4; expected one that divides n_kv_heads, 2"),
     (4, dict(n_kv_heads=4, vocab_size=102),
-     "tensor_parallel is 4; expected a number that divides vocab_size, 102"),
+     "processes that split the model is 4; expected one that divides vocab_size, 102"),
     (3, {}, "tensor_parallel is 3; expected a number that divides that of the processes, 4")])
 def test_a_model_that_does_not_divide_is_refused_by_name(tmp_path, number, changes, message):
     shape = dict(n_heads=4, n_kv_heads=4, vocab_size=104) | changes
