@@ -87,7 +87,8 @@ from plumbing import parallel
 llama = Llama.build({str(folders["hf"])!r}, device="cpu", dtype="float32")
 tokens, logprobs = llama.generate([[1, 2, 3], [4, 5, 6, 7]], 8, temperature=0.8, stop_tokens=[],
                                   logprobs=True)
-print(llama.model.tensor_parallel, llama.reader, tokens, [[round(x, 4) for x in row] for row in logprobs])
+logprobs = [[round(x, 4) for x in row] for row in logprobs]
+sys.stdout.write(f"{{llama.model.tensor_parallel}} {{llama.reader}} {{tokens}} {{logprobs}}\\n")
 parallel.leave_process_group()
 """)
     process = run(*torchrun(2, code))

@@ -54,7 +54,7 @@ def test_real_text_has_the_same_logits_and_perplexity(llama, theirs, real_window
         ours = math.exp(llama.model(inputs, targets))
         expected = math.exp(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     assert ours == pytest.approx(expected, rel=1e-5)
-    assert expected < 40  # it knows English, so the weights are in their places
+    assert expected < 100  # it knows README's English, so the weights are in their places
 
 
 def test_greedy_tokens_are_the_same_alone_and_in_a_ragged_batch(llama, prompts, greedy):
