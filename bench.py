@@ -3,8 +3,8 @@
     python bench.py                                          # the checkpoint last written under out/
     python bench.py --ckpt_dir DIR --dtype bfloat16 --peers  # beside transformers and llama.cpp
     python bench.py train --peers                            # steps of training, beside transformers
-    python bench.py memory                                   # what training takes of a GPU's memory
-    python bench.py plan --preset llama3.1-70b --gpus 64     # how GPUs should share a model
+    python bench.py memory                                   # the memory that training takes
+    python bench.py plan --preset llama3.1-70b --gpus 64     # how many GPUs should share a model
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import planner
-from llama31 import PRESETS, Llama, ModelArgs, Transformer
+from llama31 import Llama, ModelArgs, Transformer
 from peers import missing, peers_of, transformers_runner
 from plumbing import attention, checkpoint, cli, fast
 from plumbing.cli import expect, expect_at_least
@@ -180,12 +180,6 @@ def ours(llama):
     return run
 
 
-def args_of(preset):
-    """A preset's shape; ValueError if there is none of that name."""
-    expect(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
-    return ModelArgs(**PRESETS[preset])
-
-
 def drawn(args, room, batch_size, device, dtype, compile, quantize):
     """A Llama of a shape with random weights, for rows of so many tokens."""
     model = Transformer.on_meta(args)
@@ -235,7 +229,7 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
                     rounds=rounds)
     expect_at_least(2, new=new)
     expect(preset is None or ckpt_dir is None, "preset", preset, "no --ckpt_dir beside it")
-    args = args_of(preset) if preset else None
+    args = planner.args_of(preset) if preset else None
     device = fast.choose_device(device)
     room = max(prompt_len, decode_prompt_len) + new
     before = limits(device)
@@ -398,7 +392,7 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     """
     expect_at_least(1, batch_size=batch_size, seq_len=seq_len, document=document, rounds=rounds)
     expect_at_least(2, vocab_size=vocab_size)
-    args = args_of(preset) if preset else ModelArgs(
+    args = planner.args_of(preset) if preset else ModelArgs(
         dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size, multiple_of=256,
         tie_word_embeddings=True, max_seq_len=seq_len)
     device = fast.choose_device(device)

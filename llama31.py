@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -1039,7 +1038,7 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
     the norm of `what` is not finite, before any weight has changed.
     """
     device = batches[0][0].device
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = parallel.rank_and_size()
     # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
     # A mean of means would favour the targets of batches that have few.
     count, = parallel.sum_over_ranks([sum((targets != -100).sum() for _, targets, _ in batches)], device)

@@ -23,6 +23,12 @@ from plumbing.cli import expect, expect_at_least
 # -----------------------------------------------------------------------------
 # What one process holds without the others
 
+def args_of(preset):
+    """A preset's shape; ValueError if there is none of that name."""
+    expect(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    return ModelArgs(**PRESETS[preset])
+
+
 FULL = dict(param_dtype="float32", lora_rank=0, quantize=None)  # train's default of what is trained, and how
 
 
@@ -31,6 +37,14 @@ def prepared(args, form):
     model = Transformer.on_meta(args)
     lora.prepare(model, torch.bfloat16, form["param_dtype"], form["lora_rank"], None, form["quantize"], "")
     return model
+
+
+def parameters_of(args, form):
+    """(those of a block, those around the blocks) of a model in a form, on the meta device."""
+    model = prepared(dataclasses.replace(args, n_layers=1), form)
+    outer = [*model.tok_embeddings.parameters(), *model.norm.parameters()]
+    outer += [] if args.tie_word_embeddings else model.output.parameters()
+    return list(model.layers[0].parameters()), outer
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,23 +93,14 @@ def saved_bytes(args, batch_size, seq_len, activation_checkpointing, dtype=None,
     # Only the gradient of the output matrix, in float32, depends on the vocabulary; two words are faster.
     left_out = 4 * args.dim * (args.vocab_size - 2) * (form["lora_rank"] == 0)
     model = prepared(dataclasses.replace(args, vocab_size=2), form)
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # Several tensors may be views of one storage.
-        return tensor
-
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake_weights(model, dtype)
         model.activation_checkpointing = activation_checkpointing
-        tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-        autocast = torch.autocast("cpu", torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            loss = model(tokens, tokens)  # noqa: F841 (it holds what is kept)
-        for p in model.parameters():
-            kept.pop(p.untyped_storage()._cdata, None)
-        return sum(storage.nbytes() for storage in kept.values()) + left_out
+        with LiveBytes(model.parameters()) as live:
+            tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(tokens, tokens)
+        return live.now - loss.nbytes + left_out
 
 
 def backward_bytes(args, batch_size, seq_len, activation_checkpointing, dtype=None, form=FULL,
@@ -191,13 +196,10 @@ def moments(args, batch_size, seq_len, sharing, activation_checkpointing, micro_
     is_shared = sharing.number > 1
     is_full = form["lora_rank"] == 0  # All is trained.
     dtype = torch.bfloat16 if is_shared and form == FULL else None
-    model = prepared(args, form)
-    parameters = list(model.parameters())
-    block = list(model.layers[0].parameters())
-    outer = [*model.tok_embeddings.parameters(), *model.norm.parameters()]
-    outer += [] if args.tie_word_embeddings else model.output.parameters()
-    trained, trained_block, trained_outer = ([p for p in group if p.requires_grad]
-                                             for group in (parameters, block, outer))
+    block, outer = parameters_of(args, form)
+    trained_block, trained_outer = ([p for p in group if p.requires_grad] for group in (block, outer))
+    parameters = outer + args.n_layers * block
+    trained = trained_outer + args.n_layers * trained_block
 
     # Weights, averages and gradients. Those of earlier micro-batches are there before, and DDP keeps their
     # memory in any case; the others come up block by block.
@@ -221,8 +223,8 @@ def moments(args, batch_size, seq_len, sharing, activation_checkpointing, micro_
     copies = 0
     if activation_checkpointing and (not is_shared or not is_full):
         # Autocast's copies of weights live as long as the forward pass.
-        copies = 2 * sum(p.numel() for layer in model.layers for p in layer.parameters()
-                         if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32)
+        copies = 2 * args.n_layers * sum(p.numel() for p in trained_block
+                                         if p.dim() > 1 and p.dtype == torch.float32)
     backward = backward_bytes(args, batch_size, seq_len, activation_checkpointing, dtype, form,
                               accumulates and not is_shared)
 
@@ -257,9 +259,10 @@ def sent_bytes(args, sharing, micro_batches=1, form=FULL, machine=8):
     S (N - 1) / N to gather or to sum and scatter it, and twice as much where all get the sum. Rings enter
     each machine once, spread over its GPUs' links. A few numbers, such as the loss, are left out.
     """
-    model = prepared(args, form)
+    block, outer = parameters_of(args, form)
+    blocks = args.n_layers * block
     itemsize = 2 if form["lora_rank"] == 0 else None
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in outer + blocks if p.requires_grad]
 
     def leaving(size, number, stride):
         """Per GPU, what leaves a machine in a ring of so many ranks, each `stride` from the next."""
@@ -269,9 +272,8 @@ def sent_bytes(args, sharing, micro_batches=1, form=FULL, machine=8):
 
     sent = away = 0
     if sharing.number > 1:
-        blocks = list(model.layers.parameters())
         # All are gathered for the forward pass, and the blocks again for the backward pass.
-        size = (sharing.gathered(model.parameters(), itemsize) + sharing.gathered(blocks, itemsize)
+        size = (sharing.gathered(outer + blocks, itemsize) + sharing.gathered(blocks, itemsize)
                 + sharing.gathered(trained, 4)) * micro_batches
         sent += size * (sharing.number - 1) / sharing.number
         away += leaving(size, sharing.number, 1)
@@ -307,7 +309,7 @@ def memory(*, batch_size: int = 1, seq_len: int = 2048):
             cells = []
             for form in forms.values():
                 plain, recomputed = (training_memory(
-                    ModelArgs(**PRESETS[name]), batch_size, seq_len, sharing, recomputes, form=form)
+                    args_of(name), batch_size, seq_len, sharing, recomputes, form=form)
                     / 2**30 for recomputes in (False, True))
                 rooms = [f"{room} GB" for room in (24, 48, 80) if fits(recomputed, room)]
                 cells.append(f"{plain:,.0f}, {recomputed:,.0f}: {rooms[0] if rooms else 'none'}")
@@ -320,8 +322,8 @@ class Way:
     sharing: Sharing
     recomputes: bool  # blocks, as --activation_checkpointing does
     gibibytes: float
-    sent: int  # bytes that a GPU sends per step
-    away: int  # of them between machines
+    sent: int  # bytes that a GPU sends per step, to wherever
+    away: int  # bytes of these that leave its machine
 
     @classmethod
     def of(cls, args, batch_size, seq_len, sharing, recomputes, micro_batches, form, machine):
@@ -372,7 +374,7 @@ def plan(*, preset: str, gpus: int, gpu_memory: float = 80, machine: int = 8, ba
         lora_rank: rank of adapters on frozen weights; 0: everything is trained
         quantize: int8: the frozen weights in 8 bits
     """
-    expect(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    args = args_of(preset)
     expect_at_least(1, gpus=gpus, machine=machine, batch_size=batch_size, seq_len=seq_len)
     expect(gpu_memory > 0, "gpu_memory", gpu_memory, "a number above 0")
     expect(gpus <= machine or gpus % machine == 0, "gpus", gpus, f"a multiple of --machine {machine}")
@@ -381,7 +383,6 @@ def plan(*, preset: str, gpus: int, gpu_memory: float = 80, machine: int = 8, ba
     total = tokens if total_batch_tokens is None else total_batch_tokens
     expect(total > 0 and total % tokens == 0, "total_batch_tokens", total, f"a multiple of {tokens:,}, the "
            "tokens of a micro-batch on all GPUs")
-    args = ModelArgs(**PRESETS[preset])
     form = dict(param_dtype=param_dtype, lora_rank=lora_rank, quantize=quantize)
     micro_batches = total // tokens
     # Copies that end within a machine would share its links with others.

@@ -198,17 +198,13 @@ def load_weights(model, tensors, device, dtype=None):
     state = {}
     for name, tensor in tensors:
         kind = dtype or layout[name].dtype
+        parts = Pieces.of(name, tensor)
         if parallel.is_sharded(layout[name]):
-            offsets, sizes = parallel.own_part(layout[name])
-            if isinstance(tensor, Pieces):
-                part = tensor.part(offsets, sizes)
-            else:
-                part = tensor[tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))]
+            part = parts.part(*parallel.own_part(layout[name]))
             # The copy lets go of the whole tensor, or of the file's map.
             state[name] = parallel.as_part(part.to(device, kind, copy=True), layout[name])
         else:
-            whole = tensor.whole() if isinstance(tensor, Pieces) else tensor
-            state[name] = whole.to(device, kind)
+            state[name] = parts.whole().to(device, kind)
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
@@ -329,7 +325,7 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-    is_master = not dist.is_initialized() or dist.get_rank() == 0
+    is_master = parallel.rank_and_size()[0] == 0
     optimizer_dir = path.parent / "optimizer.part"
     if is_master:
         shutil.rmtree(optimizer_dir, ignore_errors=True)

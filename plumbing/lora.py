@@ -174,8 +174,7 @@ def adapted_tensors(model, tensors, seed, newest=None):
     adapters, _ = load_adapters(newest, model.args, layout) if newest else ({}, None)
     for name, tensor in tensors:
         if layout[name].dtype == torch.int8:
-            whole = tensor.whole() if isinstance(tensor, mapped.Pieces) else tensor
-            tensor, scale = quantize(whole)
+            tensor, scale = quantize(mapped.Pieces.of(name, tensor).whole())
             yield name.removesuffix("weight") + "scale", scale
         yield name, tensor
     generator = torch.Generator().manual_seed(seed)

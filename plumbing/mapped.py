@@ -3,7 +3,6 @@
 import functools
 
 import torch
-import torch.distributed as dist
 
 from plumbing import parallel
 
@@ -30,6 +29,11 @@ class Pieces:
         self.dim = dim or 0
         self.order = order
         self.heads = heads
+
+    @classmethod
+    def of(cls, name, tensor):
+        """A whole tensor as the only piece; Pieces as they are."""
+        return tensor if isinstance(tensor, cls) else cls(name, [tensor])
 
     @property
     def shape(self):
@@ -63,8 +67,8 @@ class Pieces:
     def read(self, offsets, sizes):
         """A part in the files' own order."""
         parts = []
-        at = 0  # where the piece begins
-        for tensor in self.tensors:
+        at = 0
+        for tensor in self.tensors:  # The next one begins at `at`.
             starts, counts = list(offsets), list(sizes)
             starts[self.dim] = max(offsets[self.dim] - at, 0)
             counts[self.dim] = min(offsets[self.dim] + sizes[self.dim] - at, tensor.size(self.dim))
@@ -118,7 +122,7 @@ def weights_of_files(model, dtype):
     Every rank takes part, as sharded weights are gathered one at a time; the first gets them, on the CPU.
     """
     number = number_of_files(model, dtype)
-    is_master = not dist.is_initialized() or dist.get_rank() == 0
+    is_master = parallel.rank_and_size()[0] == 0
     for i in range(number):
         state = {}
         for name, p in model.named_parameters():

@@ -73,6 +73,11 @@ def leave_process_group():
         dist.destroy_process_group()
 
 
+def rank_and_size():
+    """(rank, number of ranks) of this process in its group; (0, 1) where it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def sum_over_ranks(values, device):
     """The sums over all ranks of N numbers, or tensors of one: float64 (N,), on the device."""
     if device.type == "mps":  # It has no float64, and no other ranks.
@@ -107,7 +112,7 @@ def ranks_that_share(fsdp):
 
     ValueError where it doesn't divide the number of ranks.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = rank_and_size()
     number = (world_size if fsdp else 1) if isinstance(fsdp, bool) else fsdp
     expect(number > 0 and world_size % number == 0, "fsdp", number,
            f"a number that divides that of the processes, {world_size}")
@@ -153,23 +158,19 @@ def processes_that_split(number, device):
     """
     if number is None:
         number = launched()[1] if "RANK" in os.environ else 1
-    if number == 1:
-        return 1, choose_device(device)
-    *_, device = join_process_group(device)
-    return number, device
+    return number, choose_device(device) if number == 1 else join_process_group(device)[2]
 
 
 def split_model(model, device, number):
     """Splits a model on the meta device over so many processes, neighbours, as Meta splits its files.
 
-    Each has some heads, with their keys and values, some of the feed-forward layer's gates, and some words
-    (Shoeybi et al., 2019); what the processes make of them is added up twice a block. ValueError where the
-    number doesn't divide these.
+    Each has some heads with their keys and values, some gates and some words (Shoeybi et al., 2019); results
+    are added up twice a block. ValueError where the number of processes doesn't divide these.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = rank_and_size()
     expect(world_size % number == 0, "tensor_parallel", number,
            f"a number that divides that of the processes, {world_size}")
     expect(device.type != "mps", "device", device, "cpu or cuda, as mps sends nothing to other processes")
@@ -178,12 +179,11 @@ def split_model(model, device, number):
         expect(size % number == 0, "the number of processes that split the model", number,
                f"one that divides {name}, {size}")
     mesh = init_device_mesh(device.type, (world_size // number, number), mesh_dim_names=("copy", "split"))
+    rows = "layers.*.attention.w[qkv]", "layers.*.feed_forward.w[13]"
+    columns = "layers.*.attention.wo", "layers.*.feed_forward.w2"
     plan = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
-            "output": ColwiseParallel(output_layouts=Replicate())}
-    for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
-        plan[f"layers.*.{name}"] = ColwiseParallel()
-    for name in ("attention.wo", "feed_forward.w2"):
-        plan[f"layers.*.{name}"] = RowwiseParallel()
+            "output": ColwiseParallel(output_layouts=Replicate()),
+            **dict.fromkeys(rows, ColwiseParallel()), **dict.fromkeys(columns, RowwiseParallel())}
     parallelize_module(model, mesh["split"], plan)
     model.tie()
     model.tensor_parallel = number
@@ -192,12 +192,12 @@ def split_model(model, device, number):
 @contextlib.contextmanager
 def only_first_prints():
     """Lets no process but the first print, until an error."""
-    with contextlib.ExitStack() as stack:
-        if os.environ.get("RANK", "0") != "0":
-            nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nothing))
-            stack.enter_context(contextlib.redirect_stderr(nothing))
+    if os.environ.get("RANK", "0") == "0":
         yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+            yield
 
 
 def is_sharded(tensor):

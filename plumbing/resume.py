@@ -9,12 +9,10 @@ import socket
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from plumbing.checkpoint import checkpoints_of_run, load_file
 from plumbing.cli import expect, say
 from plumbing.files import sha256_of
-from plumbing.parallel import gather_over_ranks, join_process_group
+from plumbing.parallel import gather_over_ranks, join_process_group, rank_and_size
 
 # -----------------------------------------------------------------------------
 # One at a time in a folder
@@ -215,8 +213,7 @@ def identities(paths, known):
     known: such entries of an earlier start. A file whose path, size and time are among them isn't read
     again, else a gigabyte takes about a second.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world_size = rank_and_size()
     known = {(entry["path"], entry["bytes"], entry["changed"]): entry for entry in known}
     found = {}
     for i in range(rank, len(paths), world_size):
