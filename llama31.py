@@ -38,12 +38,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from plumbing import answers, attention, checkpoint, cli, decoding, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
-from plumbing.cli import expect, expect_at_least
-from plumbing.dialogs import describe, pack_dialogs
+from plumbing.cli import expect, expect_at_least, expect_types
+from plumbing.dialogs import NoTargetError, pack_dialogs, remark_on
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
 from plumbing.resume import locked, resumable
 from plumbing.run import Run, entropy_floor
+from plumbing.start import check_flags, check_shape, check_source, fill_model
 from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -75,18 +76,7 @@ class ModelArgs:
     max_seq_len: int = 2048  # prompt and generated tokens together, unless Llama.build is told otherwise
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            if field.type is bool:
-                expect(type(value) is bool, field.name, repr(value), "true or false")
-            elif field.type in (int, int | None):
-                is_count = type(value) is int and value > 0
-                expect(is_count, field.name, repr(value), "a whole number of at least 1")
-            else:
-                is_positive = isinstance(value, int | float) and value is not True and 0 < value < math.inf
-                expect(is_positive, field.name, repr(value), "a number above 0")
+        expect_types(self)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         expect(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads,
@@ -582,9 +572,7 @@ class Sampler:
         the order of their ids. At temperature 0 it isn't used, and the first of equals wins. ValueError if
         the largest logit isn't finite.
         """
-        # NumPy's operations begin within a microsecond: on arrays of this size they are twice as fast. Their
-        # number counts, because a step of the model drives the code of each from the processor's caches.
-        scores = np.asarray(logits)
+        scores = np.asarray(logits)  # NumPy's operations begin sooner than torch's.
         if self.repetition_penalty != 1:
             scores = decoding.penalized(scores, text, self.repetition_penalty)
         largest = scores.max()
@@ -592,18 +580,11 @@ class Sampler:
             raise ValueError(f"found {largest} as the largest logit; expected a finite one")
         if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
             return int(scores.argmax())
-        # The exponentials of all V tokens take longest, and nearly always those near the likeliest suffice:
-        # the others, each below exp(-20), can't hold enough to change what top_p leaves.
-        for reach in (20.0, math.inf) if self.top_p < 1 else (math.inf,):
-            near, = (scores >= largest - reach * self.temperature).nonzero()
-            weights = np.exp((scores[near] - largest) / np.float32(self.temperature))  # the likeliest has 1
-            weights = weights.astype(np.float64)  # in which sums are exact enough
-            rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
-            kept = decoding.kept(weights, self.top_p, self.top_k, self.min_p, rest)
-            if len(kept) > 0:
-                break
-        cdf = weights[kept].cumsum()
-        return int(near[kept[cdf.searchsorted(uniform * cdf[-1], side="right")]])
+        # Weights are softmax without its division: probabilities but for a common factor.
+        ids, weights = decoding.candidates(scores, self)
+        # On a line from 0 to their sum each token owns a stretch as long as its weight: which one is hit?
+        cdf = weights.cumsum()
+        return int(ids[cdf.searchsorted(uniform * cdf[-1], side="right")])
 
 # -----------------------------------------------------------------------------
 # Generation
@@ -662,21 +643,6 @@ class Llama:
         fast.check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, device)
         return [KVCache(args, batch_size, room, dtype, device) for _ in self.model.layers]
 
-    def check_prompts(self, prompt_tokens, start_pos):
-        """Raises ValueError naming a prompt that is empty, too long, all in the cache, or has a bad id."""
-        B = len(prompt_tokens)
-        if not 0 < B <= self.max_batch_size:
-            raise ValueError(f"{B} prompts; expected 1 to {self.max_batch_size}, which is max_batch_size")
-        for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
-            if not 0 < len(prompt) < self.max_seq_len:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {self.max_seq_len - 1}"
-                                 ", one fewer than max_seq_len: shorten it, or raise --max_seq_len")
-            if not 0 <= min(prompt) <= max(prompt) < self.num_ids:
-                raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
-                                 f"{self.num_ids - 1}")
-            expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
-                   f"0 to {len(prompt) - 1}: at least its last token is to be read")
-
     @torch.inference_mode()
     def steps(self, prompt_tokens: list[list[int]], max_gen_len: int, stop_tokens: list[int] | None = None,
               caches: list[KVCache] | None = None, start_pos: list[int] | None = None,
@@ -686,12 +652,13 @@ class Llama:
         Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
         stop_tokens None: the tokenizer's; [] never stops. caches: new_caches, or ones that hold the first
         start_pos[i] tokens of prompt i, which are not read again; when a step is yielded, they hold all but
-        the tokens it draws. sampling: as in Sampler. Errors: see check_prompts, Sampler, forward_cached.
+        the tokens it draws. sampling: as in Sampler. Errors: see Sampler, forward_cached, check_prompts.
         """
         sampler = Sampler(**sampling)
         B = len(prompt_tokens)
         start_pos = [0] * B if start_pos is None else start_pos
-        self.check_prompts(prompt_tokens, start_pos)
+        limits = self.max_batch_size, self.max_seq_len, self.num_ids
+        decoding.check_prompts(prompt_tokens, start_pos, *limits)
         expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
@@ -835,10 +802,6 @@ class Llama:
 # Data loader
 
 
-class NoTargetError(ValueError):
-    """Token files hold dialogs, but no answer that could be learned."""
-
-
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
@@ -870,8 +833,7 @@ class DistributedShardedDataLoader:
                                     "pattern")
         self.headers = [files.read_header(path) for path in self.files]
         self.ntok_total = sum(header.num_tokens for header in self.headers)
-        self.dialogs = [pack_dialogs(path, T, bos_id) if self.has_marks(header) else None
-                        for path, header in zip(self.files, self.headers, strict=True)]
+        self.dialogs = [pack_dialogs(path, T, bos_id) for path in self.files]  # None: no dialogs
         windows = [max(header.num_tokens - 1, 0) // T if dialogs is None else len(dialogs.windows) - 1
                    for header, dialogs in zip(self.headers, self.dialogs, strict=True)]
         if sum(windows) == 0 and any(self.dialogs):
@@ -884,23 +846,9 @@ class DistributedShardedDataLoader:
         if self.num_windows == 0:
             raise ValueError(f"{filename_pattern}: {self.ntok_total} tokens in {len(self.files)} files hold "
                              f"no window of T + 1 = {T + 1}; expected an input and its target at least")
-        self.remark = self.find_remark()
+        self.remark = remark_on(filename_pattern, self.headers, self.dialogs, T)
         self.permuted = None  # the epoch whose order is at hand
         self.reset()
-
-    def has_marks(self, header):
-        """Whether it can be known where a shard's documents begin, and some of its tokens may be masked."""
-        is_masking = header.version == files.MASKING_VERSION
-        return header.version == files.MARKING_VERSION or (is_masking and self.bos_id is not None)
-
-    def find_remark(self):
-        """What is cut, left out and padded, in one line."""
-        if any(self.dialogs):
-            return f"{self.filename_pattern}: {describe(list(filter(None, self.dialogs)), self.T)}"
-        if max(header.num_tokens for header in self.headers) <= self.T:
-            return (f"{self.filename_pattern}: {self.ntok_total} tokens in {len(self.files)} files, each "
-                    f"padded to T + 1 = {self.T + 1}")
-        return ""
 
     def reset(self):
         self.counter = 0  # windows that all ranks together have given out
@@ -927,6 +875,13 @@ class DistributedShardedDataLoader:
                              f"{length}: the file has shrunk since it was opened")
         return files.split_marks(stored, self.headers[shard].version, self.bos_id)
 
+    def segments(self, shard, index):
+        """(first token, length) of each document in a window of a shard, or of its one stretch."""
+        if self.dialogs[shard]:
+            return self.dialogs[shard].segments(index)
+        begin = index * self.T  # The last token is only a target; the next window begins with it.
+        return [(begin, min(self.T + 1, self.headers[shard].num_tokens - begin))]
+
     def window(self, number):
         """T + 1 tokens: their ids, whether they are targets, and whether they begin a document.
 
@@ -934,23 +889,17 @@ class DistributedShardedDataLoader:
         """
         # The last shard that begins at or before this window; side="right" passes over empty shards.
         shard = int(np.searchsorted(self.first_windows, number, side="right")) - 1
-        index = number - int(self.first_windows[shard])
         ids = np.zeros(self.T + 1, dtype=np.int64)
         is_target = np.zeros(self.T + 1, dtype=bool)
         starts = np.zeros(self.T + 1, dtype=bool)
-        dialogs = self.dialogs[shard]
-        if dialogs is None:
-            begin = index * self.T  # The last token is only a target; the next window begins with it.
-            length = min(self.T + 1, self.headers[shard].num_tokens - begin)
-            ids[:length], is_target[:length], starts[:length] = self.read(shard, begin, length)
-            return ids, is_target, starts
-        begin = 0
-        for i in range(dialogs.windows[index], dialogs.windows[index + 1]):
-            end = begin + dialogs.lengths[i]
-            ids[begin:end], is_target[begin:end], _ = self.read(shard, dialogs.begins[i], end - begin)
-            is_target[begin] = False
-            starts[begin] = True  # also of a later segment of a long document
-            begin = end
+        column = 0  # the next one to fill
+        for begin, length in self.segments(shard, number - int(self.first_windows[shard])):
+            part = slice(column, column + length)
+            ids[part], is_target[part], starts[part] = self.read(shard, begin, length)
+            if self.dialogs[shard]:  # A segment counts as a document, even the second of a long one.
+                is_target[column] = False
+                starts[column] = True
+            column += length
         return ids, is_target, starts
 
     def next_batch(self, starts: bool = False, end: int | None = None) -> tuple[Tensor, ...]:
@@ -1075,79 +1024,41 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
     newest: the run's newest checkpoint, or None; ValueError if another architecture is asked for.
     """
     source = newest or ckpt_dir
-    if ckpt_dir is not None and preset is not None:
-        raise ValueError("found --ckpt_dir and --preset; expected one of them")
-    if source is None and (preset is None or tokenizer_path is None):
-        raise ValueError("found neither --ckpt_dir, to finetune, nor both --preset and --tokenizer_path, to "
-                         "train from scratch")
-    expect(preset in (None, *PRESETS), "preset", preset, f"one of {', '.join(PRESETS)}")
+    check_source(source, ckpt_dir, preset, tokenizer_path, PRESETS)
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(str(source)))
-    asked = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
-    if newest and ckpt_dir:
-        asked = read_args(ckpt_dir)
+    fresh = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
     if source:
         model, pieces = open_checkpoint(source)
     else:
-        assert asked  # a preset's, as there is neither a run nor a checkpoint
-        model, pieces = Transformer.on_meta(asked), None
-    for field in dataclasses.fields(ModelArgs):
-        found = getattr(model.args, field.name)
-        expected = getattr(asked, field.name, found)  # Where nothing is asked for, anything will do.
-        if found != expected and field.name not in ("max_seq_len", "tie_word_embeddings"):
-            raise ValueError(f"{source} has {field.name} {found}, but {expected} is asked for; resume "
-                             "without --preset and --ckpt_dir, or give another --out_dir")
+        assert fresh  # A preset's, or check_source would have refused.
+        model, pieces = Transformer.on_meta(fresh), None
+    if newest and (preset or ckpt_dir):
+        check_shape(newest, model.args, fresh or read_args(ckpt_dir))
     tokenizer.check_vocabulary(model.args.vocab_size)
     return tokenizer, model, pieces
 
 
-def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
-    """Gives a model on the meta device its weights: a checkpoint's pieces, or drawn with a seed.
+def open_data(train_data, val_data, batch_size, seq_len, shuffle, seed, tokenizer):
+    """(loader, the validation's, a line on that); the second is None where there is nothing to validate on.
 
-    They have the types that the model's parameters have on that device. fsdp: as shards, which are gathered
-    in dtype, see train. adapters: a folder with those of an adapted model; None: drawn.
+    For the patterns see train. ValueError if both share a file, or were not made with this tokenizer.
     """
-    # Of what is trained there is a weight, a gradient and two averages.
-    num_bytes = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
-    sharing = parallel.ranks_that_share(fsdp)
-    parallel.check_memory_of_ranks("weights, gradients and AdamW's averages", num_bytes, device, sharing)
-    if fsdp:
-        parallel.shard_parameters(model, device, dtype, sharing)
-    if pieces:
-        tensors = taken(pieces, model.args.tie_word_embeddings)
-        if lora.is_adapted(model):
-            tensors = lora.adapted_tensors(model, tensors, seed, adapters)
-    else:
-        generator = torch.Generator(device).manual_seed(seed)
-        tensors = ((name, model.init_weight(name, torch.empty(p.shape, device=device), generator))
-                   for name, p in model.named_parameters())
-    checkpoint.load_weights(model, tensors, device)
-
-
-def open_validation(val_data, train_data, *layout, bos_id):
-    """(loader, None where there is nothing to validate on; one line on that, or the loader's remark).
-
-    val_data None: what is named as train_data is, with val for train, where there is such a file. layout:
-    the loader's B, T, process_rank, num_processes.
-    """
-    folder, name = os.path.split(train_data)
-    pattern = os.path.join(folder, name.replace("train", "val")) if val_data is None else val_data
-    if val_data is None and (pattern == train_data or not files.matching(pattern)):
-        return None, (f"no validation: --val_data is not given, and no file is named as {train_data} is, "
-                      "with val for train")
-    try:
-        loader = DistributedShardedDataLoader(pattern, *layout, bos_id=bos_id)
-    except NoTargetError as error:
-        return None, f"no validation: {error}"
-    return loader, loader.remark
-
-
-def check_data(loaders, tokenizer):
-    """Raises ValueError if loaders, of training and validation, share a file or have other token ids."""
+    rank, world_size = parallel.rank_and_size()
+    layout = batch_size, seq_len, rank, world_size
+    loaders = [DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.mark_id)]
+    pattern, remark = files.validation_pattern(train_data, val_data)
+    if pattern:
+        try:
+            loaders.append(DistributedShardedDataLoader(pattern, *layout, bos_id=tokenizer.mark_id))
+            remark = loaders[1].remark
+        except NoTargetError as error:
+            remark = f"no validation: {error}"
     files.check_apart(*(loader.files for loader in loaders))
     for loader in loaders:
         files.check_manifests(loader.files, tokenizer.model_path)
-        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # the first: there may be no manifest
+        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # There may be no manifest, but bad ids.
         loader.reset()
+    return loaders[0], loaders[1] if len(loaders) > 1 else None, remark
 
 
 @resumable
@@ -1214,16 +1125,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         compile: compile blocks with torch.compile; None: on cuda, while a CPU gets compiled attention alone
     """
     flags = dict(locals())
-    expect_at_least(1, batch_size=batch_size, seq_len=seq_len, total_batch_tokens=total_batch_tokens,
-                    steps=steps, epochs=epochs, eval_interval=eval_interval, keep=keep)
-    expect_at_least(0, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
-                    grad_clip=grad_clip, eval_steps=eval_steps, sample_interval=sample_interval,
-                    save_interval=save_interval)
-    expect(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
-    expect(all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers from 0 to below 1")
-    expect(dtype in (None, "float32", "bfloat16"), "dtype", dtype, "float32 or bfloat16; float16 underflows")
-    expect(not (muon and (fsdp or lora_rank or param_dtype != "float32")), "muon", muon,
-           "no --fsdp, --lora_rank or --param_dtype beside it, as it wants whole matrices in float32")
+    check_flags(flags)
     rank, world_size, place = parallel.join_process_group(device, needed=bool(fsdp))
     compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
     fast.keep_freed_memory(place)
@@ -1232,10 +1134,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     run = Run(out_dir, resume, rank == 0)
     tokenizer, model, pieces = training_source(None if lora_rank else run.newest, ckpt_dir, preset,
                                                 tokenizer_path)
-    layout = batch_size, seq_len, rank, world_size
-    loader = DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.mark_id)
-    val_loader, val_remark = open_validation(val_data, train_data, *layout, bos_id=tokenizer.mark_id)
-    check_data([loader, val_loader] if val_loader else [loader], tokenizer)
+    loader, val_loader, val_remark = open_data(train_data, val_data, batch_size, seq_len, shuffle, seed,
+                                               tokenizer)
     eval_windows = 0
     if val_loader:
         run.floor = entropy_floor(Path(val_loader.files[0]).parent)
@@ -1359,25 +1259,17 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     stop = [cli.unescape(text) for text in ([stop] if isinstance(stop, str) else stop or [])]
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                     repetition_penalty=repetition_penalty, seed=seed)
-    has_dialogs = prompt is None and prompt_file is not None and cli.holds_dialogs(prompt_file)
-    if has_dialogs:
-        expect(not special, "special", special, "left out, as a dialog's texts spell no special tokens")
-        rows, prompts = answers.read_dialogs(prompt_file)
-    else:
-        prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
+    rows, prompts = answers.read(prompt, prompt_file, special, PROMPTS)
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=False,
                         quantize=quantize)
     print(answers.choices(llama.model), file=sys.stderr)
     llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(llama.model.norm.weight.device)
-    if has_dialogs:
+    if rows:
         answers.print_answers(llama, prompt_file, rows, prompts, max_gen_len, stop, **sampling)
     else:
-        prompt_tokens = llama.encode(prompts, special)
-        if not special:
-            cli.say_spelled(prompts, llama.required_tokenizer.special_tokens)
-        answers.print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling)
+        answers.print_completions(llama, prompts, special, max_gen_len, stop, **sampling)
     parallel.leave_process_group()
 
 

@@ -10,7 +10,7 @@ import sys
 
 from tqdm import tqdm
 
-from plumbing.cli import expect, say_cut
+from plumbing.cli import expect, holds_dialogs, read_prompts, say_cut, say_spelled
 from plumbing.documents import FIELD, read_json, read_records
 from plumbing.fast import name_of, weight_type
 from plumbing.run import Stopwatch, collected
@@ -24,15 +24,27 @@ def choices(model):
     return (f"weights in {weight_type(model)}, arithmetic in {name_of(model.dtype)}, on "
             f"{model.norm.weight.device}")
 
+
+def read(prompt, prompt_file, special, default):
+    """(None, texts to complete), see read_prompts; or (rows, their dialogs to answer), see read_dialogs."""
+    if prompt is None and prompt_file is not None and holds_dialogs(prompt_file):
+        expect(not special, "special", special, "left out, as a dialog's texts spell no special tokens")
+        return read_dialogs(prompt_file)
+    return None, read_prompts(prompt, prompt_file, default)
+
 # -----------------------------------------------------------------------------
 # Completions
 
 
-def print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling):
+def print_completions(llama, prompts, special, max_gen_len, stop, **sampling):
     """Prints each prompt with its completion: the first as its tokens come, then the others.
 
-    Standard error gets how many the context has cut, and the speed.
+    special: as in Llama.encode. Standard error gets how many special tokens are read as characters, how many
+    completions the context has cut, and the speed.
     """
+    prompt_tokens = llama.encode(prompts, special)
+    if not special:
+        say_spelled(prompts, llama.required_tokenizer.special_tokens)
     watch = Stopwatch(sum(len(tokens) for tokens in prompt_tokens))
     rows = [[] for _ in prompts]  # the tokens of each completion
     steps = llama.steps(prompt_tokens, max_gen_len, **sampling)

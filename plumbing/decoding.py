@@ -5,14 +5,32 @@ one recording of all operations, a CUDA graph, serves every token, and only the 
 """
 
 import copy
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from plumbing.attention import OneToken
+from plumbing.cli import expect
 
 NOT_FINITE = "the logits are not all finite; take --dtype float32, or sound weights"
+
+
+def check_prompts(prompt_tokens, start_pos, max_batch_size, max_seq_len, num_ids):
+    """Raises ValueError naming a prompt that is empty, too long, all in the cache, or has a bad id."""
+    B = len(prompt_tokens)
+    if not 0 < B <= max_batch_size:
+        raise ValueError(f"{B} prompts; expected 1 to {max_batch_size}, which is max_batch_size")
+    for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
+        if not 0 < len(prompt) < max_seq_len:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {max_seq_len - 1}, one "
+                             "fewer than max_seq_len: shorten it, or raise --max_seq_len")
+        if not 0 <= min(prompt) <= max(prompt) < num_ids:
+            raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
+                             f"{num_ids - 1}")
+        expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
+               f"0 to {len(prompt) - 1}: at least its last token is to be read")
 
 
 def unread(texts, start_pos, device):
@@ -180,7 +198,8 @@ def drawn(logits: Tensor, uniform: Tensor, sampler, seen: Tensor | None = None) 
     return torch.where(is_finite, ids, -1)
 
 # -----------------------------------------------------------------------------
-# A sampler's limits on the CPU, by NumPy, whose operations begin within a microsecond
+# A sampler's limits on the CPU, by NumPy, whose operations begin within a microsecond. Their number counts,
+# because a step of the model drives the code of each from the processor's caches.
 
 
 def penalized(scores, text, penalty):
@@ -191,6 +210,25 @@ def penalized(scores, text, penalty):
     # Dividing a negative logit would make its token likelier.
     scores[ids] = np.where(held < 0, held * penalty, held / penalty)
     return scores
+
+
+def candidates(scores, sampler):
+    """(ids, ascending; float64 weights) of the tokens of logits (V,) that a Sampler's limits leave.
+
+    Weights are probabilities times a constant, with which the likeliest token has 1.
+    """
+    largest = scores.max()
+    # The exponentials of all V tokens take longest, and nearly always those near the likeliest suffice: the
+    # others, each below exp(-20), can't hold enough to change what top_p leaves.
+    for reach in (20.0, math.inf) if sampler.top_p < 1 else (math.inf,):
+        near, = (scores >= largest - reach * sampler.temperature).nonzero()
+        weights = np.exp((scores[near] - largest) / np.float32(sampler.temperature))
+        weights = weights.astype(np.float64)  # in which sums are exact enough
+        rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
+        ids = kept(weights, sampler.top_p, sampler.top_k, sampler.min_p, rest)
+        if len(ids) > 0:
+            break
+    return near[ids], weights[ids]
 
 
 def kept(weights, top_p, top_k, min_p, rest=0.0):

@@ -40,6 +40,10 @@ def find_documents(path, bos_id=None, block=2**22):
     return begins, ends - begins, np.minimum(first_target, ends) - begins, first_mask < ends
 
 
+class NoTargetError(ValueError):
+    """Token files hold dialogs, but no answer that could be learned."""
+
+
 class Dialogs(NamedTuple):
     """What the windows of a shard with masked targets hold: segments, one after the other."""
     begins: np.ndarray  # the first token of each segment
@@ -49,14 +53,25 @@ class Dialogs(NamedTuple):
     num_cut: int  # dialogs that are longer than a window
     num_dropped: int  # documents of which no window holds a target
 
+    def segments(self, window):
+        """(first token, length) of each segment in a window."""
+        held = slice(self.windows[window], self.windows[window + 1])
+        return zip(self.begins[held].tolist(), self.lengths[held].tolist(), strict=True)
+
 
 def pack_dialogs(path, T, bos_id=None):
     """Packs a shard's dialogs into windows of T + 1 tokens; returns Dialogs, or None if nothing is masked.
+
+    None, too, where it can't be known where documents begin: before version 9 without a bos_id.
 
     A dialog is one segment, cut at its end if it is longer than a window, and none if no target is left of
     it. A document without masks may be several, each of which begins with the last token of the one before.
     Segments fill a window, in order, until one doesn't fit; the rest is padding.
     """
+    version = files.read_header(path).version
+    has_marks = version == files.MARKING_VERSION or (version == files.MASKING_VERSION and bos_id is not None)
+    if not has_marks:
+        return None
     begins, lengths, first_targets, is_dialog = find_documents(path, bos_id)
     if not is_dialog.any():
         return None
@@ -78,11 +93,22 @@ def pack_dialogs(path, T, bos_id=None):
     return Dialogs(begins, lengths, np.array(windows), len(is_dialog), is_cut.sum(), (~has_target).sum())
 
 
-def describe(packed, T):
-    """One line on what several shards' Dialogs cut, leave out and pad."""
-    counts = ((d.num_documents, d.num_cut, d.num_dropped) for d in packed)
-    num_documents, num_cut, num_dropped = map(sum, zip(*counts, strict=True))
-    held = sum(int(dialogs.lengths.sum()) for dialogs in packed)
-    room = sum(len(dialogs.windows) - 1 for dialogs in packed) * (T + 1)
-    return (f"of {num_documents:,} documents {num_cut:,} are cut at T + 1 = {T + 1} tokens and "
+def remark_on(pattern, headers, dialogs, T):
+    """One line on what windows of shards cut, leave out and pad; "" where they don't.
+
+    headers, dialogs: of each shard, what read_header and pack_dialogs have returned.
+    """
+    packed = [each for each in dialogs if each]
+    num_tokens = [header.num_tokens for header in headers]
+    if not packed and max(num_tokens) <= T:
+        return (f"{pattern}: {sum(num_tokens)} tokens in {len(headers)} files, each padded to T + 1 = "
+                f"{T + 1}")
+    if not packed:
+        return ""
+    num_documents = sum(each.num_documents for each in packed)
+    num_cut = sum(each.num_cut for each in packed)
+    num_dropped = sum(each.num_dropped for each in packed)
+    held = sum(int(each.lengths.sum()) for each in packed)
+    room = sum(len(each.windows) - 1 for each in packed) * (T + 1)
+    return (f"{pattern}: of {num_documents:,} documents {num_cut:,} are cut at T + 1 = {T + 1} tokens and "
             f"{num_dropped:,} have no target left; {1 - held / room:.0%} of the windows is padding")
