@@ -139,10 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # the demo's shape, then Meta's publishe
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich, 2019): LayerNorm without its mean and its bias.
-
-    In float32, as a sum of thousands of squares in bfloat16 would keep two or three digits.
-    """
+    """x / rms(x) * weight (Zhang and Sennrich, 2019): LayerNorm without its mean and its bias."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -150,9 +147,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        h = x.float()
+        h = x.float()  # A sum of thousands of squares in bfloat16 would keep three digits.
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)  # rows of mean square 1
-        return h.type_as(x) * self.weight
+        return h.type_as(x) * self.weight  # Each element has a learned scale.
 
 # -----------------------------------------------------------------------------
 # Rotary position embedding
@@ -171,7 +168,7 @@ def rope_frequencies(args):
         return freqs
     low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
     turns = args.rope_old_context / (2 * math.pi / freqs)  # how often each pair turns within the old context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast and as it was; 0: slow, and slowed in full
     return (1 - kept) * freqs / args.rope_scale_factor + kept * freqs
 
 
@@ -204,11 +201,11 @@ class KVCache:
 
     def update(self, k, v):
         """Writes k and v (B, T, K, D) where seek said; returns the first S columns, (B, S, K, D) each."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1), each with positions of its own
         # While FSDP trains it computes in bfloat16, and the cache has the weights' float32: hence the casts.
         self.k[rows, self.positions] = k.to(self.k.dtype)
         self.v[rows, self.positions] = v.to(self.v.dtype)
-        S = self.columns.size(0)
+        S = self.columns.size(0)  # The longest row reaches so far, seldom to max_seq_len.
         return self.k[:, :S].to(k.dtype), self.v[:, :S].to(v.dtype)
 
 # -----------------------------------------------------------------------------
@@ -225,7 +222,7 @@ class Attention(nn.Module):
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)  # mixes the heads
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B, T, dim) -> the same shape.
@@ -261,7 +258,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)  # up
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, dim) -> (B, T, hidden_dim) -> (B, T, dim)
 
 
 class TransformerBlock(nn.Module):
@@ -311,8 +308,8 @@ class Transformer(nn.Module):
         empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding would take 1 s to draw it on meta
         self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.norm = RMSNorm(args.dim, args.norm_eps)  # The stream has grown from block to block.
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)  # a score for every token
         self.tie()
         # Not a buffer: .to(torch.bfloat16) would round it, and angles at late positions would be far off.
         self.rope_frequencies = rope_frequencies(args)
@@ -347,7 +344,7 @@ class Transformer(nn.Module):
         """
         std = self.args.dim ** -0.5
         if p.dim() == 1:
-            return p.fill_(1)
+            return p.fill_(1)  # A norm's scale changes nothing at first.
         if name.startswith(("tok_embeddings", "output")):
             return p.normal_(std=std, generator=generator)
         shrink = math.sqrt(2 * self.args.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 1
@@ -360,6 +357,7 @@ class Transformer(nn.Module):
 
     def angles(self, positions):
         """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
+        # Positions are multiplied as float32: bfloat16 can't tell 257 from 258.
         angles = positions[..., None, None].float() * self.rope_frequencies.to(positions.device)
         return angles.cos(), angles.sin()
 
@@ -451,7 +449,7 @@ class Transformer(nn.Module):
             for b in range(B):
                 if begin <= last[b] < begin + chunk:
                     hidden[b] = x[b, last[b] - begin]
-        return reader.head(torch.stack(hidden))
+        return reader.head(torch.stack(hidden))  # (B, dim) -> (B, V)
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention.
@@ -478,7 +476,7 @@ class Transformer(nn.Module):
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         if parameters[0].dtype == torch.bfloat16:
             return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
-        fused = parameters[0].device.type in ("cuda", "cpu", "mps")
+        fused = parameters[0].device.type in ("cuda", "cpu", "mps")  # One pass over memory beats ten.
         if muon:
             matrices = [p for p in self.layers.parameters() if p.dim() == 2]
             return Muon(groups, matrices, lr=learning_rate, betas=betas, fused=fused)
@@ -683,7 +681,7 @@ class Llama:
                     continue
                 drawn[i] = token
                 texts[i].append(token)
-                ended[i] = len(texts[i]) >= self.max_seq_len
+                ended[i] = len(texts[i]) >= self.max_seq_len  # The cache has no room for one more.
             yield logits, drawn
             if all(ended):
                 return
@@ -747,6 +745,7 @@ class Llama:
         tokenizer = self.required_tokenizer
         rows = [tokenizer.encode(prompt, bos=True, allowed_special="all" if special else ())
                 for prompt in prompts]
+        # A prompt that spells BOS itself needs no other one in front.
         return [row[1:] if row[1:2] == [tokenizer.bos_id] else row for row in rows]
 
     @property
@@ -820,12 +819,12 @@ class DistributedShardedDataLoader:
             raise ValueError(f"B is {B}, T {T}, rank {process_rank} of {num_processes}; expected B and T of "
                              "at least 1, and a rank below the number of processes")
         self.filename_pattern = filename_pattern
-        self.B = B
-        self.T = T
+        self.B = B  # windows of this rank's batches
+        self.T = T  # inputs of a window, and as many targets
         self.rank = process_rank
         self.num_processes = num_processes
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = seed  # of the permutations
         self.bos_id = bos_id
         self.files = files.matching(filename_pattern)
         if not self.files:
@@ -908,8 +907,8 @@ class DistributedShardedDataLoader:
         starts: also which tokens of x begin a document, bool (B, T); then those of y that do are no targets.
         end: windows numbered so or more, such as those of later epochs, have no targets.
         """
-        first = self.counter + self.rank * self.B
-        self.counter += self.num_processes * self.B
+        first = self.counter + self.rank * self.B  # Ranks take turns, rank 0 first.
+        self.counter += self.num_processes * self.B  # The other ranks take as many.
         x, y, marks = [], [], []
         for number in range(first, first + self.B):
             epoch, index = divmod(number, self.num_windows)
@@ -920,8 +919,8 @@ class DistributedShardedDataLoader:
                 is_target &= ~is_start
             if end is not None and number >= end:
                 is_target[:] = False
-            x.append(ids[:-1])
-            y.append(np.where(is_target, ids, -100)[1:])
+            x.append(ids[:-1])  # (T,)
+            y.append(np.where(is_target, ids, -100)[1:])  # (T,), each one token later
             marks.append(is_start[:-1])
         batch = (x, y, marks) if starts else (x, y)
         return tuple(torch.from_numpy(np.stack(rows)) for rows in batch)
@@ -1128,10 +1127,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     check_flags(flags)
     rank, world_size, place = parallel.join_process_group(device, needed=bool(fsdp))
     compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
-    fast.keep_freed_memory(place)
+    fast.keep_freed_memory(place)  # Otherwise every step would ask the system for memory anew.
 
     # What to train on, and where.
-    run = Run(out_dir, resume, rank == 0)
+    run = Run(out_dir, resume, rank == 0)  # Only the first rank writes.
     tokenizer, model, pieces = training_source(None if lora_rank else run.newest, ckpt_dir, preset,
                                                 tokenizer_path)
     loader, val_loader, val_remark = open_data(train_data, val_data, batch_size, seq_len, shuffle, seed,
@@ -1140,16 +1139,16 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if val_loader:
         run.floor = entropy_floor(Path(val_loader.files[0]).parent)
         eval_windows = min(eval_steps or val_loader.num_windows, val_loader.num_windows)
-    micro_batch_tokens = batch_size * seq_len * world_size
+    micro_batch_tokens = batch_size * seq_len * world_size  # One pass takes so many, over all ranks.
     total_batch_tokens = total_batch_tokens or micro_batch_tokens
     expect(total_batch_tokens % micro_batch_tokens == 0, "total_batch_tokens", total_batch_tokens,
            f"a multiple of batch_size * seq_len * processes = {micro_batch_tokens}")
-    micro_batches = total_batch_tokens // micro_batch_tokens
+    micro_batches = total_batch_tokens // micro_batch_tokens  # Their gradients add up to a step's.
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
 
     # The model, the optimizer, and where an earlier run stopped.
     lr = suggested_learning_rate(model.args.dim, pieces is None, lora_rank > 0) if lr is None else lr
-    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens, lr=lr)
+    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens, lr=lr)  # None has become a number.
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
                 vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
     progress = run.load_progress(flags, data)
@@ -1176,7 +1175,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # Matrix products in dtype, sums and softmax in float32.
     autocast = torch.autocast(place.type, compute_dtype, enabled=compute_dtype != torch.float32)
 
-    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
+    byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)  # (V,)
     min_lr = lr / 10 if min_lr is None else min_lr
     peak_flops = fast.measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
@@ -1188,7 +1187,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     for step in run.steps(progress["step"] + 1, steps):
         start = time.perf_counter()
-        first_window = loader.counter
+        first_window = loader.counter  # An error names a step's windows.
         batches = [batch_on(place, loader, tokenizer.n_words, doc_mask) for _ in range(micro_batches)]
         lr_now = learning_rate_at(*run.learning_rate_step(step), lr, min_lr, warmup_steps)
         loss, grad_norm = optimize(wrapped, optimizer, batches, lr_now, grad_clip, autocast,
@@ -1200,8 +1199,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         if val_loader and (step == steps or step % eval_interval == 0):
             record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_windows, doc_mask,
                                                              byte_lengths, autocast)
-        run.log(record)  # before saving: a run killed in between cuts this line when it resumes
-        run.heed_signals(place)
+        run.log(record)  # Logged first: a run killed before it has saved cuts this line when it resumes.
+        run.heed_signals(place)  # All ranks stop at the same step.
         is_due = step == steps or (save_interval and step % save_interval == 0)
         if is_due or run.stopping or run.improved:
             progress = run.progress(step, loader.state_dict())
