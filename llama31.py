@@ -43,6 +43,7 @@ from plumbing.dialogs import describe, pack_dialogs
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
 from plumbing.resume import locked, resumable
+from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
 from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
 
@@ -487,7 +488,7 @@ class Transformer(nn.Module):
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         if parameters[0].dtype == torch.bfloat16:
-            return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
+            return RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
         fused = parameters[0].device.type in ("cuda", "cpu", "mps")
         if muon:
             matrices = [p for p in self.layers.parameters() if p.dim() == 2]
