@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import llama31
 from plumbing import cli
 from plumbing.checkpoint import save_checkpoint
-from plumbing.fast import choose_dtype
+from plumbing.devices import choose_dtype
 from plumbing.files import complete_folder, read_json
 from plumbing.gguf_file import choose_kind, write_gguf
 from plumbing.huggingface import (

@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from plumbing import answers, attention, checkpoint, cli, decoding, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
+from plumbing.devices import choose_dtype, fast_dtype, measured_peak, name_of
 from plumbing.dialogs import describe, pack_dialogs
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
@@ -540,7 +541,7 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     if tensor_parallel > 1:
         parallel.split_model(model, device, tensor_parallel)
     stored = stored_dtype(pieces)
-    compute = dtype or fast.fast_dtype(device, stored)
+    compute = dtype or fast_dtype(device, stored)
     kept = stored if dtype is None and device.type == "cpu" and tensor_parallel == 1 else compute
     num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
     parallel.check_memory_of_ranks(f"the weights of {ckpt_dir}", num_bytes, device, tensor_parallel)
@@ -640,7 +641,7 @@ class Llama:
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
                         tensor_parallel=tensor_parallel)
         tensor_parallel, device = parallel.processes_that_split(tensor_parallel, device)
-        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize, tensor_parallel)
+        model = load_checkpoint(ckpt_dir, device, choose_dtype(dtype), quantize, tensor_parallel)
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
@@ -1226,7 +1227,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     expect(not (muon and (fsdp or lora_rank or param_dtype != "float32")), "muon", muon,
            "no --fsdp, --lora_rank or --param_dtype beside it, as it wants whole matrices in float32")
     rank, world_size, place = parallel.join_process_group(device, needed=bool(fsdp))
-    compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
+    compute_dtype = choose_dtype(dtype) or fast_dtype(place)
     fast.keep_freed_memory(place)
 
     # What to train on, and where.
@@ -1279,10 +1280,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)
     min_lr = lr / 10 if min_lr is None else min_lr
-    peak_flops = fast.measured_peak(place, compute_dtype) * world_size
+    peak_flops = measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
-        print(f"{num_parameters:,} parameters on {world_size} x {place} in {fast.name_of(compute_dtype)}, "
+        print(f"{num_parameters:,} parameters on {world_size} x {place} in {name_of(compute_dtype)}, "
               f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
         for remark in filter(None, (prepared, loader.remark, val_remark)):
             print(remark)

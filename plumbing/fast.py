@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import math
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing import machine
-from plumbing.cli import expect
 from plumbing.compiler import Address, compile_library, find_compiler
 from plumbing.decoding import StaticReader
+from plumbing.devices import fast_dtype, name_of
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -262,6 +261,11 @@ def load_int8(model, tensors, device, dtype):
         model.set_submodule(path, kind(*quantize(tensor), dtype))
     if model.args.tie_word_embeddings:
         model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
+
+
+def weight_type(model):
+    """The name of the type in which a model's matrices are kept."""
+    return "int8" if isinstance(model.output, Int8Linear) else name_of(model.output.weight.dtype)
 
 # -----------------------------------------------------------------------------
 # Compiled inference
@@ -512,75 +516,3 @@ def check_memory(what, num_bytes, device):
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                          "take a smaller dtype, max_seq_len, batch or model")
-
-# -----------------------------------------------------------------------------
-# Devices and types
-
-
-def choose_device(device=None):
-    """The torch.device asked for; None: cuda, else mps, else cpu. ValueError where it is not there."""
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
-    elif device is None:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device} can't be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
-
-
-def choose_dtype(dtype):
-    """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
-    if dtype is None:
-        return None
-    name = name_of(dtype)
-    expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
-    return getattr(torch, name)
-
-
-def name_of(dtype):
-    """The name of a torch.dtype, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def weight_type(model):
-    """The name of the type in which a model's matrices are kept."""
-    return "int8" if isinstance(model.output, Int8Linear) else name_of(model.output.weight.dtype)
-
-
-def fast_dtype(device, stored=None):
-    """The type in which a device multiplies fast enough and exactly enough.
-
-    stored: the type of weights that are only to be read; None: training. On the CPU those are never rounded:
-    bfloat16 is for weights that are bfloat16. On a GPU before compute capability 8.0 it is float16, but not
-    in training, where the smallest gradients would be 0.
-    """
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float32 if stored is None else torch.float16
-    if device.type == "mps":
-        return torch.bfloat16 if stored is None else stored
-    # Without AVX512-BF16 or AMX, a product in bfloat16 takes seven times as long as in float32, and twice as
-    # long on Intel's processors without AMX, which still gain by reading less when they sample. torch may be
-    # set to use less than the processor has.
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    has = torch.cpu.get_capabilities().get
-    is_slow_intel = stored is None and not has("amx_bf16") and has("cpu_name", "").startswith("Intel")
-    is_fast = has_avx512 and (has("amx_bf16") or has("avx512_bf16")) and not is_slow_intel
-    if is_fast and stored in (None, torch.bfloat16):
-        return torch.bfloat16
-    return torch.promote_types(torch.float32, stored or torch.float32)
-
-
-def measured_peak(device, dtype):
-    """FLOP/s of large matrix products on a device: what model FLOPs utilization (MFU) is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # This waits for the result.
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)  # n x n results of n multiplications and n additions each

@@ -18,7 +18,8 @@ from torch import nn
 from plumbing import checkpoint, huggingface, mapped
 from plumbing.adapters import MATRICES, load_adapters, save_adapters
 from plumbing.cli import expect, expect_at_least
-from plumbing.fast import GROUP, dequantize, name_of, product_dtype, quantize, widen
+from plumbing.devices import name_of
+from plumbing.fast import GROUP, dequantize, product_dtype, quantize, widen
 
 # -----------------------------------------------------------------------------
 # Products with weights as they are stored

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from plumbing.cli import expect
-from plumbing.fast import check_memory, choose_device
+from plumbing.devices import choose_device
+from plumbing.fast import check_memory
 
 
 def launched():

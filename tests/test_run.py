@@ -22,7 +22,7 @@ import reference
 import stories
 import tiny_stories
 from llama31 import PRESETS, ModelArgs, Sampler, Transformer
-from plumbing import fast
+from plumbing import devices, fast
 from plumbing import run as run_module
 from plumbing.run import Run, Stopwatch
 
@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
         monotonic = perf_counter
     clock = Clock()
-    for module in (llama31, fast, run_module):
+    for module in (llama31, devices, run_module):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -132,7 +132,7 @@ def test_generation_is_timed_from_its_first_step(clock):
 
 
 def test_the_measured_peak_is_the_operations_of_a_square_product(clock):
-    assert fast.measured_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
+    assert devices.measured_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident pages are read from /proc")
@@ -143,7 +143,7 @@ def test_used_memory_is_what_the_process_has():
 
 
 def test_a_record_has_tokens_per_second_and_its_share_of_the_peak(corpus, tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(fast, "measured_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(llama31, "measured_peak", lambda device, dtype: 1e9)
     monkeypatch.setattr(fast, "used_memory", lambda device: 123)
     llama31.train(train_data=f"{corpus}/train.bin", val_data=f"{corpus}/val.bin", out_dir=str(tmp_path),
                   ckpt_dir=f"{corpus}/ckpt", batch_size=2, seq_len=16, total_batch_tokens=96, steps=1,
