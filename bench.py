@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import planner
 from llama31 import Llama, ModelArgs, Transformer
 from peers import missing, peers_of, transformers_runner
-from plumbing import attention, checkpoint, cli, devices, fast
+from plumbing import attention, checkpoint, cli, devices, fast, narrow
 from plumbing.cli import expect, expect_at_least
 from plumbing.machine import peak_process_memory
 from plumbing.run import Stopwatch
@@ -188,7 +188,7 @@ def drawn(args, room, batch_size, device, dtype, compile, quantize):
     tensors = ((name, model.init_weight(name, torch.empty(p.shape, dtype=dtype, device=device), generator))
                for name, p in list(model.named_parameters()))
     if quantize:
-        fast.load_int8(model, tensors, device, dtype)
+        narrow.load_int8(model, tensors, device, dtype)
     else:
         checkpoint.load_weights(model, tensors, device, dtype)
     return Llama(model.eval(), None, room, batch_size, fast.compile_inference(model) if compile else None)
@@ -267,7 +267,7 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
 
     print(f"{machine(device)}: reads {bandwidth / 1e9:.1f} GB/s; float32 {float32_peak / 1e9:,.0f} GFLOP/s, "
           f"bfloat16 {bfloat16_peak / 1e9:,.0f} GFLOP/s")
-    weight_bytes = 1 + 4 / fast.GROUP if quantize else stored.itemsize  # int8: and a float32 scale per group
+    weight_bytes = 1 + 4 / narrow.GROUP if quantize else stored.itemsize  # int8: and a float32 scale a group
     print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
           f"{way(llama.reader)}, keys and values in {devices.name_of(llama.model.dtype)}; loading "
           f"{load_seconds:.1f} s, two tokens {first_seconds:.1f} s\n")

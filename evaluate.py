@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from llama31 import Llama
-from plumbing import answers, cli, decoding, devices, fast, files, parallel
+from plumbing import answers, cli, decoding, devices, fast, files, narrow, parallel
 from plumbing.cli import expect_at_least
 from plumbing.documents import FIELD, find_inputs, read_documents
 from plumbing.questions import read_questions, shots_before
@@ -84,7 +84,7 @@ def open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile, qu
         # Products of many tokens at once, as here and in training, may want another type than decoding does.
         compute = torch.promote_types(llama.model.dtype, devices.fast_dtype(device))
         if compute != llama.model.dtype:
-            fast.widen(llama.model, compute)
+            narrow.widen(llama.model, compute)
     print(answers.choices(llama.model), file=sys.stderr)
     llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(device)

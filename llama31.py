@@ -43,6 +43,7 @@ from plumbing.devices import choose_dtype, fast_dtype, measured_peak, name_of
 from plumbing.dialogs import describe, pack_dialogs
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
+from plumbing.narrow import load_int8, widen
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
@@ -546,11 +547,11 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
     parallel.check_memory_of_ranks(f"the weights of {ckpt_dir}", num_bytes, device, tensor_parallel)
     if quantize:
-        fast.load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
+        load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
         return model.eval()
     checkpoint.load_weights(model, taken(pieces, model.args.tie_word_embeddings), device, kept)
     if kept != compute:
-        fast.widen(model, compute)
+        widen(model, compute)
     return model.eval()
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from plumbing.cli import expect, say_cut
 from plumbing.devices import name_of
 from plumbing.documents import FIELD, read_json, read_records
-from plumbing.fast import weight_type
+from plumbing.narrow import weight_type
 from plumbing.run import Stopwatch, collected
 
 BATCH = 8  # dialogs that are answered at once

@@ -19,7 +19,8 @@ from plumbing import checkpoint, huggingface, mapped
 from plumbing.adapters import MATRICES, load_adapters, save_adapters
 from plumbing.cli import expect, expect_at_least
 from plumbing.devices import name_of
-from plumbing.fast import GROUP, dequantize, product_dtype, quantize, widen
+from plumbing.fast import product_dtype
+from plumbing.narrow import GROUP, dequantize, quantize, widen
 
 # -----------------------------------------------------------------------------
 # Products with weights as they are stored

@@ -26,7 +26,7 @@ import convert
 import llama31
 import reference
 from llama31 import Llama, Transformer
-from plumbing import fast, huggingface, lora
+from plumbing import fast, huggingface, lora, narrow
 from plumbing.adapters import CONFIG, MATRICES, WEIGHTS, peft_names, save_adapters
 from plumbing.checkpoint import load_weights, newest_checkpoint
 
@@ -87,8 +87,8 @@ def test_a_product_has_the_values_and_gradients_of_plain_ones(stored):
     x, weight, a, b = (torch.randn(shape, generator=draw) for shape in shapes)
     scale = None
     if stored == torch.int8:
-        weight, scale = fast.quantize(weight)
-        values = fast.dequantize(weight, scale)
+        weight, scale = narrow.quantize(weight)
+        values = narrow.dequantize(weight, scale)
     else:
         weight = weight.to(stored)
         values = weight.float()
@@ -150,7 +150,7 @@ def test_an_int8_base_equals_the_dequantised_one():
     plain = copy.deepcopy(model)
     for name, p in plain.named_parameters():
         if name.replace("weight", "scale") in state:
-            p.data = fast.dequantize(state[name], state[name.replace("weight", "scale")])
+            p.data = narrow.dequantize(state[name], state[name.replace("weight", "scale")])
             assert state[name].dtype == torch.int8
     same = adapted(plain)
     tokens = random_tokens(2, 21)
@@ -176,7 +176,7 @@ def test_merged_equals_unmerged(stored):
 def test_compiled_and_recomputed_blocks_have_the_same_gradients():
     """hidden_dim 176 is no multiple of the groups that share a scale, which a compiler got wrong."""
     model = random_model(4)
-    assert model.args.hidden_dim % fast.GROUP
+    assert model.args.hidden_dim % narrow.GROUP
     tokens = random_tokens(2, 21)
     plain, compiled, recomputed = (adapted(model, quantize="int8") for _ in range(3))
     assert fast.compile_blocks(compiled)
