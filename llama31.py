@@ -44,6 +44,7 @@ from plumbing.dialogs import describe, pack_dialogs
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
 from plumbing.narrow import load_int8, widen
+from plumbing.params import read_params
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
@@ -118,7 +119,7 @@ class ModelArgs:
 
         FileNotFoundError or ValueError names the file and the field at fault.
         """
-        args, fields = checkpoint.read_params(path, cls)
+        args, fields = read_params(path, cls)
         if "max_seq_len" not in fields:  # Meta publishes none; Llama 3's is the shorter one.
             args.max_seq_len = 131072 if args.use_scaled_rope else 8192
         # Llama 3.2's params.json says that RoPE is scaled, not by how much; by its shape we know it is 32.

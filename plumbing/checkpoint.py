@@ -7,7 +7,6 @@ and how Meta splits them are known here: a model is a value with parameters.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -21,44 +20,12 @@ from plumbing import mapped, parallel
 from plumbing.cli import say
 from plumbing.files import complete_folder
 from plumbing.mapped import Pieces, split_dim
+from plumbing.params import write_params
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.torch_file import map_file, save_file
 
-OUR_PARAMS = "llama31.json"
-OUR_FIELDS = ("head_dim", "rope_scale_factor", "rope_low_freq_factor", "rope_high_freq_factor",
-              "rope_old_context", "tie_word_embeddings", "max_seq_len")
-
 # -----------------------------------------------------------------------------
 # Reading
-
-
-def read_params(path, shape):
-    """(shape(**fields), fields): a dataclass out of params.json and of llama31.json beside it, if there.
-
-    FileNotFoundError, or ValueError that names the file and the field at fault.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
-    known = [field.name for field in dataclasses.fields(shape)]
-    fields = {}
-    for file in (path.with_name(OUR_PARAMS), path):  # What ours has, such as head_dim, decides what fits.
-        if not file.exists():  # Meta's folders have no llama31.json.
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8-sig"))
-            if not isinstance(found, dict):
-                raise ValueError(f"found {json.dumps(found):.40}; expected an object of fields")
-            if unknown := sorted(found.keys() - known):
-                raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
-            fields = found | fields
-            args = shape(**fields)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: {error}: found no JSON, expected an object of fields; get the file "
-                             "again") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-    return args, fields
 
 
 def describe(value):
@@ -186,10 +153,7 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
         params = dataclasses.asdict(params)
     states = [state] if isinstance(state, dict) else state
     with checkpoint_folder(path, tokenizer_path, progress, optimizer_dir, replace) as part:
-        ours = {name: value for name, value in params.items() if name in OUR_FIELDS}
-        metas = {name: value for name, value in params.items() if name not in OUR_FIELDS}
-        for name, fields in (("params.json", metas), (OUR_PARAMS, ours)):
-            (part / name).write_text(json.dumps(fields, indent=2) + "\n")
+        write_params(part, params)
         for i, state in enumerate(states):
             save_file(state, part / f"consolidated.{i:02d}.pth")
             del state  # before the next one is made
