@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from plumbing import mapped, parallel
-from plumbing.cli import say
 from plumbing.files import complete_folder
 from plumbing.mapped import Pieces, split_dim
 from plumbing.params import write_params
+from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.torch_file import map_file, save_file
 

@@ -6,8 +6,6 @@ function's signature; then fire converts them, as the annotations say, and calls
 of help is its line under "Args:" in the function's docstring.
 """
 
-import codecs
-import contextlib
 import errno
 import functools
 import inspect
@@ -20,10 +18,10 @@ import types
 import typing
 
 import fire
-from tqdm import tqdm
 
 from plumbing.files import read_lines
 from plumbing.machine import limit_threads
+from plumbing.streams import flush_or_drop_output, open_streams
 
 
 def run(commands, default, argv=None):
@@ -79,62 +77,6 @@ def run_command(commands, default, words):
     else:
         texts = read_words(words, command, parameters)
         fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
-
-
-def open_streams():
-    """Makes the standard streams fit for any text, whatever their encoding, and open if they were closed.
-
-    Output escapes the characters that it has no bytes for. Input that is said to be ASCII is read as UTF-8.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # Whoever started this process has closed it.
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
-        stream = getattr(sys, name)
-        if not hasattr(stream, "reconfigure"):  # A notebook's has no encoding.
-            continue
-        if name != "stdin":
-            stream.reconfigure(errors="backslashreplace")
-        if name == "stderr":
-            sys.stderr = Remarks(stream)
-        elif name == "stdin" and codecs.lookup(stream.encoding).name == "ascii":
-            stream.reconfigure(encoding="utf-8")
-
-
-class Remarks:
-    """Standard error that ends nothing: what can't be written, as its reader is gone, is dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with dropping(self.stream):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with dropping(self.stream):
-            self.stream.flush()
-
-
-@contextlib.contextmanager
-def dropping(stream):
-    """Drops what can't be written to a stream, with all that follows."""
-    try:
-        yield
-    except (OSError, ValueError):  # A ValueError says that it is closed.
-        with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def flush_or_drop_output():
-    """Flushes standard output; what can't be written is dropped, so that Python doesn't try again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_help(command, function):
@@ -218,16 +160,6 @@ def convert(parameter, text):
             continue
     expected = " or ".join(inspect.formatannotation(kind) for kind in kinds(parameter))
     raise ValueError(f"--{parameter.name} {text}: expected {expected}")
-
-
-def say(text, stream=None):
-    """Prints a text above progress bars; an output that is gone, such as a lost terminal, ends nothing.
-
-    stream: None: standard output.
-    """
-    stream = stream or sys.stdout
-    with dropping(stream), tqdm.external_write_mode(file=stream):
-        print(text, file=stream, flush=True)
 
 
 def expect(fits, name, value, expected):

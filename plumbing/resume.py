@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from plumbing.checkpoint import checkpoints_of_run
-from plumbing.cli import expect, say
+from plumbing.cli import expect
 from plumbing.files import sha256_of
 from plumbing.parallel import gather_over_ranks, join_process_group, rank_and_size
+from plumbing.streams import say
 from plumbing.torch_file import load_file
 
 # -----------------------------------------------------------------------------

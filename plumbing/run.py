@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from plumbing import resume
 from plumbing.checkpoint import checkpoints_of_run, point_best, remove
-from plumbing.cli import say
 from plumbing.files import check_disk, complete
 from plumbing.parallel import largest_over_ranks
+from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer, name_of_copy
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import fire
 import pytest
 from tiny import ROOT
 
-from plumbing import cli
+from plumbing import cli, streams
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_stream_without_an_encoding_is_left_alone(monkeypatch, capsys):
     class Notebook:
         write = flush = isatty = print
     monkeypatch.setattr("sys.stdout", Notebook())
-    cli.open_streams()
+    streams.open_streams()
 
 
 # -----------------------------------------------------------------------------
