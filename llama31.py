@@ -45,6 +45,7 @@ from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
 from plumbing.narrow import load_int8, widen
 from plumbing.params import read_params
+from plumbing.prompts import holds_dialogs, read_prompts, say_spelled
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
@@ -1363,12 +1364,12 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     stop = [cli.unescape(text) for text in ([stop] if isinstance(stop, str) else stop or [])]
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                     repetition_penalty=repetition_penalty, seed=seed)
-    has_dialogs = prompt is None and prompt_file is not None and cli.holds_dialogs(prompt_file)
+    has_dialogs = prompt is None and prompt_file is not None and holds_dialogs(prompt_file)
     if has_dialogs:
         expect(not special, "special", special, "left out, as a dialog's texts spell no special tokens")
         rows, prompts = answers.read_dialogs(prompt_file)
     else:
-        prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
+        prompts = read_prompts(prompt, prompt_file, PROMPTS)
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=False,
                         quantize=quantize)
@@ -1380,7 +1381,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     else:
         prompt_tokens = llama.encode(prompts, special)
         if not special:
-            cli.say_spelled(prompts, llama.required_tokenizer.special_tokens)
+            say_spelled(prompts, llama.required_tokenizer.special_tokens)
         answers.print_completions(llama, prompts, prompt_tokens, max_gen_len, stop, **sampling)
     parallel.leave_process_group()
 

@@ -10,10 +10,11 @@ import sys
 
 from tqdm import tqdm
 
-from plumbing.cli import expect, say_cut
+from plumbing.cli import expect
 from plumbing.devices import name_of
 from plumbing.documents import FIELD, read_json, read_records
 from plumbing.narrow import weight_type
+from plumbing.prompts import say_cut
 from plumbing.run import Stopwatch, collected
 
 BATCH = 8  # dialogs that are answered at once
