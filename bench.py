@@ -25,9 +25,9 @@ import planner
 from llama31 import Llama, ModelArgs, Transformer
 from peers import missing, peers_of, transformers_runner
 from plumbing import attention, checkpoint, cli, devices, fast, narrow
+from plumbing.answers import Stopwatch
 from plumbing.cli import expect, expect_at_least
 from plumbing.machine import peak_process_memory
-from plumbing.run import Stopwatch
 
 # -----------------------------------------------------------------------------
 # The machine

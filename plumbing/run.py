@@ -20,59 +20,13 @@ from plumbing.plot import plot_losses
 from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer, name_of_copy
 
-# -----------------------------------------------------------------------------
-# What is measured
-
-
-class Stopwatch:
-    """Times generation around its steps: the first reads the prompts, the others decode."""
-
-    def __init__(self, prompt_tokens):
-        self.prompt_tokens = prompt_tokens
-        self.prefill_seconds = 0.0
-        self.decoded_tokens = 0
-        self.decode_seconds = 0.0
-
-    def over(self, steps):
-        """The same steps of Llama.steps, timed."""
-        start = time.perf_counter()
-        for i, (logits, drawn) in enumerate(steps):
-            seconds = time.perf_counter() - start
-            if i == 0:
-                self.prefill_seconds = seconds
-            else:
-                self.decode_seconds += seconds
-                self.decoded_tokens += sum(token is not None for token in drawn)
-            yield logits, drawn
-            start = time.perf_counter()
-
-    def report(self):
-        """One line: tokens read and decoded, and how many per second."""
-        read_rate = self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-        decode_rate = self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
-        return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode "
-                f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
-
-
-def collected(steps, rows):
-    """The same steps of Llama.steps; each prompt's tokens are appended to its row as they come."""
-    for logits, drawn in steps:
-        for row, token in zip(rows, drawn, strict=True):
-            if token is not None:
-                row.append(token)
-        yield logits, drawn
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers', terminals' and people's
 
 
 def entropy_floor(folder):
     """The bits per byte that no model can beat on average, if entropy.json says so; else None."""
     path = Path(folder, "entropy.json")
     return json.loads(path.read_text())["val"]["bits_per_byte"] if path.is_file() else None
-
-# -----------------------------------------------------------------------------
-# The run
-
-
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers', terminals' and people's
 
 
 class Run:

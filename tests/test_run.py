@@ -22,9 +22,9 @@ import reference
 import stories
 import tiny_stories
 from llama31 import PRESETS, ModelArgs, Sampler, Transformer
-from plumbing import devices, fast
+from plumbing import answers, devices, fast
 from plumbing import run as run_module
-from plumbing.run import Run, Stopwatch
+from plumbing.run import Run
 
 RECORD = dict(step=3, loss=2.34567, lr=0.00123, grad_norm=0.456, tokens_per_s=12345, mfu=0.347,
               memory=2.56e9)
@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
         monotonic = perf_counter
     clock = Clock()
-    for module in (llama31, devices, run_module):
+    for module in (llama31, answers, devices, run_module):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -124,11 +124,11 @@ def test_a_signal_is_noted_once_and_the_steps_end_when_it_is_heeded(tmp_path, ca
 
 
 def test_generation_is_timed_from_its_first_step(clock):
-    watch = Stopwatch(prompt_tokens=30)
+    watch = answers.Stopwatch(prompt_tokens=30)
     drawn = [[5, 6], [7, None], [8, None], [None, None]]
     assert [tokens for _, tokens in watch.over((None, tokens) for tokens in drawn)] == drawn
     assert watch.report() == "prefill 30 tokens at 60.0/s, decode 2 tokens at 1.3/s"  # 0.5 s a step
-    assert Stopwatch(7).report() == "prefill 7 tokens at 0.0/s, decode 0 tokens at 0.0/s"
+    assert answers.Stopwatch(7).report() == "prefill 7 tokens at 0.0/s, decode 0 tokens at 0.0/s"
 
 
 def test_the_measured_peak_is_the_operations_of_a_square_product(clock):
