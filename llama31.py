@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from plumbing import answers, attention, checkpoint, cli, decoding, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
+from plumbing.config_json import read_config
 from plumbing.devices import choose_dtype, fast_dtype, measured_peak, name_of
 from plumbing.dialogs import describe, pack_dialogs
 from plumbing.mapped import merged, stored_dtype, taken
@@ -506,7 +507,7 @@ class Transformer(nn.Module):
 def read_args(ckpt_dir):
     """The ModelArgs of a checkpoint directory: out of Hugging Face's config.json, or Meta's params.json."""
     if huggingface.holds_weights(ckpt_dir):
-        return huggingface.read_config(ckpt_dir, ModelArgs, PRESETS.values())
+        return read_config(ckpt_dir, ModelArgs, PRESETS.values())
     return ModelArgs.from_json(Path(ckpt_dir, "params.json"))
 
 
