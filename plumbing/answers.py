@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from plumbing.cli import expect
 from plumbing.devices import name_of
-from plumbing.documents import FIELD, read_json, read_records
+from plumbing.documents import FIELD, read_records
+from plumbing.json_stream import read_json
 from plumbing.narrow import weight_type
 from plumbing.prompts import say_cut
 
