@@ -21,8 +21,9 @@ from tqdm import tqdm
 from llama31 import Llama
 from plumbing import answers, cli, decoding, devices, fast, files, narrow, parallel
 from plumbing.cli import expect_at_least
-from plumbing.documents import FIELD, find_inputs, read_documents
+from plumbing.documents import find_inputs, read_documents
 from plumbing.questions import read_questions, shots_before
+from plumbing.records import FIELD
 from plumbing.words import Words
 
 TOKENS_AT_ONCE = 1024  # A CPU is no faster with more of them, but more would be padding.

@@ -39,18 +39,10 @@ from tqdm import tqdm
 
 from plumbing import cli, files
 from plumbing.dialogs import find_documents
-from plumbing.documents import (
-    FIELD,
-    SHARDS,
-    find_inputs,
-    find_shards,
-    is_learned,
-    read_documents,
-    read_shard,
-    texts_of,
-)
+from plumbing.documents import SHARDS, find_inputs, find_shards, read_documents, read_shard
 from plumbing.download import check_archive, fetch, unpack
 from plumbing.machine import usable_cores
+from plumbing.records import FIELD, is_learned, texts_of
 from plumbing.tokenizer_json import digest_of
 from plumbing.words import Words, with_start
 from plumbing.workers import run_in_order

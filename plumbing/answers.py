@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from plumbing.cli import expect
 from plumbing.devices import name_of
-from plumbing.documents import FIELD, read_records
+from plumbing.documents import read_records
 from plumbing.json_stream import read_json
 from plumbing.narrow import weight_type
 from plumbing.prompts import say_cut
+from plumbing.records import FIELD
 
 BATCH = 8  # dialogs that are answered at once
 EXPECTED = "expected messages or conversations, the last one the user's"
