@@ -21,19 +21,12 @@ from plumbing import cli
 from plumbing.checkpoint import save_checkpoint
 from plumbing.config_json import read_config, write_config
 from plumbing.devices import choose_dtype
-from plumbing.files import complete_folder, read_json
+from plumbing.files import complete_folder
 from plumbing.gguf_file import choose_kind, write_gguf
-from plumbing.huggingface import (
-    INDEX,
-    SINGLE,
-    holds_weights,
-    open_pieces,
-    reordered,
-    tensor_names,
-    write_json,
-)
+from plumbing.huggingface import INDEX, SINGLE, holds_weights, open_pieces, reordered, tensor_names
 from plumbing.lora import save_merged
 from plumbing.mapped import stored_dtype
+from plumbing.text_files import read_json, write_json
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.vocabularies import full_vocabulary, ids_of, metas_tokenizer, write_tokenizer_json
 from tokenizer import Tokenizer, find_tokenizer

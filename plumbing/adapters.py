@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from plumbing import checkpoint, huggingface
 from plumbing.cli import expect
-from plumbing.files import read_json
+from plumbing.text_files import read_json, write_json
 
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
             "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
@@ -58,7 +58,7 @@ def save_adapters(path, args, states, tokenizer_path=None, progress=None, optimi
     tensors = {names[name]: huggingface.reordered(name, tensor, args, to_meta=False).contiguous()
                if name.endswith("lora_b") else tensor for name, tensor in state.items()}
     with checkpoint.checkpoint_folder(path, tokenizer_path, progress, optimizer_dir) as part:
-        huggingface.write_json(part / CONFIG, config)
+        write_json(part / CONFIG, config)
         try:
             save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # The disk may be full.

@@ -5,8 +5,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from plumbing.files import read_json
-from plumbing.huggingface import weight_files, write_json
+from plumbing.huggingface import weight_files
+from plumbing.text_files import read_json, write_json
 
 FIELDS = {  # field of ModelArgs -> (field of config.json, its value where config.json lacks it)
     "dim": ("hidden_size", None),

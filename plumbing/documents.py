@@ -14,9 +14,10 @@ import shlex
 import zlib
 
 from plumbing.cli import unescape
-from plumbing.files import MANIFEST, likely_encoding, matching
+from plumbing.files import MANIFEST, matching
 from plumbing.json_stream import BLOCK, read_array, read_json
 from plumbing.records import COLUMNS, FIELD, record_of, shown
+from plumbing.text_files import likely_encoding
 
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'

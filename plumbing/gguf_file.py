@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.files import check_disk, complete, read_json
+from plumbing.files import check_disk, complete
+from plumbing.text_files import read_json
 from tokenizer import SPLIT_PATTERN
 
 KINDS = "f32", "f16", "bf16", "q8_0"  # types of matrices

@@ -5,7 +5,6 @@ rows 2i and 2i + 1 of a head together, Hugging Face's turns rows i and i + D/2.
 """
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.checkpoint import check_tensors
-from plumbing.files import read_json
 from plumbing.mapped import Pieces
+from plumbing.text_files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # says which of several files has which tensor
@@ -173,7 +172,3 @@ def open_pieces(ckpt_dir, args, shapes, to_meta=True):
         order = functools.partial(in_order, to_meta=True) if heads else None
         pieces[name] = Pieces(name, [tensors[theirs]], order, heads or 1)
     return pieces, tied
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")

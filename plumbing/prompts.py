@@ -4,7 +4,7 @@ import os
 import sys
 
 from plumbing.cli import expect, unescape
-from plumbing.files import read_lines
+from plumbing.text_files import read_lines
 
 
 def holds_dialogs(path):

@@ -12,7 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from plumbing.chat_template import FILE, ChatTemplate, names_pattern, read_template, well_formed
-from plumbing.files import START, complete, read_json, sha256_of
+from plumbing.files import START, complete, sha256_of
+from plumbing.text_files import read_json
 from tokenizer import BYTE_OF, STOPPING, word_splitter
 
 # The files beside a tokenizer.json, that which counts most first -> how each calls the token, or the tokens,

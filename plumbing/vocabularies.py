@@ -9,8 +9,7 @@ from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as BPE
 
 from plumbing.chat_template import read_template
-from plumbing.files import read_json
-from plumbing.huggingface import write_json
+from plumbing.text_files import read_json, write_json
 from plumbing.tokenizer_json import HuggingFaceVocabulary
 from tokenizer import (
     BYTE_OF,
