@@ -50,6 +50,7 @@ from plumbing.prompts import holds_dialogs, read_prompts, say_spelled
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
+from plumbing.tensor_parallel import processes_that_split, split_model
 from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -543,7 +544,7 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     device = torch.device(device)
     model, pieces = open_checkpoint(ckpt_dir)
     if tensor_parallel > 1:
-        parallel.split_model(model, device, tensor_parallel)
+        split_model(model, device, tensor_parallel)
     stored = stored_dtype(pieces)
     compute = dtype or fast_dtype(device, stored)
     kept = stored if dtype is None and device.type == "cpu" and tensor_parallel == 1 else compute
@@ -644,7 +645,7 @@ class Llama:
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
                         tensor_parallel=tensor_parallel)
-        tensor_parallel, device = parallel.processes_that_split(tensor_parallel, device)
+        tensor_parallel, device = processes_that_split(tensor_parallel, device)
         model = load_checkpoint(ckpt_dir, device, choose_dtype(dtype), quantize, tensor_parallel)
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
