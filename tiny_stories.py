@@ -42,11 +42,12 @@ from plumbing.dialogs import find_documents
 from plumbing.documents import SHARDS, find_inputs, find_shards, read_documents, read_shard
 from plumbing.download import check_archive, fetch, unpack
 from plumbing.machine import usable_cores
+from plumbing.meta_vocabulary import SPELLED
 from plumbing.records import FIELD, is_learned, texts_of
 from plumbing.tokenizer_json import digest_of
 from plumbing.words import Words, with_start
 from plumbing.workers import run_in_order
-from tokenizer import SPELLED, Tokenizer, train_tokenizer
+from tokenizer import Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 ARCHIVE = "TinyStories_all_data.tar.gz"

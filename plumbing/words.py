@@ -5,8 +5,8 @@ import re
 import numpy as np
 
 from plumbing import files
+from plumbing.meta_vocabulary import MAX_CHARS
 from plumbing.records import is_learned, texts_of
-from tokenizer import MAX_CHARS
 
 BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # a space that touches no other white space
 
