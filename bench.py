@@ -24,10 +24,10 @@ import torch.nn.functional as F
 import planner
 from llama31 import Llama, ModelArgs, Transformer
 from peers import missing, peers_of, transformers_runner
-from plumbing import attention, checkpoint, cli, fast
+from plumbing import attention, checkpoint, cli, devices, fast, narrow
+from plumbing.answers import Stopwatch
 from plumbing.cli import expect, expect_at_least
 from plumbing.machine import peak_process_memory
-from plumbing.run import Stopwatch
 
 # -----------------------------------------------------------------------------
 # The machine
@@ -183,12 +183,12 @@ def ours(llama):
 def drawn(args, room, batch_size, device, dtype, compile, quantize):
     """A Llama of a shape with random weights, for rows of so many tokens."""
     model = Transformer.on_meta(args)
-    dtype = dtype or fast.fast_dtype(device, torch.bfloat16)
+    dtype = dtype or devices.fast_dtype(device, torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     tensors = ((name, model.init_weight(name, torch.empty(p.shape, dtype=dtype, device=device), generator))
                for name, p in list(model.named_parameters()))
     if quantize:
-        fast.load_int8(model, tensors, device, dtype)
+        narrow.load_int8(model, tensors, device, dtype)
     else:
         checkpoint.load_weights(model, tensors, device, dtype)
     return Llama(model.eval(), None, room, batch_size, fast.compile_inference(model) if compile else None)
@@ -230,12 +230,12 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
     expect_at_least(2, new=new)
     expect(preset is None or ckpt_dir is None, "preset", preset, "no --ckpt_dir beside it")
     args = planner.args_of(preset) if preset else None
-    device = fast.choose_device(device)
+    device = devices.choose_device(device)
     room = max(prompt_len, decode_prompt_len) + new
     before = limits(device)
     start = time.perf_counter()
     if args:
-        llama = drawn(args, room, batch_size, device, fast.choose_dtype(dtype), compile, quantize)
+        llama = drawn(args, room, batch_size, device, devices.choose_dtype(dtype), compile, quantize)
     else:
         ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
         llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)
@@ -243,7 +243,7 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
     fast.keep_freed_memory(device)
     args = llama.model.args
     stored = llama.model.norm.weight.dtype
-    kind = fast.name_of(stored)
+    kind = devices.name_of(stored)
     jobs = jobs_of(args, prompt_len, decode_prompt_len, new, batch_size)
     contestants = {"llama31.py": ours(llama)}
     start = time.perf_counter()
@@ -267,9 +267,9 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
 
     print(f"{machine(device)}: reads {bandwidth / 1e9:.1f} GB/s; float32 {float32_peak / 1e9:,.0f} GFLOP/s, "
           f"bfloat16 {bfloat16_peak / 1e9:,.0f} GFLOP/s")
-    weight_bytes = 1 + 4 / fast.GROUP if quantize else stored.itemsize  # int8: and a float32 scale per group
+    weight_bytes = 1 + 4 / narrow.GROUP if quantize else stored.itemsize  # int8: and a float32 scale a group
     print(f"{sum(matrix_weights(args)) * weight_bytes / 1e6:,.0f} MB of matrices in {quantize or kind}, "
-          f"{way(llama.reader)}, keys and values in {fast.name_of(llama.model.dtype)}; loading "
+          f"{way(llama.reader)}, keys and values in {devices.name_of(llama.model.dtype)}; loading "
           f"{load_seconds:.1f} s, two tokens {first_seconds:.1f} s\n")
     peer_names = list(contestants)[1:]
     print("| | tokens/s | reached | of the limit |" + "".join(f" to {name} |" for name in peer_names))
@@ -395,12 +395,12 @@ def train_speed(*, batch_size: int = 4, seq_len: int = 512, vocab_size: int = 49
     args = planner.args_of(preset) if preset else ModelArgs(
         dim=576, n_layers=n_layers, n_heads=9, n_kv_heads=3, vocab_size=vocab_size, multiple_of=256,
         tie_word_embeddings=True, max_seq_len=seq_len)
-    device = fast.choose_device(device)
-    compute = fast.choose_dtype(dtype) or fast.fast_dtype(device)
+    device = devices.choose_device(device)
+    compute = devices.choose_dtype(dtype) or devices.fast_dtype(device)
     compile = compile and fast.can_compile(device)
-    flops = batch_size * seq_len * Transformer.on_meta(args).flops_per_token(seq_len)
+    flops = batch_size * seq_len * devices.flops_per_token(Transformer.on_meta(args), seq_len)
     peak = gemm_peak(compute, device)
-    print(f"{machine(device)}: {fast.name_of(compute)} {peak / 1e9:,.0f} GFLOP/s; "
+    print(f"{machine(device)}: {devices.name_of(compute)} {peak / 1e9:,.0f} GFLOP/s; "
           f"{'compiled' if compile else 'eager'}")
     names = ["causal", "document mask"]
     if peers and not missing("transformers"):

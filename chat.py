@@ -11,8 +11,8 @@ import sys
 from llama31 import Llama, Sampler
 from plumbing import cli, fast, parallel
 from plumbing.answers import choices
-from plumbing.files import decode
 from plumbing.machine import has_input, keys_at_once
+from plumbing.text_files import decode
 from tokenizer import TextStream
 
 

@@ -19,24 +19,14 @@ from safetensors.torch import save_file
 import llama31
 from plumbing import cli
 from plumbing.checkpoint import save_checkpoint
-from plumbing.fast import choose_dtype
-from plumbing.files import complete_folder, read_json
+from plumbing.config_json import read_config, write_config
+from plumbing.devices import choose_dtype
+from plumbing.files import complete_folder
 from plumbing.gguf_file import choose_kind, write_gguf
-from plumbing.huggingface import (
-    FIELDS,
-    INDEX,
-    LLAMA,
-    ROPE_FIELDS,
-    SINGLE,
-    holds_weights,
-    open_pieces,
-    read_config,
-    reordered,
-    tensor_names,
-    write_json,
-)
+from plumbing.huggingface import INDEX, SINGLE, holds_weights, open_pieces, reordered, tensor_names
 from plumbing.lora import save_merged
 from plumbing.mapped import stored_dtype
+from plumbing.text_files import read_json, write_json
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.vocabularies import full_vocabulary, ids_of, metas_tokenizer, write_tokenizer_json
 from tokenizer import Tokenizer, find_tokenizer
@@ -104,20 +94,6 @@ def write_tensors(folder, args, pieces, max_file_bytes, dtype):
         total_size += sum(t.nbytes for t in tensors.values())
     if len(groups) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-# -----------------------------------------------------------------------------
-# Configuration
-
-def write_config(folder, args, dtype, ids):
-    """Writes config.json and generation_config.json; ids: special tokens, which go into both."""
-    rope = {"rope_type": "llama3", **{theirs: getattr(args, ours) for ours, theirs in ROPE_FIELDS.items()}}
-    write_json(folder / "generation_config.json", ids)
-    write_json(folder / "config.json", {
-        "architectures": ["LlamaForCausalLM"], **LLAMA, **ids,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        **{theirs: getattr(args, ours) for ours, (theirs, _) in FIELDS.items()},
-        "intermediate_size": args.hidden_dim, "rope_theta": args.rope_theta,
-        "rope_scaling": rope if args.use_scaled_rope else None})
 
 # -----------------------------------------------------------------------------
 # Commands

@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from llama31 import Llama
-from plumbing import answers, cli, decoding, fast, files, parallel
+from plumbing import answers, cli, decoding, devices, fast, files, narrow, parallel
 from plumbing.cli import expect_at_least
-from plumbing.documents import FIELD, find_inputs, read_documents
+from plumbing.documents import find_inputs, read_documents
 from plumbing.questions import read_questions, shots_before
+from plumbing.records import FIELD
 from plumbing.words import Words
 
 TOKENS_AT_ONCE = 1024  # A CPU is no faster with more of them, but more would be padding.
@@ -82,9 +83,9 @@ def open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile, qu
                         quantize=quantize, tensor_parallel=tensor_parallel)
     if device.type == "cpu" and dtype is quantize is None and tensor_parallel == 1:
         # Products of many tokens at once, as here and in training, may want another type than decoding does.
-        compute = torch.promote_types(llama.model.dtype, fast.fast_dtype(device))
+        compute = torch.promote_types(llama.model.dtype, devices.fast_dtype(device))
         if compute != llama.model.dtype:
-            fast.widen(llama.model, compute)
+            narrow.widen(llama.model, compute)
     print(answers.choices(llama.model), file=sys.stderr)
     llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(device)

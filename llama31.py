@@ -36,15 +36,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from plumbing import answers, attention, checkpoint, cli, decoding, fast, files, huggingface, lora, parallel
+from plumbing import answers, attention, checkpoint, cli, devices, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least, expect_types
+from plumbing.config_json import read_config
+from plumbing.decoding import NOT_FINITE, candidates, check_prompts, penalized, unread
 from plumbing.dialogs import NoTargetError, pack_dialogs, remark_on
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
+from plumbing.narrow import load_int8, widen
+from plumbing.params import read_params
 from plumbing.resume import locked, resumable
+from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
 from plumbing.start import check_flags, check_shape, check_source, fill_model
+from plumbing.tensor_parallel import processes_that_split, split_model
 from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -105,7 +111,7 @@ class ModelArgs:
 
         FileNotFoundError or ValueError names the file and the field at fault.
         """
-        args, fields = checkpoint.read_params(path, cls)
+        args, fields = read_params(path, cls)
         if "max_seq_len" not in fields:  # Meta publishes none; Llama 3's is the shorter one.
             args.max_seq_len = 131072 if args.use_scaled_rope else 8192
         # Llama 3.2's params.json says that RoPE is scaled, not by how much; by its shape we know it is 32.
@@ -451,17 +457,6 @@ class Transformer(nn.Module):
                     hidden[b] = x[b, last[b] - begin]
         return reader.head(torch.stack(hidden))  # (B, dim) -> (B, V)
 
-    def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs of training on one token: 6 per weight (2 forward, 4 backward), plus causal attention.
-
-        A frozen weight takes 4, as the backward pass only goes through it.
-        """
-        parts = self.layers, self.norm, self.output  # The embedding is looked up, not multiplied.
-        flops = sum((6 if p.requires_grad else 4) * p.numel()
-                    for part in parts for name, p in part.named_parameters() if not name.endswith("scale"))
-        assert self.args.head_dim  # ModelArgs has worked it out.
-        return flops + 6 * self.args.n_layers * seq_len * self.args.n_heads * self.args.head_dim
-
     def configure_optimizers(self, learning_rate: float, weight_decay: float = 0.1,
                              betas: tuple[float, float] = (0.9, 0.95), seed: int = 0,
                              compile: bool | None = None, muon: bool = False) -> torch.optim.Optimizer:
@@ -475,7 +470,7 @@ class Transformer(nn.Module):
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
         if parameters[0].dtype == torch.bfloat16:
-            return lora.RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
+            return RoundingAdamW(groups, learning_rate, betas, seed, compile is not False)
         fused = parameters[0].device.type in ("cuda", "cpu", "mps")  # One pass over memory beats ten.
         if muon:
             matrices = [p for p in self.layers.parameters() if p.dim() == 2]
@@ -489,7 +484,7 @@ class Transformer(nn.Module):
 def read_args(ckpt_dir):
     """The ModelArgs of a checkpoint directory: out of Hugging Face's config.json, or Meta's params.json."""
     if huggingface.holds_weights(ckpt_dir):
-        return huggingface.read_config(ckpt_dir, ModelArgs, PRESETS.values())
+        return read_config(ckpt_dir, ModelArgs, PRESETS.values())
     return ModelArgs.from_json(Path(ckpt_dir, "params.json"))
 
 
@@ -525,18 +520,18 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     device = torch.device(device)
     model, pieces = open_checkpoint(ckpt_dir)
     if tensor_parallel > 1:
-        parallel.split_model(model, device, tensor_parallel)
+        split_model(model, device, tensor_parallel)
     stored = stored_dtype(pieces)
-    compute = dtype or fast.fast_dtype(device, stored)
+    compute = dtype or devices.fast_dtype(device, stored)
     kept = stored if dtype is None and device.type == "cpu" and tensor_parallel == 1 else compute
     num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
     parallel.check_memory_of_ranks(f"the weights of {ckpt_dir}", num_bytes, device, tensor_parallel)
     if quantize:
-        fast.load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
+        load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
         return model.eval()
     checkpoint.load_weights(model, taken(pieces, model.args.tie_word_embeddings), device, kept)
     if kept != compute:
-        fast.widen(model, compute)
+        widen(model, compute)
     return model.eval()
 
 # -----------------------------------------------------------------------------
@@ -572,14 +567,14 @@ class Sampler:
         """
         scores = np.asarray(logits)  # NumPy's operations begin sooner than torch's.
         if self.repetition_penalty != 1:
-            scores = decoding.penalized(scores, text, self.repetition_penalty)
+            scores = penalized(scores, text, self.repetition_penalty)
         largest = scores.max()
         if not math.isfinite(largest):
             raise ValueError(f"found {largest} as the largest logit; expected a finite one")
         if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
             return int(scores.argmax())
         # Weights are softmax without its division: probabilities but for a common factor.
-        ids, weights = decoding.candidates(scores, self)
+        ids, weights = candidates(scores, self)
         # On a line from 0 to their sum each token owns a stretch as long as its weight: which one is hit?
         cdf = weights.cumsum()
         return int(ids[cdf.searchsorted(uniform * cdf[-1], side="right")])
@@ -617,8 +612,8 @@ class Llama:
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
                         tensor_parallel=tensor_parallel)
-        tensor_parallel, device = parallel.processes_that_split(tensor_parallel, device)
-        model = load_checkpoint(ckpt_dir, device, fast.choose_dtype(dtype), quantize, tensor_parallel)
+        tensor_parallel, device = processes_that_split(tensor_parallel, device)
+        model = load_checkpoint(ckpt_dir, device, devices.choose_dtype(dtype), quantize, tensor_parallel)
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
@@ -656,7 +651,7 @@ class Llama:
         B = len(prompt_tokens)
         start_pos = [0] * B if start_pos is None else start_pos
         limits = self.max_batch_size, self.max_seq_len, self.num_ids
-        decoding.check_prompts(prompt_tokens, start_pos, *limits)
+        check_prompts(prompt_tokens, start_pos, *limits)
         expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
@@ -693,12 +688,12 @@ class Llama:
         draw with. ValueError if the logits aren't finite.
         """
         device = self.model.norm.weight.device
-        tokens, last = decoding.unread(texts, start_pos, device)
+        tokens, last = unread(texts, start_pos, device)
         for step in range(uniforms.size(1)):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
             scores = logits[:, :num_ids].cpu().numpy()  # one copy for all rows
             if not math.isfinite(scores.sum()):  # One that isn't would make the sum like it.
-                raise ValueError(decoding.NOT_FINITE)
+                raise ValueError(NOT_FINITE)
             yield logits, [None if over else sampler(row, float(uniform), text) for over, row, uniform, text
                            in zip(ended, scores, uniforms[:, step], texts, strict=True)]
             # A row that has ended feeds its last token to its last position again: it doesn't grow.
@@ -1126,7 +1121,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     flags = dict(locals())
     check_flags(flags)
     rank, world_size, place = parallel.join_process_group(device, needed=bool(fsdp))
-    compute_dtype = fast.choose_dtype(dtype) or fast.fast_dtype(place)
+    compute_dtype = devices.choose_dtype(dtype) or devices.fast_dtype(place)
     fast.keep_freed_memory(place)  # Otherwise every step would ask the system for memory anew.
 
     # What to train on, and where.
@@ -1177,11 +1172,12 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     byte_lengths = torch.tensor(tokenizer.byte_lengths, device=place)  # (V,)
     min_lr = lr / 10 if min_lr is None else min_lr
-    peak_flops = fast.measured_peak(place, compute_dtype) * world_size
+    peak_flops = devices.measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
-        print(f"{num_parameters:,} parameters on {world_size} x {place} in {fast.name_of(compute_dtype)}, "
-              f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
+        print(f"{num_parameters:,} parameters on {world_size} x {place} in "
+              f"{devices.name_of(compute_dtype)}, {steps:,} steps of {total_batch_tokens:,} tokens out of "
+              f"{loader.ntok_total:,}")
         for remark in filter(None, (prepared, loader.remark, val_remark)):
             print(remark)
 
@@ -1194,7 +1190,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                                    f"step {step} (windows {first_window} to {loader.counter - 1})")
         tokens_per_s = total_batch_tokens / (time.perf_counter() - start)
         record = dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm, tokens_per_s=round(tokens_per_s),
-                      mfu=model.flops_per_token(seq_len) * tokens_per_s / peak_flops,
+                      mfu=devices.flops_per_token(model, seq_len) * tokens_per_s / peak_flops,
                       memory=fast.used_memory(place))
         if val_loader and (step == steps or step % eval_interval == 0):
             record["val_loss"], record["val_bpb"] = evaluate(wrapped, val_loader, eval_windows, doc_mask,

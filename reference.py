@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from plumbing import cli
+from plumbing.prompts import read_prompts, say_cut, say_spelled
 from tokenizer import Tokenizer, find_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -350,18 +351,18 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
         raise ValueError("expected a temperature of at least 0, top_p and min_p from 0 to 1, and a "
                          "repetition_penalty above 0; found "
                          f"{temperature}, {top_p}, {min_p} and {repetition_penalty}")
-    prompts = cli.read_prompts(prompt, prompt_file, PROMPTS)
+    prompts = read_prompts(prompt, prompt_file, PROMPTS)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len)
     prompt_tokens = [llama.encode(text, special) for text in prompts]
     if not special:
-        cli.say_spelled(prompts, llama.tokenizer.special_tokens)
+        say_spelled(prompts, llama.tokenizer.special_tokens)
     cut = 0  # texts that fill the context
     for i, (text, tokens) in enumerate(zip(prompts, prompt_tokens, strict=True)):
         [row] = llama.generate([tokens], max_gen_len, seed=seed + i, temperature=temperature, top_p=top_p,
                                top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
         print(("\n" if i else "") + text + llama.tokenizer.decode(row), flush=True)
         cut += len(row) < max_gen_len and len(tokens) + len(row) == llama.max_seq_len
-    cli.say_cut(cut, len(prompts), llama.max_seq_len)
+    say_cut(cut, len(prompts), llama.max_seq_len)
 
 
 if __name__ == "__main__":

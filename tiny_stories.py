@@ -38,23 +38,16 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing import cli, files
-from plumbing.dialogs import find_documents
-from plumbing.documents import (
-    FIELD,
-    SHARDS,
-    find_inputs,
-    find_shards,
-    is_learned,
-    read_documents,
-    read_shard,
-    texts_of,
-)
+from plumbing.documents import SHARDS, find_inputs, find_shards, read_documents, read_shard
 from plumbing.download import check_archive, fetch, unpack
 from plumbing.machine import usable_cores
+from plumbing.meta_vocabulary import SPELLED
+from plumbing.records import FIELD, is_learned, texts_of
+from plumbing.summary import print_seen, print_splits
 from plumbing.tokenizer_json import digest_of
 from plumbing.words import Words, with_start
 from plumbing.workers import run_in_order
-from tokenizer import SPELLED, Tokenizer, train_tokenizer
+from tokenizer import Tokenizer, train_tokenizer
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 ARCHIVE = "TinyStories_all_data.tar.gz"
@@ -375,46 +368,6 @@ def split_documents(paths, field, separator, val_fraction, folder, spelled):
         if lines[split]:
             flush(split)
     return least, seen
-
-
-def print_seen(seen, special):
-    """Says what of the documents was left out, and which special tokens their texts spell."""
-    if seen["unlearned"]:
-        print(f"Left out: chats without an assistant's turn to learn: {seen['unlearned']:,}")
-    if seen["tools"]:
-        print(f"Not read: the definitions of tools of {seen['tools']:,} chats; only their calls are")
-    if seen["empty"]:
-        print(f"Left out: documents without text: {seen['empty']:,}")
-    if seen["spelled"]:
-        how = "tokens" if special else "characters; --special reads them as tokens"
-        print(f"{seen['spelling']:,} documents spell special tokens such as <|eot_id|>, {seen['spelled']:,} "
-              f"in all, encoded as {how}; in chats always as characters")
-
-
-def print_splits(data_dir, val_fraction):
-    """Says how large the splits are, and which --seq_len and --val_fraction suit them."""
-    manifest = files.read_manifest(data_dir)["files"]
-    sizes = []
-    windows = []  # the most tokens that a file of a split has
-    longest = 0  # in tokens, of the dialogs and prompts
-    documents = {}
-    for split in "val", "train":
-        names = [name for name in manifest if re.fullmatch(split + r"(_\d\d\d)?\.bin", name)]
-        documents[split] = sum(manifest[name]["stories"] for name in names)
-        tokens = sum(manifest[name]["tokens"] for name in names)
-        windows.append(max(manifest[name]["tokens"] for name in names))
-        sizes.append(f"{split}: documents {documents[split]:,}, tokens {tokens:,}")
-        for name in names:
-            if manifest[name]["version"] == files.MARKING_VERSION:
-                _, lengths, _, is_masked = find_documents(os.path.join(data_dir, name))
-                longest = max(longest, lengths[is_masked].max(initial=0))
-    if longest:
-        hint = f"--seq_len {longest - 1:,} or more cuts no chat"
-    else:
-        hint = f"each fills a window up to --seq_len {min(windows) - 1:,}"
-    print(f"{'; '.join(sizes)}; {hint}")
-    if documents["val"] < 10 <= documents["train"] and val_fraction < 0.1:
-        print("Validation is small; --val_fraction 0.1 gives it a tenth of the documents")
 
 
 def sample_texts(shards, special):

@@ -7,13 +7,17 @@ import gzip
 import json
 import os
 import sys
+import time
 
 from tqdm import tqdm
 
-from plumbing.cli import expect, holds_dialogs, read_prompts, say_cut, say_spelled
-from plumbing.documents import FIELD, read_json, read_records
-from plumbing.fast import name_of, weight_type
-from plumbing.run import Stopwatch, collected
+from plumbing.cli import expect
+from plumbing.devices import name_of
+from plumbing.documents import read_records
+from plumbing.json_stream import read_json
+from plumbing.narrow import weight_type
+from plumbing.prompts import holds_dialogs, read_prompts, say_cut, say_spelled
+from plumbing.records import FIELD
 
 BATCH = 8  # dialogs that are answered at once
 EXPECTED = "expected messages or conversations, the last one the user's"
@@ -31,6 +35,48 @@ def read(prompt, prompt_file, special, default):
         expect(not special, "special", special, "left out, as a dialog's texts spell no special tokens")
         return read_dialogs(prompt_file)
     return None, read_prompts(prompt, prompt_file, default)
+
+# -----------------------------------------------------------------------------
+# The steps of Llama.steps, timed and collected
+
+
+class Stopwatch:
+    """Times generation around its steps: the first reads the prompts, the others decode."""
+
+    def __init__(self, prompt_tokens):
+        self.prompt_tokens = prompt_tokens
+        self.prefill_seconds = 0.0
+        self.decoded_tokens = 0
+        self.decode_seconds = 0.0
+
+    def over(self, steps):
+        """The same steps of Llama.steps, timed."""
+        start = time.perf_counter()
+        for i, (logits, drawn) in enumerate(steps):
+            seconds = time.perf_counter() - start
+            if i == 0:
+                self.prefill_seconds = seconds
+            else:
+                self.decode_seconds += seconds
+                self.decoded_tokens += sum(token is not None for token in drawn)
+            yield logits, drawn
+            start = time.perf_counter()
+
+    def report(self):
+        """One line: tokens read and decoded, and how many per second."""
+        read_rate = self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        decode_rate = self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode "
+                f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
+
+
+def collected(steps, rows):
+    """The same steps of Llama.steps; each prompt's tokens are appended to its row as they come."""
+    for logits, drawn in steps:
+        for row, token in zip(rows, drawn, strict=True):
+            if token is not None:
+                row.append(token)
+        yield logits, drawn
 
 # -----------------------------------------------------------------------------
 # Completions

@@ -7,114 +7,25 @@ and how Meta splits them are known here: a model is a value with parameters.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
-import struct
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from plumbing import mapped, parallel
-from plumbing.cli import say
 from plumbing.files import complete_folder
 from plumbing.mapped import Pieces, split_dim
+from plumbing.params import write_params
+from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer
-
-OUR_PARAMS = "llama31.json"
-OUR_FIELDS = ("head_dim", "rope_scale_factor", "rope_low_freq_factor", "rope_high_freq_factor",
-              "rope_old_context", "tie_word_embeddings", "max_seq_len")
+from plumbing.torch_file import map_file, save_file
 
 # -----------------------------------------------------------------------------
 # Reading
-
-
-def read_params(path, shape):
-    """(shape(**fields), fields): a dataclass out of params.json and of llama31.json beside it, if there.
-
-    FileNotFoundError, or ValueError that names the file and the field at fault.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint directory holds a params.json")
-    known = [field.name for field in dataclasses.fields(shape)]
-    fields = {}
-    for file in (path.with_name(OUR_PARAMS), path):  # What ours has, such as head_dim, decides what fits.
-        if not file.exists():  # Meta's folders have no llama31.json.
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8-sig"))
-            if not isinstance(found, dict):
-                raise ValueError(f"found {json.dumps(found):.40}; expected an object of fields")
-            if unknown := sorted(found.keys() - known):
-                raise ValueError(f"unknown field {', '.join(unknown)}; expected some of {', '.join(known)}")
-            fields = found | fields
-            args = shape(**fields)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: {error}: found no JSON, expected an object of fields; get the file "
-                             "again") from None
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-    return args, fields
-
-
-def load_file(path, map_location="cpu"):
-    """The dictionary that torch.save wrote to a file; FileNotFoundError, or ValueError if it is damaged."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint directory with it")
-    try:
-        state = torch.load(path, map_location, weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # There are as many kinds of errors as ways to be damaged.
-        raise damaged(path, error) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: found a {type(state).__name__}, expected a dictionary of tensors")
-    return state
-
-
-def damaged(path, error):
-    reason = str(error).partition("\n")[0]
-    return ValueError(f"{path}: damaged, or not from torch.save; download it again ({reason})")
-
-
-def record_begins(path):
-    """Where the contents of a zip archive's records begin, in bytes."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for record in archive.infolist():
-            file.seek(record.header_offset + 26)  # behind it, the lengths of the name and of what follows it
-            name_length, extra_length = struct.unpack("<HH", file.read(4))
-            yield record.header_offset + 30 + name_length + extra_length
-
-
-def map_file(path):
-    """As load_file, each tensor in a memory map of its own, which goes from memory when the tensor goes."""
-    if not zipfile.is_zipfile(path):  # Files of torch before 1.6 can't be mapped; what isn't there, neither.
-        return load_file(path)
-    state = load_file(path, "meta")  # Of the tensors, only shapes, and where they lie in the file.
-    begins = set(record_begins(path))
-    maps = {}  # offset in the file -> its bytes; tied weights share one
-    for name, tensor in state.items():
-        if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
-            continue
-        storage = tensor.untyped_storage()
-        offset = storage._checkpoint_offset
-        if offset not in begins:  # torch reckons with its own alignment, which another program's zip lacks.
-            return load_file(path)
-        try:
-            if offset not in maps:
-                bytes_there = np.memmap(path, np.uint8, "c", offset, shape=storage.nbytes())
-                maps[offset] = torch.from_numpy(bytes_there)
-        except (OSError, ValueError) as error:
-            raise damaged(path, error) from error
-        typed = maps[offset].view(tensor.dtype)
-        state[name] = typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return state
 
 
 def describe(value):
@@ -231,11 +142,6 @@ def checkpoint_folder(path, tokenizer_path=None, progress=None, optimizer_dir=No
             os.replace(optimizer_dir, part / "optimizer")
 
 
-def save_file(content, path):
-    with open(path, "wb") as file:  # Given a path, torch.save doesn't say why it fails.
-        torch.save(content, file)
-
-
 def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, optimizer_dir=None,
                     replace=False):
     """Writes a checkpoint directory, Meta's, which appears under its name when complete.
@@ -247,10 +153,7 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
         params = dataclasses.asdict(params)
     states = [state] if isinstance(state, dict) else state
     with checkpoint_folder(path, tokenizer_path, progress, optimizer_dir, replace) as part:
-        ours = {name: value for name, value in params.items() if name in OUR_FIELDS}
-        metas = {name: value for name, value in params.items() if name not in OUR_FIELDS}
-        for name, fields in (("params.json", metas), (OUR_PARAMS, ours)):
-            (part / name).write_text(json.dumps(fields, indent=2) + "\n")
+        write_params(part, params)
         for i, state in enumerate(states):
             save_file(state, part / f"consolidated.{i:02d}.pth")
             del state  # before the next one is made

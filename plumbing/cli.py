@@ -6,8 +6,6 @@ function's signature; then fire converts them, as the annotations say, and calls
 of help is its line under "Args:" in the function's docstring.
 """
 
-import codecs
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -21,10 +19,9 @@ import types
 import typing
 
 import fire
-from tqdm import tqdm
 
-from plumbing.files import read_lines
 from plumbing.machine import limit_threads
+from plumbing.streams import flush_or_drop_output, open_streams
 
 
 def run(commands, default, argv=None):
@@ -80,62 +77,6 @@ def run_command(commands, default, words):
     else:
         texts = read_words(words, command, parameters)
         fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
-
-
-def open_streams():
-    """Makes the standard streams fit for any text, whatever their encoding, and open if they were closed.
-
-    Output escapes the characters that it has no bytes for. Input that is said to be ASCII is read as UTF-8.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # Whoever started this process has closed it.
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
-        stream = getattr(sys, name)
-        if not hasattr(stream, "reconfigure"):  # A notebook's has no encoding.
-            continue
-        if name != "stdin":
-            stream.reconfigure(errors="backslashreplace")
-        if name == "stderr":
-            sys.stderr = Remarks(stream)
-        elif name == "stdin" and codecs.lookup(stream.encoding).name == "ascii":
-            stream.reconfigure(encoding="utf-8")
-
-
-class Remarks:
-    """Standard error that ends nothing: what can't be written, as its reader is gone, is dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with dropping(self.stream):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with dropping(self.stream):
-            self.stream.flush()
-
-
-@contextlib.contextmanager
-def dropping(stream):
-    """Drops what can't be written to a stream, with all that follows."""
-    try:
-        yield
-    except (OSError, ValueError):  # A ValueError says that it is closed.
-        with contextlib.suppress(OSError, ValueError):  # What is still in its buffer goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def flush_or_drop_output():
-    """Flushes standard output; what can't be written is dropped, so that Python doesn't try again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_help(command, function):
@@ -221,16 +162,6 @@ def convert(parameter, text):
     raise ValueError(f"--{parameter.name} {text}: expected {expected}")
 
 
-def say(text, stream=None):
-    """Prints a text above progress bars; an output that is gone, such as a lost terminal, ends nothing.
-
-    stream: None: standard output.
-    """
-    stream = stream or sys.stdout
-    with dropping(stream), tqdm.external_write_mode(file=stream):
-        print(text, file=stream, flush=True)
-
-
 def expect(fits, name, value, expected):
     """Raises ValueError naming the setting, unless `fits`."""
     if not fits:
@@ -265,44 +196,3 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 def unescape(text):
     r"""A text flag's value with \n, \t and \\ as a line break, a tab and one backslash; the rest stays."""
     return re.sub(r"\\[nt\\]", lambda escape: ESCAPES[escape[0]], text)
-
-
-def holds_dialogs(path):
-    """Whether a file of prompts holds dialogs, as its name says; else each of its lines is a prompt."""
-    return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
-
-
-def read_prompts(prompt, prompt_file, default):
-    """The texts to complete: --prompt, unescaped, or --prompt_file's lines as they are, or the default.
-
-    ValueError: both are given, or a text is empty.
-    """
-    if prompt is not None and prompt_file is not None:
-        raise ValueError("found --prompt and --prompt_file; expected one of them")
-    if prompt is not None:
-        expect(prompt, "--prompt", "empty", "a text")
-        return [unescape(prompt)]
-    if prompt_file is None:
-        return list(default)
-    if holds_dialogs(prompt_file):
-        raise ValueError(f"{prompt_file}: its name says that it holds dialogs, which `python llama31.py` "
-                         "answers; expected a text file")
-    prompts = read_lines(prompt_file)
-    for number, line in enumerate(prompts, 1):
-        expect(line, f"{prompt_file}, line {number}", "empty", "a prompt in every line")
-    return prompts
-
-
-def say_spelled(prompts, names):
-    """Says on standard error how many special tokens the prompts spell out, which are read as characters."""
-    count = sum(prompt.count(name) for prompt in prompts for name in names)
-    if count:
-        print(f"the prompts spell out {count} special tokens, which are read as characters; --special reads "
-              "them as tokens", file=sys.stderr)
-
-
-def say_cut(count, texts, max_seq_len):
-    """Says on standard error how many of the texts end because the context is full, if any does."""
-    if count:
-        print(f"{count} of {texts} texts end because the context of {max_seq_len} tokens is full; "
-              "--max_seq_len sets it", file=sys.stderr)

@@ -1,9 +1,8 @@
 """Texts and chats from files: shards of stories, and your own text, JSON and Parquet, also gzipped (.gz).
 
-A record is the part of a document that training needs: {"story": text}, {"messages": dialog}, where a dialog
-is a list of messages as read_message gives them, or {"prompt": text, "completion": text}, of which only the
-completion is learned. "tools": True is beside messages whose row defines tools, which is not read. Files are
-read in blocks, so that they may be larger than memory.
+A record is the part of a document that training needs, as plumbing/records.py has it. "tools": True is
+beside messages whose row defines tools, which is not read. Files are read in blocks, so that they may be
+larger than memory.
 """
 
 import glob
@@ -11,25 +10,19 @@ import gzip
 import itertools
 import json
 import os
-import re
 import shlex
 import zlib
 
 from plumbing.cli import unescape
-from plumbing.files import MANIFEST, likely_encoding, matching
-from plumbing.messages import read_dialog, text_of
+from plumbing.files import MANIFEST, matching
+from plumbing.json_stream import BLOCK, read_array, read_json
+from plumbing.records import COLUMNS, FIELD, record_of, shown
+from plumbing.text_files import likely_encoding
 
-BLOCK = 2**20  # characters that are read at once
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
 KINDS = {".txt": "UTF-8 text", ".md": "UTF-8 text", ".json": "JSON in UTF-8", ".jsonl": "JSON in UTF-8",
          ".ndjson": "JSON in UTF-8", ".parquet": "Parquet"}  # suffix -> what such a file holds
-FIELD = "text"  # the usual name of a row's text
-COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
-           "history")  # A row may have these columns besides a text.
-# Who speaks in a turn of ShareGPT's conversations -> the role of that message.
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-            "system": "system", "tool": "tool", "observation": "tool"}
 
 # -----------------------------------------------------------------------------
 # Files
@@ -166,112 +159,7 @@ def fault(error, path):
     return f"found no {KINDS[kind_of(path)]} ({why})"
 
 # -----------------------------------------------------------------------------
-# Records
-
-
-def record_of(row, field, expected) -> dict:
-    """The record of a row, an object of JSON; ValueError says what was found and expected.
-
-    The first of these that it has, and that isn't null, is read: the text under field, if that is not FIELD;
-    messages; conversations, as in ShareGPT's files; prompt and completion, as texts or lists of messages;
-    instruction, input and output, as in Alpaca's; the text under field.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"found {shown(row)}, {expected}")
-    has = {key for key, value in row.items() if value is not None}
-    if field in has and field not in (FIELD, "messages", "conversations"):
-        return {"story": text_under(row, field, expected)}
-    if "messages" in has:
-        return {"messages": read_dialog(row["messages"])}
-    if "conversations" in has:
-        return {"messages": system_of(row) + read_dialog(turns_of(row["conversations"]))}
-    if {"prompt", "completion"} <= has:
-        return completion_of(row["prompt"], row["completion"])
-    if {"instruction", "output"} <= has:
-        return {"messages": system_of(row) + exchange_of(row)}
-    for asked, answer in (("prompt", "completion"), ("instruction", "output")):
-        if asked in has and answer in row:  # A null answer is no reason to learn another text of the row.
-            raise ValueError(f"found {answer} null beside {asked}, expected text")
-    if field in has:
-        return {"story": text_under(row, field, expected)}
-    raise ValueError(f"found keys {shown(list(row))}, {expected}")
-
-
-def shown(value):
-    """The beginning of a value of a row, for an error."""
-    return json.dumps(value, default=str)[:60]
-
-
-def text_under(row, key, expected="expected text"):
-    """The text of a row under a key; ValueError if it is something else."""
-    if not isinstance(row[key], str):
-        raise ValueError(f"found {key} {shown(row[key])}, {expected}")
-    return row[key]
-
-
-def system_of(row):
-    """The message of a system prompt that a row has beside its turns, as a list of none or one."""
-    return [{"role": "system", "content": text_under(row, "system")}] if row.get("system") else []
-
-
-def turns_of(turns):
-    """ShareGPT's turns, {"from": one of SPEAKERS, "value": text}, as messages; others stay as they are."""
-    if not isinstance(turns, list):
-        raise ValueError(f"found conversations {shown(turns)}, expected a list of turns")
-    messages = []
-    for number, turn in enumerate(turns):
-        if isinstance(turn, dict) and "from" in turn:
-            # The speaker in a file may be a list, which a dict can't be searched for.
-            if turn["from"] not in list(SPEAKERS):
-                raise ValueError(f"message {number}: found from {shown(turn['from'])}, expected one of "
-                                 f"{', '.join(SPEAKERS)}")
-            if not isinstance(turn.get("value"), str):
-                raise ValueError(f"message {number}: found value {shown(turn.get('value'))}, expected text")
-            turn = turn | {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
-        messages.append(turn)
-    return messages
-
-
-def exchange_of(row):
-    """The two messages of an Alpaca row: instruction and input, with an empty line between, and output."""
-    if row.get("history"):
-        raise ValueError("found history beside instruction, expected such turns as messages")
-    question = text_under(row, "instruction")
-    if row.get("input"):
-        question = f"{question}\n\n{text_under(row, 'input')}"
-    return [{"role": "user", "content": question},
-            {"role": "assistant", "content": text_under(row, "output")}]
-
-
-def completion_of(prompt, completion):
-    """The record of a prompt and its completion, two texts or, for a dialog, two lists of messages."""
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": completion}
-    if not isinstance(prompt, list) or not isinstance(completion, list):
-        found = f"prompt of {type(prompt).__name__}, completion of {type(completion).__name__}"
-        raise ValueError(f"found {found}, expected two texts or two lists of messages")
-    dialog = read_dialog(prompt + completion)
-    for message in dialog[:len(prompt)]:
-        if message["role"] == "assistant":
-            message["weight"] = 0  # Only the completion is learned.
-    return {"messages": dialog}
-
-
-def texts_of(record):
-    """The texts of a record: its stripped story, or those of its messages or its two parts as they are."""
-    if "messages" in record:
-        return list(map(text_of, record["messages"]))
-    if "completion" in record:
-        return [record["prompt"], record["completion"]]
-    return [record["story"].strip()]
-
-
-def is_learned(message):
-    """Whether a message of a record is to be learned: the assistant's are, unless their weight is 0."""
-    return message["role"] == "assistant" and message.get("weight") != 0
-
-# -----------------------------------------------------------------------------
-# Texts, JSON and Parquet in blocks
+# Texts and Parquet in blocks
 
 
 def split_at(file, separator, block=BLOCK):
@@ -294,86 +182,6 @@ def check_zeros(text):
     if likely_encoding(head).startswith("UTF-16"):
         raise UnicodeDecodeError("utf-8", head, head.index(0), head.index(0) + 1, "zeros between characters")
     return text
-
-
-SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space, which is less than Python's \s
-COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
-OPENING = re.compile(r"[ \t\n\r]*\[")
-CLOSING = re.compile(r"[ \t\n\r]*\]")
-END = re.compile(r"[ \t\n\r]*\Z")
-
-
-def read_json(file, block=BLOCK, may_be_empty=True):
-    """Yields the values of a JSON array, or those that stand one after another, as in JSON Lines.
-
-    may_be_empty: whether a file may hold nothing. Errors: see read_array.
-    """
-    text = file.read(block)
-    while text and END.match(text):
-        text = file.read(block)
-    if not text and not may_be_empty:
-        raise ValueError("found nothing")
-    if OPENING.match(text):
-        yield from read_array(file, block, text)
-        return
-    while text:
-        yield from read_values(file, text, 0, SPACE, END, block)
-        text = file.read(block)
-
-
-def read_array(file, block=BLOCK, text=""):
-    """Yields the values of a JSON array while it is read; ValueError or RecursionError if it isn't one.
-
-    text: what has been read of the file.
-    """
-    text = text or file.read(block)
-    opening = OPENING.match(text)
-    if not opening:
-        raise ValueError(f"found {' '.join(text[:60].split()) or 'nothing'}")
-    rest = yield from read_values(file, text, opening.end(), COMMA, CLOSING, block)
-    if (rest + file.read()).strip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", rest, 0)
-
-
-def read_values(file, text, at, between, ending, block):
-    """Yields the JSON values from text[at] on until ending matches; returns the text after that.
-
-    between: what matches between two values. More of the file is read where text ends within a value.
-    """
-    decode = json.JSONDecoder().raw_decode
-    separator = SPACE  # Nothing but space comes before the first value.
-    while not (end_of_values := ending.match(text, at)):
-        wrong = None
-        try:
-            begin = separator.match(text, at)
-            if not begin:
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            value, end = decode(text, begin.end())
-        except (ValueError, RecursionError) as error:
-            wrong = error
-            end = len(text)
-        more = ""
-        if end > len(text) - 3 and not is_final(wrong, text):
-            # The block may end within the value, even if it looks whole, as 1 does where 1.5 or 1e+5 stands.
-            # Each read at least doubles the text, so that the time for a long value is linear in its length.
-            more = file.read(max(block, end - at))
-        if more:
-            text = text[at:] + more
-            at = 0
-        elif wrong:
-            raise wrong
-        else:
-            yield value
-            at = end
-            separator = between
-    return text[end_of_values.end():]
-
-
-def is_final(error, text):
-    """Whether text that follows can't mend an error, which spares reading the rest of a large file."""
-    if not isinstance(error, json.JSONDecodeError) or error.msg.startswith("Unterminated"):
-        return False
-    return error.pos < len(text) - 20  # Literals and escapes that are cut off are shorter.
 
 
 def read_parquet(path, field):

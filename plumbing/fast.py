@@ -1,4 +1,4 @@
-"""What makes llama31.py fast on a CPU: the chunked loss, int8 weights, compiled inference, kept memory.
+"""What makes llama31.py fast on a CPU: the chunked loss, compiled inference, kept memory.
 
 The Transformer's block is written three times: to be read (llama31.py), for prompts whose products PyTorch
 makes faster (CompiledReader.extend_with_torch), and for all others (read_tokens in fast.cpp). The tests hold
@@ -10,18 +10,17 @@ import functools
 import importlib.util
 import math
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from plumbing import machine
-from plumbing.cli import expect
 from plumbing.compiler import Address, compile_library, find_compiler
 from plumbing.decoding import StaticReader
+from plumbing.devices import fast_dtype, name_of
+from plumbing.narrow import Int8Linear
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -121,147 +120,6 @@ def parts(num_entries, *tensors):
     first = tensors[0]
     num_rows = max(1, num_entries // first.size(1)) if first.is_cpu else len(first)
     return zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
-
-# -----------------------------------------------------------------------------
-# Weights of fewer bits than the arithmetic
-#
-# A processor that multiplies bfloat16 slowly need not hold the weights in twice the memory: they are widened
-# for each product, so many at a time that these stay in its cache.
-
-WIDENED_ENTRIES = 2**18  # 1 MB in float32
-
-
-class WideLinear(nn.Linear):
-    """Linear that multiplies in its inputs' type, in which each of its weights can be written, too."""
-
-    def __init__(self, weight):
-        nn.Module.__init__(self)  # nn.Linear's would draw weights first, which takes a while even on meta.
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", None)
-
-    def forward(self, x):
-        rows = max(1, WIDENED_ENTRIES // x.size(-1))
-        return torch.cat([F.linear(x, piece.to(x.dtype)) for piece in self.weight.split(rows)], -1)
-
-
-class WideEmbedding(nn.Embedding):
-    """The embedding, whose rows are widened to dtype as they are looked up."""
-
-    def __init__(self, weight, dtype):
-        super().__init__(*weight.shape, _weight=weight)
-        self.weight = weight  # the parameter itself, which the output may share
-        self.dtype = dtype
-
-    def forward(self, tokens):
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            # The gradients of a token that is there often are to be summed in dtype, too.
-            return F.embedding(tokens, self.weight.to(self.dtype))
-        return super().forward(tokens).to(self.dtype)
-
-
-def widen(model, dtype):
-    """Lets a model multiply in dtype, and leaves its weights in the type that they have."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Embedding):
-            model.set_submodule(name, WideEmbedding(module.weight, dtype))
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, WideLinear(module.weight))
-
-# -----------------------------------------------------------------------------
-# Int8 weights
-
-GROUP = 64  # Weights of a row that share a scale; one scale for a whole row would cost 1% of perplexity.
-
-
-def quantize(weight):
-    """weight (out, in) -> integers in [-127, 127], int8 (out, in), and scales, float32 (out, groups).
-
-    Every GROUP weights of a row share a scale; a last group may have fewer. A few rows go at a time, as
-    their floats take four times the memory of what they become.
-    """
-    out, size = weight.shape
-    quantized = torch.empty(out, size, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(out, math.ceil(size / GROUP), device=weight.device)
-    rows = max(1, WIDENED_ENTRIES // size)
-    for w, q, s in zip(weight.split(rows), quantized.split(rows), scale.split(rows), strict=True):
-        largest = torch.stack([group.abs().amax(1) for group in w.float().split(GROUP, 1)], 1)
-        s.copy_(largest.clamp(min=1e-30) / 127)
-        q.copy_((w / spread(s, size)).round())
-    return quantized, scale
-
-
-def spread(scale, size):
-    """Scales (rows, groups) -> (rows, size), one for each weight."""
-    # repeat_interleave and a slice would read beyond the scales' end where torch.compile 2.13 makes them.
-    return scale.index_select(1, torch.arange(size, device=scale.device) // GROUP)
-
-
-def dequantize(quantized, scale):
-    """The float32 values (out, in) that integers and scales stand for."""
-    size = quantized.size(1)
-    if size % GROUP:  # The last group is a smaller one.
-        return quantized * spread(scale, size)
-    groups = quantized.float().unflatten(1, (-1, GROUP))  # Of whole groups, each scale is read once.
-    return groups.mul_(scale[..., None]).flatten(1)
-
-
-class Int8Weight(nn.Module):
-    """A matrix in half of bfloat16's memory. `weight`, in a state dict too, are its values in dtype."""
-
-    def __init__(self, quantized, scale, dtype):
-        super().__init__()
-        self.register_buffer("quantized", quantized, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.dtype = dtype
-        self.register_state_dict_post_hook(save_values)
-
-    @property
-    def weight(self):
-        return dequantize(self.quantized, self.scale).to(self.dtype)
-
-
-def save_values(module, state, prefix, metadata):
-    state[f"{prefix}weight"] = module.weight
-
-
-class Int8Linear(Int8Weight):
-    """Linear with int8 weights."""
-
-    def forward(self, x):
-        if not x.is_cpu:
-            return self.multiply_compiled(x)
-        rows = max(1, WIDENED_ENTRIES // x.size(-1))
-        pieces = zip(self.quantized.split(rows), self.scale.split(rows), strict=True)
-        return torch.cat([F.linear(x, dequantize(*piece).to(x.dtype)) for piece in pieces], -1)
-
-    def multiply_compiled(self, x):
-        """The product as torch.compile makes it best: with one token, of int8 weights as they are read."""
-        if x.numel() == x.size(-1):
-            return (x.float() * self.weight).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Int8Embedding(Int8Weight):
-    """The embedding with int8 weights: it dequantizes only the rows it looks up."""
-
-    def forward(self, tokens):
-        rows = dequantize(self.quantized[tokens.flatten()], self.scale[tokens.flatten()])
-        return rows.to(self.dtype).unflatten(0, tokens.shape)
-
-
-def load_int8(model, tensors, device, dtype):
-    """Gives a model on the meta device its weights, from (name, tensor) pairs, matrices as int8."""
-    for name, tensor in tensors:
-        path = name.removesuffix(".weight")
-        tensor = tensor.to(device)
-        if tensor.dim() == 1:
-            model.get_submodule(path).weight = nn.Parameter(tensor.to(dtype))
-            continue
-        kind = Int8Embedding if path == "tok_embeddings" else Int8Linear
-        model.set_submodule(path, kind(*quantize(tensor), dtype))
-    if model.args.tie_word_embeddings:
-        model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
 
 # -----------------------------------------------------------------------------
 # Compiled inference
@@ -512,75 +370,3 @@ def check_memory(what, num_bytes, device):
     if num_bytes > free:
         raise ValueError(f"{what} take {num_bytes / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                          "take a smaller dtype, max_seq_len, batch or model")
-
-# -----------------------------------------------------------------------------
-# Devices and types
-
-
-def choose_device(device=None):
-    """The torch.device asked for; None: cuda, else mps, else cpu. ValueError where it is not there."""
-    if device is None and torch.cuda.is_available():
-        device = "cuda"
-    elif device is None:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device} can't be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
-
-
-def choose_dtype(dtype):
-    """The torch.dtype of a name such as "bfloat16"; a dtype or None as it is."""
-    if dtype is None:
-        return None
-    name = name_of(dtype)
-    expect(name in ("float32", "bfloat16", "float16"), "dtype", name, "float32, bfloat16 or float16")
-    return getattr(torch, name)
-
-
-def name_of(dtype):
-    """The name of a torch.dtype, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def weight_type(model):
-    """The name of the type in which a model's matrices are kept."""
-    return "int8" if isinstance(model.output, Int8Linear) else name_of(model.output.weight.dtype)
-
-
-def fast_dtype(device, stored=None):
-    """The type in which a device multiplies fast enough and exactly enough.
-
-    stored: the type of weights that are only to be read; None: training. On the CPU those are never rounded:
-    bfloat16 is for weights that are bfloat16. On a GPU before compute capability 8.0 it is float16, but not
-    in training, where the smallest gradients would be 0.
-    """
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float32 if stored is None else torch.float16
-    if device.type == "mps":
-        return torch.bfloat16 if stored is None else stored
-    # Without AVX512-BF16 or AMX, a product in bfloat16 takes seven times as long as in float32, and twice as
-    # long on Intel's processors without AMX, which still gain by reading less when they sample. torch may be
-    # set to use less than the processor has.
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    has = torch.cpu.get_capabilities().get
-    is_slow_intel = stored is None and not has("amx_bf16") and has("cpu_name", "").startswith("Intel")
-    is_fast = has_avx512 and (has("amx_bf16") or has("avx512_bf16")) and not is_slow_intel
-    if is_fast and stored in (None, torch.bfloat16):
-        return torch.bfloat16
-    return torch.promote_types(torch.float32, stored or torch.float32)
-
-
-def measured_peak(device, dtype):
-    """FLOP/s of large matrix products on a device: what model FLOPs utilization (MFU) is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # This waits for the result.
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)  # n x n results of n multiplications and n additions each

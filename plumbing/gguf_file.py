@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.files import check_disk, complete, read_json
-from tokenizer import SPLIT_PATTERN
+from plumbing.files import check_disk, complete
+from plumbing.meta_vocabulary import SPLIT_PATTERN
+from plumbing.text_files import read_json
 
 KINDS = "f32", "f16", "bf16", "q8_0"  # types of matrices
 AT_ONCE = 2**22  # elements that are converted at a time

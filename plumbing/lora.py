@@ -2,30 +2,25 @@
 
 W x becomes W x + (alpha / rank) B A x with a frozen W (out, in), a trained A (rank, in) and B (out, rank),
 as in LoRA (Hu et al., 2021); W may be int8, as in QLoRA (Dettmers et al., 2023). Only the names of tensors
-are known here: a model is a value with layers.
+are known here: a model is a value with layers. bfloat16 weights learn by the optimizer of
+plumbing/rounding.py.
 """
 
 import functools
-import json
 import math
 import os
-import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from plumbing import checkpoint, huggingface, mapped, parallel
+from plumbing import checkpoint, huggingface, mapped
+from plumbing.adapters import MATRICES, load_adapters, save_adapters
 from plumbing.cli import expect, expect_at_least
-from plumbing.fast import GROUP, can_compile, dequantize, name_of, product_dtype, quantize, widen
-from plumbing.files import read_json
-
-MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
-            "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+from plumbing.devices import name_of
+from plumbing.fast import product_dtype
+from plumbing.narrow import GROUP, dequantize, quantize, widen
 
 # -----------------------------------------------------------------------------
 # Products with weights as they are stored
@@ -211,191 +206,3 @@ def with_adapters(tensors, adapters, factor, dtype=None):
             yield name, (tensor.float() + factor * (b @ a)).to(dtype or tensor.dtype)
         else:
             yield name, tensor.to(dtype or tensor.dtype)
-
-# -----------------------------------------------------------------------------
-# PEFT's files
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-ALLOWED = {  # field of adapter_config.json -> what it may be, first what it is where it is absent
-    "peft_type": (None, "LORA"), "bias": ("none",), "lora_bias": (False, None), "use_dora": (False, None),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None),
-    "modules_to_save": ([], None), "trainable_token_indices": ([], None), "layer_replication": ([], None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # Others change the base.
-}
-
-
-def peft_names(args):
-    """Our name of every adapter's matrix -> PEFT's."""
-    names = {}
-    for name, theirs in huggingface.tensor_names(args).items():
-        matrix = name.removesuffix(".weight")
-        if matrix.endswith(MATRICES):
-            stem = PREFIX + theirs.removesuffix("weight")
-            names[f"{matrix}.lora_a"] = f"{stem}lora_A.weight"
-            names[f"{matrix}.lora_b"] = f"{stem}lora_B.weight"
-    return names
-
-
-def save_adapters(path, args, states, tokenizer_path=None, progress=None, optimizer_dir=None, *, alpha,
-                  base):
-    """Writes adapters as a folder that peft reads, in which training goes on, too.
-
-    As checkpoint.save_checkpoint; states: one dictionary, name -> lora_a or lora_b. base: the path of the
-    frozen model.
-    """
-    state, = states
-    names = peft_names(args)
-    rank = state["layers.0.attention.wq.lora_a"].size(0)
-    modules = sorted({name.split(".")[-3] for name in names.values()})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-              "lora_alpha": alpha, "target_modules": modules, "lora_dropout": 0.0, "bias": "none",
-              "inference_mode": True}
-    # B's rows are those of its matrix, and so in Hugging Face's order there.
-    tensors = {names[name]: huggingface.reordered(name, tensor, args, to_meta=False).contiguous()
-               if name.endswith("lora_b") else tensor for name, tensor in state.items()}
-    with checkpoint.checkpoint_folder(path, tokenizer_path, progress, optimizer_dir) as part:
-        huggingface.write_json(part / CONFIG, config)
-        try:
-            save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:  # The disk may be full.
-            raise OSError(f"{path}: {error}") from None
-        shutil.copymode(part / CONFIG, part / WEIGHTS)  # save_file lets only the owner read.
-
-
-def load_adapters(folder, args, layout):
-    """(name -> lora_a or lora_b, in float32; the factor of their products) of PEFT's files, ours or others'.
-
-    layout: name -> tensor of the base's shapes. FileNotFoundError or ValueError names what is absent,
-    damaged, doesn't fit or is of a kind that we don't have.
-    """
-    path = Path(folder, CONFIG)
-    config = read_json(path)
-    for name, allowed in ALLOWED.items():
-        found = config.get(name, allowed[0])
-        expect(found in allowed, f"{path}: {name}", json.dumps(found),
-               f"{json.dumps(allowed[0])}, as such adapters can be added to a model by peft alone")
-    rank = config.get("r")
-    alpha = config.get("lora_alpha")
-    expect(type(rank) is int and rank > 0, f"{path}: r", json.dumps(rank), "a whole number of at least 1")
-    expect(isinstance(alpha, int | float), f"{path}: lora_alpha", json.dumps(alpha), "a number")
-    path = path.with_name(WEIGHTS)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; an adapter's folder holds it beside {CONFIG}")
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, or not from safetensors; get it again ({error})") from None
-    expect(found, path, "no tensor", "adapters; get it again")
-    names = peft_names(args)
-    adapted = {theirs.rpartition(".lora_")[0] for theirs in found}  # Theirs need not be on all matrices.
-    names = {name: theirs for name, theirs in names.items() if theirs.rpartition(".lora_")[0] in adapted}
-    shapes = {}
-    for name, theirs in names.items():
-        size_out, size_in = layout[name.rpartition(".")[0] + ".weight"].shape
-        shapes[theirs] = [rank, size_in] if name.endswith("lora_a") else [size_out, rank]
-    checkpoint.check_tensors(path, found, shapes)
-    adapters = {}
-    for name, theirs in names.items():
-        tensor = found[theirs].float()
-        is_b = name.endswith("lora_b")
-        adapters[name] = huggingface.reordered(name, tensor, args, to_meta=True) if is_b else tensor
-    return adapters, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-# -----------------------------------------------------------------------------
-# bfloat16 weights that learn
-#
-# Near 1, the next bfloat16 is 1/128 away: rounded to the nearest, most updates would be lost. Rounded up or
-# down at random, as often up as it is near, each counts on average (Zamirai et al., 2020).
-
-
-class RoundingAdamW(torch.optim.Optimizer):
-    """AdamW on bfloat16 weights and averages: computed in float32, rounded stochastically.
-
-    The random numbers follow from the seed, the step, the parameter and the element's index in the whole
-    tensor, so that a resumed run, and shards on any number of ranks, round alike.
-    """
-
-    def __init__(self, groups, lr, betas, seed, compile=True):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=1e-8, weight_decay=0.0))
-        self.seed = seed
-        device = self.param_groups[0]["params"][0].device
-        # Compiled, it is one pass over memory; else pieces stay in the processor's caches.
-        is_compiled = compile and can_compile(device)
-        self.update = torch.compile(update, dynamic=True) if is_compiled else update_parts
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        number = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                number += 1
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                state["step"] += 1
-                step = int(state["step"])
-                beta1, beta2 = group["betas"]
-                rates = torch.tensor([1 - group["lr"] * group["weight_decay"], beta1, 1 - beta1, beta2,
-                                      1 - beta2, group["lr"] / (1 - beta1**step), 1 - beta2**step,
-                                      group["eps"]], device=p.device)
-                keys = np.random.SeedSequence([self.seed, step, number]).generate_state(4)
-                keys = torch.from_numpy(keys.view(np.int32)).to(p.device)
-                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                self.update(*(local(tensor).view(-1) for tensor in tensors), rates, keys, first_element(p))
-
-
-def update(weight, grad, mean, square, rates, keys, first):
-    """One step of AdamW in place, on flat tensors that begin with element `first` of a whole one."""
-    decay, beta1, rest1, beta2, rest2, rate, correction, eps = rates.unbind()
-    g = grad.float()
-    new_mean = beta1 * mean.float() + rest1 * g
-    new_square = beta2 * square.float() + rest2 * g * g
-    new_weight = decay * weight.float() - rate * new_mean / ((new_square / correction).sqrt() + eps)
-    index = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device) + first
-    bits = random_bits(index, keys[0], keys[1])
-    weight.copy_(rounded(new_weight, bits))
-    mean.copy_(rounded(new_mean, bits >> 16))
-    square.copy_(rounded(new_square, random_bits(index, keys[2], keys[3])))
-
-
-def update_parts(weight, grad, mean, square, rates, keys, first, size=2**16):
-    """The same as update, a part of so many elements after the other."""
-    for begin in range(0, weight.numel(), size):
-        part = slice(begin, begin + size)
-        update(weight[part], grad[part], mean[part], square[part], rates, keys, first + begin)
-
-
-def random_bits(index, key1, key2):
-    """32 random bits for each int32 index."""
-    return scrambled(scrambled(index ^ key1) ^ key2)
-
-
-def scrambled(x):
-    """Wellons' lowbias32: each bit of an int32 changes about half of the result's."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
-    return x ^ (x >> 16 & 0xFFFF)
-
-
-def rounded(x, bits):
-    """float32 -> a bfloat16 beside it, up as often as it is near that; bits: of an int32 the lower 16."""
-    return ((x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-
-def local(tensor):
-    """This rank's part of a tensor; all of it where it isn't sharded."""
-    return tensor.to_local() if parallel.is_sharded(tensor) else tensor.detach()
-
-
-def first_element(tensor):
-    """The index in the whole tensor of the first element of this rank's part."""
-    if not parallel.is_sharded(tensor):
-        return 0
-    offsets, _ = parallel.own_part(tensor)
-    return offsets[0] * math.prod(tensor.shape[1:])  # Shards are rows.

@@ -7,7 +7,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from plumbing.documents import read_json
+from plumbing.json_stream import read_json
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXPECTED = ("a row of HellaSwag, ARC, PIQA, WinoGrande or MMLU, or question, choices (a list of texts) and "

@@ -9,10 +9,12 @@ import socket
 import sys
 from pathlib import Path
 
-from plumbing.checkpoint import checkpoints_of_run, load_file
-from plumbing.cli import expect, say
+from plumbing.checkpoint import checkpoints_of_run
+from plumbing.cli import expect
 from plumbing.files import sha256_of
 from plumbing.parallel import gather_over_ranks, join_process_group, rank_and_size
+from plumbing.streams import say
+from plumbing.torch_file import load_file
 
 # -----------------------------------------------------------------------------
 # One at a time in a folder

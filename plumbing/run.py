@@ -14,64 +14,19 @@ from tqdm import tqdm
 
 from plumbing import resume
 from plumbing.checkpoint import checkpoints_of_run, point_best, remove
-from plumbing.cli import say
 from plumbing.files import check_disk, complete
 from plumbing.parallel import largest_over_ranks
+from plumbing.plot import plot_losses
+from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer, name_of_copy
 
-# -----------------------------------------------------------------------------
-# What is measured
-
-
-class Stopwatch:
-    """Times generation around its steps: the first reads the prompts, the others decode."""
-
-    def __init__(self, prompt_tokens):
-        self.prompt_tokens = prompt_tokens
-        self.prefill_seconds = 0.0
-        self.decoded_tokens = 0
-        self.decode_seconds = 0.0
-
-    def over(self, steps):
-        """The same steps of Llama.steps, timed."""
-        start = time.perf_counter()
-        for i, (logits, drawn) in enumerate(steps):
-            seconds = time.perf_counter() - start
-            if i == 0:
-                self.prefill_seconds = seconds
-            else:
-                self.decode_seconds += seconds
-                self.decoded_tokens += sum(token is not None for token in drawn)
-            yield logits, drawn
-            start = time.perf_counter()
-
-    def report(self):
-        """One line: tokens read and decoded, and how many per second."""
-        read_rate = self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-        decode_rate = self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
-        return (f"prefill {self.prompt_tokens:,} tokens at {read_rate:,.1f}/s, decode "
-                f"{self.decoded_tokens:,} tokens at {decode_rate:,.1f}/s")
-
-
-def collected(steps, rows):
-    """The same steps of Llama.steps; each prompt's tokens are appended to its row as they come."""
-    for logits, drawn in steps:
-        for row, token in zip(rows, drawn, strict=True):
-            if token is not None:
-                row.append(token)
-        yield logits, drawn
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers', terminals' and people's
 
 
 def entropy_floor(folder):
     """The bits per byte that no model can beat on average, if entropy.json says so; else None."""
     path = Path(folder, "entropy.json")
     return json.loads(path.read_text())["val"]["bits_per_byte"] if path.is_file() else None
-
-# -----------------------------------------------------------------------------
-# The run
-
-
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers', terminals' and people's
 
 
 class Run:
@@ -264,7 +219,8 @@ class Run:
             remedy = "cut short, start it again" if is_part else "which is saved; --resume goes on"
             say(f"{self.signals[0]} after step {self.step}, {remedy}")
         else:
-            self.plot()
+            records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
+            plot_losses(records, self.out_dir / "loss.png", self.floor)
         if self.first > self.last:
             say(f"{out_dir} has all its {self.last} steps; more --steps go on")
         if self.best and not (self.stopping and is_part):
@@ -278,36 +234,3 @@ class Run:
             raise KeyboardInterrupt
         if self.stopping:
             raise SystemExit(128 + signal.Signals[self.signals[0]])
-
-    def plot(self):
-        """Draws the losses of log.jsonl as loss.png, in bits per byte; in nats without any validation."""
-        records = [json.loads(line) for line in self.log_path.read_text().splitlines()]
-        trained = [record for record in records if record["loss"] is not None]
-        evaluated = [record for record in records if record.get("val_loss") is not None]
-        if not trained:  # Somebody has removed the log, or no step had a target.
-            return
-        import matplotlib  # Nothing else needs it.
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        scale = 1
-        best = min(record["loss"] for record in trained)
-        if evaluated:
-            last = evaluated[-1]
-            scale = last["val_bpb"] / max(last["val_loss"], 1e-9)  # so many bits per byte a nat per token
-            best = min(record["val_bpb"] for record in evaluated)
-        axes.plot([record["step"] for record in trained], [record["loss"] * scale for record in trained],
-                  color="#9ecae1", linewidth=1, label="train")
-        if evaluated:
-            axes.plot([record["step"] for record in evaluated], [record["val_bpb"] for record in evaluated],
-                      color="#08519c", marker="o", label=f"validation, {last['val_bpb']:.3f} at the end")
-        if evaluated and self.floor is not None:
-            axes.axhline(self.floor, color="#d62728", linestyle="--",
-                         label=f"entropy of the stories, {self.floor:.3f}")
-        axes.set(xlabel="step", ylabel="bits per byte" if evaluated else "nats per token",
-                 xlim=(0, records[-1]["step"]), ylim=(0, max(4 * best, 1e-9)))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        with complete(self.out_dir / "loss.png") as file:
-            figure.savefig(file, format="png", dpi=150)
-        plt.close(figure)

@@ -12,8 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from plumbing.chat_template import FILE, ChatTemplate, names_pattern, read_template, well_formed
-from plumbing.files import START, complete, read_json, sha256_of
-from tokenizer import BYTE_OF, STOPPING, word_splitter
+from plumbing.files import START, complete, sha256_of
+from plumbing.meta_vocabulary import SPLIT_PATTERN, STOPPING
+from plumbing.text_files import read_json
 
 # The files beside a tokenizer.json, that which counts most first -> how each calls the token, or the tokens,
 # of a role, bos or eos.
@@ -208,3 +209,24 @@ def copy_tokenizer(path, folder):
     for name, content in copies.items():
         with complete(Path(folder, name)) as file:
             file.write(content)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Character -> byte, as the tokenizers library and tokenizer.json write the bytes of a token.
+
+    A byte that is printable in Latin-1 is written as that character, the others as characters 256, 257, …
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = byte_alphabet()
+
+
+def word_splitter():
+    """Llama 3's pattern as a pre-tokenizer of the tokenizers library, with bytes written as characters."""
+    from tokenizers import Regex, pre_tokenizers
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -9,18 +9,10 @@ from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as BPE
 
 from plumbing.chat_template import read_template
-from plumbing.files import read_json
-from plumbing.huggingface import write_json
-from plumbing.tokenizer_json import HuggingFaceVocabulary
-from tokenizer import (
-    BYTE_OF,
-    CHAT_TOKENS,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    find_tokenizer,
-    read_vocabulary,
-    word_splitter,
-)
+from plumbing.meta_vocabulary import CHAT_TOKENS, SPECIAL_TOKENS, read_vocabulary
+from plumbing.text_files import read_json, write_json
+from plumbing.tokenizer_json import BYTE_OF, HuggingFaceVocabulary, word_splitter
+from tokenizer import Tokenizer, find_tokenizer
 
 BOS = "<|begin_of_text|>"
 # It gives the ids of Tokenizer.encode_dialog. Contents stay as they are, as in Meta's ChatFormat, so that a

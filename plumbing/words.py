@@ -1,12 +1,12 @@
-"""Records, as plumbing/documents.py reads them, to tokens, as a .bin shard stores them."""
+"""Records, as plumbing/records.py has them, to tokens, as a .bin shard stores them."""
 
 import re
 
 import numpy as np
 
 from plumbing import files
-from plumbing.documents import is_learned, texts_of
-from tokenizer import MAX_CHARS
+from plumbing.meta_vocabulary import MAX_CHARS
+from plumbing.records import is_learned, texts_of
 
 BETWEEN_WORDS = re.compile(r" (?=\S)(?<=\S )")  # a space that touches no other white space
 

@@ -230,7 +230,7 @@ def write_folder(folder, template=None, bos=None, eos=None, config=None):
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as BPE
 
-    from tokenizer import word_splitter
+    from plumbing.tokenizer_json import word_splitter
     folder.mkdir(parents=True, exist_ok=True)
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = word_splitter()

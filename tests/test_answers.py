@@ -11,7 +11,8 @@ import pytest
 from tiny import ROOT, random_llama, random_model, write_checkpoint
 
 from llama31 import Llama, sample
-from plumbing import answers, cli
+from plumbing import answers
+from plumbing.prompts import holds_dialogs
 
 ROWS = [{"id": 7, "messages": [{"role": "user", "content": "a cat Zoë"}]},
         {"conversations": [{"from": "human", "value": "once"}], "k": None},
@@ -77,7 +78,7 @@ def test_lone_surrogates_come_back_as_they_were_written(ckpt_dir, tmp_path, caps
 def test_gzipped_dialogs_are_read_too(tmp_path):
     with gzip.open(tmp_path / "dialogs.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROWS[0]))
-    assert cli.holds_dialogs(str(tmp_path / "dialogs.jsonl.gz"))
+    assert holds_dialogs(str(tmp_path / "dialogs.jsonl.gz"))
     assert answers.read_dialogs(str(tmp_path / "dialogs.jsonl.gz"))[0] == ROWS[:1]
 
 

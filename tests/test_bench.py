@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import peers
 from llama31 import Llama, ModelArgs, Transformer, open_checkpoint, rope_frequencies
-from plumbing import run
+from plumbing import answers
 from plumbing.gguf_file import write_gguf
 
 ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=130, multiple_of=32)
@@ -81,7 +81,7 @@ def test_what_a_rate_takes_is_the_work_of_all_prompts_or_of_a_step():
 def test_we_are_timed_from_prompts_to_the_first_token_and_on(monkeypatch):
     """A clock that counts its calls: with the first step at 1, each later one takes another unit."""
     clock = iter(range(100))
-    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(answers.time, "perf_counter", lambda: next(clock))
     llama = Llama(Transformer(ARGS), None)
     assert bench.ours(llama)([[1, 2, 3], [4]], 4) == (1, 3)
     assert bench.ours(llama)([[1, 2, 3], [4]], 1) == (1, 0)

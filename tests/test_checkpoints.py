@@ -14,7 +14,7 @@ from tiny import RESCALED, SHAPE, WIDE, assert_close, output, random_model, writ
 import reference
 from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
 from plumbing.answers import choices
-from plumbing.fast import choose_dtype, fast_dtype
+from plumbing.devices import choose_dtype, fast_dtype
 from plumbing.mapped import split_dim
 
 ARGS = {**SHAPE, **dict(n_heads=8, n_kv_heads=8, vocab_size=104)}  # what eight files can share

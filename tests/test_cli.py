@@ -11,7 +11,8 @@ import fire
 import pytest
 from tiny import ROOT
 
-from plumbing import cli
+from plumbing import cli, streams
+from plumbing.prompts import read_prompts
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_a_stream_without_an_encoding_is_left_alone(monkeypatch, capsys):
     class Notebook:
         write = flush = isatty = print
     monkeypatch.setattr("sys.stdout", Notebook())
-    cli.open_streams()
+    streams.open_streams()
 
 
 # -----------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def test_a_stream_without_an_encoding_is_left_alone(monkeypatch, capsys):
     (rb"a\nb", [r"a\nb"])])
 def test_a_file_has_a_prompt_in_every_line(data, prompts, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(data)
-    assert cli.read_prompts(None, tmp_path / "prompts.txt", ["once"]) == prompts
+    assert read_prompts(None, tmp_path / "prompts.txt", ["once"]) == prompts
 
 
 @pytest.mark.parametrize("data, said", [
@@ -308,19 +309,19 @@ def test_a_file_has_a_prompt_in_every_line(data, prompts, tmp_path):
 def test_what_is_no_prompt_is_named_with_its_line(data, said, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(data)
     with pytest.raises(ValueError, match=f"prompts.txt, {said}"):
-        cli.read_prompts(None, tmp_path / "prompts.txt", ["once"])
+        read_prompts(None, tmp_path / "prompts.txt", ["once"])
 
 
 @pytest.mark.parametrize("name, found", [("absent", "no such file"), (".", "a folder")])
 def test_a_prompt_file_that_is_none_is_named(tmp_path, name, found):
     with pytest.raises(FileNotFoundError, match=f"found {found}, expected a text file"):
-        cli.read_prompts(None, tmp_path / name, ["once"])
+        read_prompts(None, tmp_path / name, ["once"])
 
 
 def test_a_prompt_may_have_escapes_and_stands_alone():
-    assert cli.read_prompts(r"Q: 1\t2?\nA: \\n", None, ["once"]) == ["Q: 1\t2?\nA: \\n"]
-    assert cli.read_prompts(None, None, ("once", "one day")) == ["once", "one day"]
+    assert read_prompts(r"Q: 1\t2?\nA: \\n", None, ["once"]) == ["Q: 1\t2?\nA: \\n"]
+    assert read_prompts(None, None, ("once", "one day")) == ["once", "one day"]
     with pytest.raises(ValueError, match="--prompt is empty; expected a text"):
-        cli.read_prompts("", None, ["once"])
+        read_prompts("", None, ["once"])
     with pytest.raises(ValueError, match="found --prompt and --prompt_file"):
-        cli.read_prompts("a", "b", ["once"])
+        read_prompts("a", "b", ["once"])

@@ -31,6 +31,7 @@ import convert
 import llama31
 import reference
 from plumbing import cli
+from plumbing.config_json import FIELDS, ROPE_FIELDS
 from plumbing.vocabularies import write_tokenizer_json, write_tokenizer_model
 from tokenizer import Tokenizer
 
@@ -143,7 +144,7 @@ def test_meta_to_hugging_face_to_meta_keeps_every_byte(changes, files, dtype, tm
     assert weights(tmp_path / "c")["norm.weight"][0] == dtype
     assert transformers.AutoConfig.from_pretrained(tmp_path / "b").dtype == dtype
     args = llama31.open_checkpoint(tmp_path / "c")[0].args
-    for name in ("hidden_dim", *convert.FIELDS, "rope_theta", "use_scaled_rope", *convert.ROPE_FIELDS):
+    for name in ("hidden_dim", *FIELDS, "rope_theta", "use_scaled_rope", *ROPE_FIELDS):
         assert getattr(args, name) == getattr(model.args, name), name
 
 

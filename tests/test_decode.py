@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters
 from llama31 import Llama, ModelArgs, Transformer, load_checkpoint
 from plumbing import fast
 from plumbing.compiler import FLAGS
-from plumbing.fast import Int8Linear, compile_inference, compile_kernels, load_int8, quantize, widen
+from plumbing.fast import compile_inference, compile_kernels
+from plumbing.narrow import Int8Linear, dequantize, load_int8, quantize, widen
 
 HEADS_OF_8 = dict(dim=48, n_heads=6)  # as wide as a register of many processors
 BATCHES = {"one token": [[5]], "one row": [[5, 6, 7]], "few rows": [[5, 6, 7], [1], [8, 9]],
@@ -456,5 +457,5 @@ def test_int8_products_for_torch_compile_have_the_values_of_the_cpus(shape, dtyp
     x = torch.randn(shape, generator=generator).to(dtype)
     found = layer.multiply_compiled(x)
     assert found.shape == layer(x).shape and found.dtype == dtype
-    exact = x.double() @ fast.dequantize(layer.quantized, layer.scale).double().T
+    exact = x.double() @ dequantize(layer.quantized, layer.scale).double().T
     assert (found - exact).abs().max() <= (1e-5 if dtype is torch.float32 else 1e-2) * exact.abs().max()

@@ -18,7 +18,8 @@ import convert
 import evaluate
 from llama31 import Llama
 from plumbing import cli
-from tokenizer import SPLIT_PATTERN, Tokenizer, find_tokenizer
+from plumbing.meta_vocabulary import SPLIT_PATTERN
+from tokenizer import Tokenizer, find_tokenizer
 
 gguf = pytest.importorskip("gguf")
 

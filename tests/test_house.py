@@ -9,47 +9,63 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1312,  # 1300
-    "tokenizer.py": 460,  # 360, the kinds of messages that files have, two kinds of vocabulary
-    "tiny_stories.py": 455,  # 420, and what text() says of its splits, and of lost answers
+    "llama31.py": 1307,  # 1300
+    "tokenizer.py": 315,
+    "tiny_stories.py": 408,
     "stories.py": 400,
-    "reference.py": 368,  # 270, the flags it shares with sample, any heads and RoPE, what is no Llama
-    "convert.py": 230,
-    "evaluate.py": 310,  # 220, a line of help for each of its 24 flags
+    "reference.py": 369,  # 270, the flags it shares with sample, any heads and RoPE, what is no Llama
+    "convert.py": 207,
+    "evaluate.py": 311,  # 220, a line of help for each of its 24 flags
     "chat.py": 198,  # 140, a line of help for each of its 14 flags, and what is pasted or piped
     "bench.py": 429,
     "planner.py": 407,  # Out of bench.py came the memory; a plan needs the bytes sent, too.
     "peers.py": 140,
-    "plumbing/fast.py": 587,  # 450, and weights of fewer bits than the arithmetic, devices and their types
+    "plumbing/fast.py": 375,
+    "plumbing/narrow.py": 155,  # weights of fewer bits than the arithmetic, out of fast.py
+    "plumbing/devices.py": 85,  # devices and the types of numbers that suit them, out of fast.py
     "plumbing/fast.cpp": 630,  # 620, and int8 products for each kind of processor
     "plumbing/vectors.h": 50,  # what fast.cpp and attention.cpp both need
     "plumbing/attention.py": 156,
     "plumbing/muon.py": 52,
     "plumbing/decoding.py": 258,  # one static graph a token, the sampler on a device, its limits on a CPU
     "plumbing/attention.cpp": 260,  # attention on a CPU, forward and backward
-    "plumbing/checkpoint.py": 390,  # 260, and llama31.json, the best checkpoint, master weights, own maps
+    "plumbing/checkpoint.py": 295,  # 260, and the best checkpoint, master weights
+    "plumbing/params.py": 50,  # params.json and llama31.json, out of checkpoint.py
+    "plumbing/torch_file.py": 68,  # files of torch.save, each tensor in its own map, out of checkpoint.py
     "plumbing/mapped.py": 140,  # tensors in pieces, out of checkpoint.py, and in part
-    "plumbing/lora.py": 401,  # 230, and what a folder of adapters may hold, a fused pass that rounds
+    "plumbing/lora.py": 210,
+    "plumbing/adapters.py": 107,  # adapters as PEFT's files and what these may hold, out of lora.py
+    "plumbing/rounding.py": 105,  # the optimizer of bfloat16 weights, out of lora.py
     "plumbing/messages.py": 125,  # the messages of dialogs as files have them, out of tokenizer.py
-    "plumbing/tokenizer_json.py": 210,  # vocabularies of Hugging Face's folders, for tokenizer.py
-    "plumbing/vocabularies.py": 150,  # a vocabulary in another layout's files, out of convert.py
-    "plumbing/gguf_file.py": 230,  # llama.cpp's file: weights, what it can say of vocabularies, refusals
-    "plumbing/huggingface.py": 277,  # 200, and what may lie where weights are expected, parts of two sets
-    "plumbing/parallel.py": 225,  # 180, and models that processes split
+    "plumbing/meta_vocabulary.py": 136,  # Meta's tokenizer.model, out of tokenizer.py
+    "plumbing/tokenizer_json.py": 233,  # vocabularies of Hugging Face's folders, for tokenizer.py
+    "plumbing/vocabularies.py": 140,  # a vocabulary in another layout's files, out of convert.py
+    "plumbing/gguf_file.py": 213,  # llama.cpp's file: weights, what it can say of vocabularies, refusals
+    "plumbing/huggingface.py": 175,
+    "plumbing/config_json.py": 112,  # config.json in and out, out of huggingface.py and convert.py
+    "plumbing/parallel.py": 188,  # 180, and launchers other than torchrun
+    "plumbing/tensor_parallel.py": 46,  # a model that processes split, out of parallel.py
     "plumbing/start.py": 75,  # flags, sources and first weights of a training, out of llama31.py
-    "plumbing/resume.py": 228,  # a run's lock and record, out of run.py
-    "plumbing/run.py": 315,  # 220, and the stopwatch of sampling, five signals, the best step
-    "plumbing/files.py": 292,  # 130, and the checks and messages of shards, manifests, encodings and JSON
-    "plumbing/cli.py": 308,  # 110, and lists, numbered switches, checks, prompts, streams of any encoding
+    "plumbing/resume.py": 230,  # a run's lock and record, out of run.py
+    "plumbing/run.py": 238,  # 220, and five signals, the best step
+    "plumbing/plot.py": 40,  # the plot of a run's losses, out of run.py
+    "plumbing/files.py": 240,  # 130, and the checks and messages of shards and manifests
+    "plumbing/text_files.py": 62,  # text of any encoding and JSON, out of files.py
+    "plumbing/cli.py": 200,  # 110, and lists, numbered switches, checks
+    "plumbing/prompts.py": 50,  # what a command is to complete, out of cli.py
+    "plumbing/streams.py": 75,  # standard streams of any encoding, gone readers, out of cli.py
     "plumbing/download.py": 160,
-    "plumbing/documents.py": 400,  # 300, and rows of every kind, folders, patterns, encodings
+    "plumbing/documents.py": 202,
+    "plumbing/records.py": 120,  # rows of every form as records, out of documents.py
+    "plumbing/json_stream.py": 85,  # JSON in blocks, out of documents.py
     "plumbing/chat_template.py": 355,  # templates, contents that can't forge tokens, where answers stand
     "plumbing/questions.py": 140,  # multiple choice as its files are published
     "plumbing/dialogs.py": 115,  # which windows a shard of dialogs has
     "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
+    "plumbing/summary.py": 48,  # what text() says of documents and splits, out of tiny_stories.py
     "plumbing/compiler.py": 144,  # a library out of C++, kept in the user's cache folder
     "plumbing/headers.py": 20,
-    "plumbing/answers.py": 175,  # what sampling prints, out of llama31.py, and answers to named rows
+    "plumbing/answers.py": 220,  # what sampling prints, out of llama31.py, its stopwatch, answers to rows
     "plumbing/machine.py": 175,  # what differs between operating systems, and the limits of containers
     "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
 }
@@ -86,10 +102,12 @@ def test_nothing_in_plumbing_imports_a_script():
 def test_the_reference_shares_only_the_tokenizer_and_the_command_line():
     ours = {path.stem for path in ROOT.glob("*.py")} | {"plumbing", "importlib"}
     found = {name for name in imports(ROOT / "reference.py") if name.partition(".")[0] in ours}
-    assert found == {"plumbing", "plumbing.cli", "tokenizer", "tokenizer.Tokenizer",
-                     "tokenizer.find_tokenizer"}
-    imported = "files", "tokenizer_json", "chat_template", "messages"  # by tokenizer.py
-    for shared in ("tokenizer.py", "plumbing/cli.py", *(f"plumbing/{name}.py" for name in imported)):
+    assert found == {"plumbing", "plumbing.cli", "plumbing.prompts", "plumbing.prompts.read_prompts",
+                     "plumbing.prompts.say_cut", "plumbing.prompts.say_spelled",
+                     "tokenizer", "tokenizer.Tokenizer", "tokenizer.find_tokenizer"}
+    rooms = ("cli", "prompts", "files", "text_files", "streams",  # and what tokenizer.py imports
+             "meta_vocabulary", "tokenizer_json", "chat_template", "messages")
+    for shared in ("tokenizer.py", *(f"plumbing/{name}.py" for name in rooms)):
         assert not imports(ROOT / shared) & {"llama31", "importlib", "plumbing.fast", "plumbing.checkpoint"}
 
 

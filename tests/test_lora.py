@@ -26,7 +26,8 @@ import convert
 import llama31
 import reference
 from llama31 import Llama, Transformer
-from plumbing import fast, lora
+from plumbing import fast, huggingface, lora, narrow
+from plumbing.adapters import CONFIG, MATRICES, WEIGHTS, peft_names, save_adapters
 from plumbing.checkpoint import load_weights, newest_checkpoint
 
 RANK = 3
@@ -86,8 +87,8 @@ def test_a_product_has_the_values_and_gradients_of_plain_ones(stored):
     x, weight, a, b = (torch.randn(shape, generator=draw) for shape in shapes)
     scale = None
     if stored == torch.int8:
-        weight, scale = fast.quantize(weight)
-        values = fast.dequantize(weight, scale)
+        weight, scale = narrow.quantize(weight)
+        values = narrow.dequantize(weight, scale)
     else:
         weight = weight.to(stored)
         values = weight.float()
@@ -116,7 +117,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(changes, tmp_path):
     peft = pytest.importorskip("peft")
     model = random_model(2, **changes)
     ours = adapted(model)
-    lora.save_adapters(tmp_path / "adapter", model.args, [adapters_of(ours)], alpha=5.0, base="base")
+    save_adapters(tmp_path / "adapter", model.args, [adapters_of(ours)], alpha=5.0, base="base")
     theirs = peft.PeftModel.from_pretrained(hugging_face(model.args, model.state_dict()),
                                             tmp_path / "adapter", is_trainable=True)
     tokens = random_tokens(2, 21)
@@ -129,7 +130,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(changes, tmp_path):
     assert_close(loss, expected)
     loss.backward()
     expected.backward()
-    names = lora.peft_names(model.args)
+    names = peft_names(model.args)
     found = dict(theirs.named_parameters())
     assert len(names) == len(adapters_of(ours)) == 2 * 7 * model.args.n_layers
     for name, p in ours.named_parameters():
@@ -138,7 +139,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(changes, tmp_path):
             continue
         grad = found[names[name].replace(".weight", ".default.weight")].grad
         if name.endswith("lora_b"):
-            grad = lora.huggingface.reordered(name, grad, model.args, to_meta=True)
+            grad = huggingface.reordered(name, grad, model.args, to_meta=True)
         assert_close(p.grad, grad, name)
 
 
@@ -149,7 +150,7 @@ def test_an_int8_base_equals_the_dequantised_one():
     plain = copy.deepcopy(model)
     for name, p in plain.named_parameters():
         if name.replace("weight", "scale") in state:
-            p.data = fast.dequantize(state[name], state[name.replace("weight", "scale")])
+            p.data = narrow.dequantize(state[name], state[name.replace("weight", "scale")])
             assert state[name].dtype == torch.int8
     same = adapted(plain)
     tokens = random_tokens(2, 21)
@@ -175,7 +176,7 @@ def test_merged_equals_unmerged(stored):
 def test_compiled_and_recomputed_blocks_have_the_same_gradients():
     """hidden_dim 176 is no multiple of the groups that share a scale, which a compiler got wrong."""
     model = random_model(4)
-    assert model.args.hidden_dim % fast.GROUP
+    assert model.args.hidden_dim % narrow.GROUP
     tokens = random_tokens(2, 21)
     plain, compiled, recomputed = (adapted(model, quantize="int8") for _ in range(3))
     assert fast.compile_blocks(compiled)
@@ -223,7 +224,7 @@ def test_a_resumed_run_continues_exactly(corpus, tmp_path, flags):
     shutil.rmtree(tmp_path / "parts" / "merged")
     llama31.train(out_dir=str(tmp_path / "parts"), resume=True, device="cpu")  # The record has the flags.
     for name in "step_000006", "merged":
-        file = lora.WEIGHTS if name != "merged" else "consolidated.00.pth"
+        file = WEIGHTS if name != "merged" else "consolidated.00.pth"
         assert (tmp_path / "parts" / name / file).read_bytes() == (whole / name / file).read_bytes()
 
 
@@ -235,7 +236,7 @@ def test_the_base_keeps_its_type_and_what_is_not_adapted_its_bytes(folder, tmp_p
     assert merged.keys() == base.keys()
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, base[name]) == (not name.removesuffix(".weight").endswith(lora.MATRICES))
+        assert torch.equal(tensor, base[name]) == (not name.removesuffix(".weight").endswith(MATRICES))
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -328,19 +329,19 @@ def test_an_adapter_of_another_kind_is_refused_by_name(settings, said, tmp_path)
 
 
 @pytest.mark.parametrize("edit, said", [
-    (lambda f: (f / lora.CONFIG).unlink(), "adapter_config.json: no such file"),
-    (lambda f: (f / lora.CONFIG).write_text("{"), "adapter_config.json"),
-    (lambda f: (f / lora.CONFIG).write_text("{}"), "r is null; expected a whole number"),
-    (lambda f: (f / lora.CONFIG).write_text('{"peft_type": "IA3"}'), "peft_type is .IA3."),
-    (lambda f: (f / lora.WEIGHTS).unlink(), "adapter_model.safetensors: no such file"),
-    (lambda f: (f / lora.WEIGHTS).write_bytes((f / lora.WEIGHTS).read_bytes()[:-9]), "damaged"),
+    (lambda f: (f / CONFIG).unlink(), "adapter_config.json: no such file"),
+    (lambda f: (f / CONFIG).write_text("{"), "adapter_config.json"),
+    (lambda f: (f / CONFIG).write_text("{}"), "r is null; expected a whole number"),
+    (lambda f: (f / CONFIG).write_text('{"peft_type": "IA3"}'), "peft_type is .IA3."),
+    (lambda f: (f / WEIGHTS).unlink(), "adapter_model.safetensors: no such file"),
+    (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "damaged"),
     (lambda f: edit_tensors(f, lambda t: t.popitem()), "is missing, expected"),
     (lambda f: edit_tensors(f, lambda t: t.clear()), "no tensor")])
 def test_a_damaged_adapter_is_one_line(edit, said, tmp_path):
     model = random_model(6)
     base = write_checkpoint(tmp_path / "base", model)
-    lora.save_adapters(tmp_path / "adapter", model.args, [adapters_of(adapted(model))], alpha=5.0,
-                       base=base)
+    save_adapters(tmp_path / "adapter", model.args, [adapters_of(adapted(model))], alpha=5.0,
+                  base=base)
     edit(tmp_path / "adapter")
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         convert.merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
@@ -348,9 +349,9 @@ def test_a_damaged_adapter_is_one_line(edit, said, tmp_path):
 
 
 def edit_tensors(folder, edit):
-    tensors = load_file(folder / lora.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     edit(tensors)
-    save_file(tensors, folder / lora.WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
 
 
 # -----------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_several_processes_have_the_losses_of_one(corpus, tmp_path, processes, f
     one, several = tmp_path / "1", tmp_path / str(processes)
     for a, b in zip(untimed(read_log(one)), untimed(read_log(several)), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    found, expected = (load_file(path / "step_000006" / lora.WEIGHTS) for path in (several, one))
+    found, expected = (load_file(path / "step_000006" / WEIGHTS) for path in (several, one))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     assert read_weights(several / "merged").keys() == read_weights(corpus / "ckpt").keys()

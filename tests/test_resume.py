@@ -13,14 +13,14 @@ from tiny import read_log, run, untimed
 
 import llama31
 from llama31 import checkpoints_of_run, learning_rate_at, train
-from plumbing import checkpoint, parallel
+from plumbing import checkpoint, devices, parallel
 from plumbing.resume import locked
 
 
 @pytest.fixture(autouse=True)
 def no_measurement(monkeypatch):
     """The machine isn't measured, which takes seconds in bfloat16 without AVX512."""
-    monkeypatch.setattr(llama31.fast, "measured_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(devices, "measured_peak", lambda device, dtype: 1e12)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from tiny import random_model, random_tokens, read_log, read_weights, run, torch
 import llama31
 from llama31 import Transformer
 from plumbing import lora
+from plumbing.rounding import RoundingAdamW, random_bits, rounded, update, update_parts
 
 BF16 = torch.bfloat16
 
@@ -17,13 +18,13 @@ BF16 = torch.bfloat16
 def test_rounding_is_up_as_often_as_a_number_is_near_to_the_upper_one():
     n = 2**16
     keys = torch.tensor([12345, -6789], dtype=torch.int32)
-    bits = lora.random_bits(torch.arange(n, dtype=torch.int32), *keys)
+    bits = random_bits(torch.arange(n, dtype=torch.int32), *keys)
     for share in (0.0, 0.1, 0.5, 0.9):
         for low in (1.0, -1.0, 2.0**-99, -2.0**65):
             step = low * 2**-7  # to the next one, away from 0
             x = torch.full((n,), low + share * step)
             for each in (bits, bits >> 16):
-                found = lora.rounded(x, each).float()
+                found = rounded(x, each).float()
                 assert set(found.unique().tolist()) <= {low, low + step} or share > 0
                 mean = ((found.double() - low) / step).mean()
                 assert mean == pytest.approx(share, abs=4 * 0.5 / n**0.5)
@@ -32,13 +33,13 @@ def test_rounding_is_up_as_often_as_a_number_is_near_to_the_upper_one():
 def test_what_is_a_bfloat16_or_not_finite_stays_so():
     x = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-130, 3.3895e38, float("inf"), -float("inf")]).to(BF16)
     bits = torch.full((len(x),), -1, dtype=torch.int32)
-    assert torch.equal(lora.rounded(x.float(), bits), x)
-    assert lora.rounded(torch.tensor([float("nan")]), bits[:1]).isnan().all()
+    assert torch.equal(rounded(x.float(), bits), x)
+    assert rounded(torch.tensor([float("nan")]), bits[:1]).isnan().all()
 
 
 def test_random_bits_are_even_and_neither_neighbours_nor_steps_are_related():
     index = torch.arange(2**16, dtype=torch.int32)
-    rows = [lora.random_bits(index, *torch.tensor(keys, dtype=torch.int32))
+    rows = [random_bits(index, *torch.tensor(keys, dtype=torch.int32))
             for keys in ((1, 2), (1, 3), (2, 2))]
     signs = torch.stack([((row >> shift) & 1) * 2 - 1 for row in rows for shift in (0, 15, 16, 31)]).double()
     assert signs.mean(1).abs().max() < 4 / 2**8
@@ -54,7 +55,7 @@ def optimizers(seed=1, shape=(37, 41), compile=False, **settings):
     theirs = torch.nn.Parameter(weight.float())
     settings = dict(lr=1e-2, betas=(0.9, 0.95)) | settings
     groups = [{"params": [ours], "weight_decay": 0.1}]
-    rounding = lora.RoundingAdamW(groups, seed=seed, compile=compile, **settings)
+    rounding = RoundingAdamW(groups, seed=seed, compile=compile, **settings)
     return ours, rounding, theirs, torch.optim.AdamW([theirs], weight_decay=0.1, **settings)
 
 
@@ -103,12 +104,12 @@ def test_rounding_follows_from_seed_step_parameter_and_index_alone():
     keys = torch.arange(4, dtype=torch.int32)
     rates = torch.tensor([1.0, 0.9, 0.1, 0.95, 0.05, 1e-3, 0.05, 1e-8])
     whole = [weight.clone().view(-1), grad.view(-1), *torch.zeros(2, 384, dtype=BF16)]
-    lora.update(*whole, rates, keys, 0)
+    update(*whole, rates, keys, 0)
     rows = [weight[2:4].clone().view(-1), grad[2:4].reshape(-1), *torch.zeros(2, 128, dtype=BF16)]
-    lora.update(*rows, rates, keys, 128)
+    update(*rows, rates, keys, 128)
     assert all(torch.equal(a[128:256], b) for a, b in zip(whole, rows, strict=True))
     parts = [weight.clone().view(-1), grad.view(-1), *torch.zeros(2, 384, dtype=BF16)]
-    lora.update_parts(*parts, rates, keys, 0, size=100)
+    update_parts(*parts, rates, keys, 0, size=100)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 

@@ -22,9 +22,9 @@ import reference
 import stories
 import tiny_stories
 from llama31 import PRESETS, ModelArgs, Sampler, Transformer
-from plumbing import fast
+from plumbing import answers, devices, fast
 from plumbing import run as run_module
-from plumbing.run import Run, Stopwatch
+from plumbing.run import Run
 
 RECORD = dict(step=3, loss=2.34567, lr=0.00123, grad_norm=0.456, tokens_per_s=12345, mfu=0.347,
               memory=2.56e9)
@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
         monotonic = perf_counter
     clock = Clock()
-    for module in (llama31, fast, run_module):
+    for module in (llama31, answers, devices, run_module):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -124,15 +124,15 @@ def test_a_signal_is_noted_once_and_the_steps_end_when_it_is_heeded(tmp_path, ca
 
 
 def test_generation_is_timed_from_its_first_step(clock):
-    watch = Stopwatch(prompt_tokens=30)
+    watch = answers.Stopwatch(prompt_tokens=30)
     drawn = [[5, 6], [7, None], [8, None], [None, None]]
     assert [tokens for _, tokens in watch.over((None, tokens) for tokens in drawn)] == drawn
     assert watch.report() == "prefill 30 tokens at 60.0/s, decode 2 tokens at 1.3/s"  # 0.5 s a step
-    assert Stopwatch(7).report() == "prefill 7 tokens at 0.0/s, decode 0 tokens at 0.0/s"
+    assert answers.Stopwatch(7).report() == "prefill 7 tokens at 0.0/s, decode 0 tokens at 0.0/s"
 
 
 def test_the_measured_peak_is_the_operations_of_a_square_product(clock):
-    assert fast.measured_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
+    assert devices.measured_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident pages are read from /proc")
@@ -143,7 +143,7 @@ def test_used_memory_is_what_the_process_has():
 
 
 def test_a_record_has_tokens_per_second_and_its_share_of_the_peak(corpus, tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(fast, "measured_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(devices, "measured_peak", lambda device, dtype: 1e9)
     monkeypatch.setattr(fast, "used_memory", lambda device: 123)
     llama31.train(train_data=f"{corpus}/train.bin", val_data=f"{corpus}/val.bin", out_dir=str(tmp_path),
                   ckpt_dir=f"{corpus}/ckpt", batch_size=2, seq_len=16, total_batch_tokens=96, steps=1,
@@ -151,20 +151,20 @@ def test_a_record_has_tokens_per_second_and_its_share_of_the_peak(corpus, tmp_pa
     record = json.loads((tmp_path / "log.jsonl").read_text())
     assert record["tokens_per_s"] == 96 / 0.5 and record["memory"] == 123
     args = ModelArgs.from_json(corpus / "ckpt" / "params.json")
-    flops = Transformer.on_meta(args).flops_per_token(16)
+    flops = devices.flops_per_token(Transformer.on_meta(args), 16)
     assert record["mfu"] == pytest.approx(flops * 192 / 1e9, rel=1e-12)
 
 
 def test_the_commands_keep_freed_memory(corpus, tmp_path, monkeypatch):
-    devices = []
-    monkeypatch.setattr(fast, "keep_freed_memory", devices.append)
+    kept = []
+    monkeypatch.setattr(fast, "keep_freed_memory", kept.append)
     llama31.train(train_data=f"{corpus}/train.bin", val_data=f"{corpus}/val.bin", out_dir=str(tmp_path),
                   ckpt_dir=f"{corpus}/ckpt", batch_size=1, seq_len=16, steps=1, device="cpu",
                   dtype="float32")
     llama31.sample(ckpt_dir=tmp_path / "step_000001", prompt="a", max_gen_len=1, device="cpu")
     monkeypatch.setattr("sys.stdin", None)
     chat.chat(ckpt_dir=str(tmp_path / "step_000001"), device="cpu")
-    assert devices == [torch.device("cpu")] * 3
+    assert kept == [torch.device("cpu")] * 3
 
 
 def test_flops_of_training_are_six_per_weight_and_causal_attentions():
@@ -173,7 +173,7 @@ def test_flops_of_training_are_six_per_weight_and_causal_attentions():
         layer = 64 * 12 * D + 3 * 64 * 176 + 2 * 64  # 4 heads of queries, 2 of keys, 2 of values, 4 to wo
         attention = 3 * 6 * 50 * 4 * D  # of 4 a pair and element, three times, as half of the pairs are seen
         model = Transformer.on_meta(ModelArgs(**shape, head_dim=D, tie_word_embeddings=tied))
-        assert model.flops_per_token(50) == 6 * (3 * layer + 64 + 64 * 100) + attention
+        assert devices.flops_per_token(model, 50) == 6 * (3 * layer + 64 + 64 * 100) + attention
 
 
 # -----------------------------------------------------------------------------

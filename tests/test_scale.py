@@ -17,6 +17,7 @@ import convert
 import llama31
 from llama31 import PRESETS, DistributedShardedDataLoader, ModelArgs, Transformer, open_checkpoint
 from plumbing import checkpoint, mapped, parallel
+from plumbing.config_json import write_config
 from plumbing.files import write_tokens
 from plumbing.huggingface import tensor_names
 
@@ -77,7 +78,7 @@ def resident_bytes(folder):
 def write_hollow(folder, args):
     """A Hugging Face folder of a shape, in bfloat16, a file per tensor, which take no room on the disk."""
     folder.mkdir()
-    convert.write_config(folder, args, torch.bfloat16, {"bos_token_id": 0, "eos_token_id": 1})
+    write_config(folder, args, torch.bfloat16, {"bos_token_id": 0, "eos_token_id": 1})
     names = tensor_names(args)
     files = {}
     for i, (name, p) in enumerate(Transformer.on_meta(args).state_dict().items()):

@@ -17,7 +17,7 @@ from tiny import ROOT, assert_close, output, random_model, read_log, sentences, 
 import llama31
 import tiny_stories
 from llama31 import DistributedShardedDataLoader
-from plumbing import documents
+from plumbing import documents, json_stream
 from tokenizer import Tokenizer, train_tokenizer
 
 
@@ -289,7 +289,7 @@ class Counted(io.StringIO):
 def test_the_time_to_read_one_long_value_grows_linearly(content):
     file = Counted(content)
     with contextlib.suppress(ValueError):
-        list(documents.read_array(file, 2**12))
+        list(json_stream.read_array(file, 2**12))
     assert file.reads < 40
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tiny import WORDS, run, sentences, shard_bytes, shard_tokens
 
 import tiny_stories
-from plumbing import documents, workers
+from plumbing import documents, json_stream, workers
 from plumbing.files import sha256_of
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -414,7 +414,7 @@ def test_a_shard_read_in_blocks_is_what_json_reads_or_an_error_names_it(scratch,
 @example([1e300], 4)  # of [1e+300] the first block has [1e+
 def test_an_array_read_in_blocks_is_what_json_reads(values, block):
     content = json.dumps(values)
-    assert json.dumps(list(documents.read_array(io.StringIO(content), block))) == content
+    assert json.dumps(list(json_stream.read_array(io.StringIO(content), block))) == content
 
 
 # ---------------------------------------------------------------- command line

@@ -15,7 +15,8 @@ from tiny import output
 
 import tokenizer
 from plumbing.messages import read_message, text_of
-from tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
+from plumbing.meta_vocabulary import SPELLED, SPLIT_PATTERN
+from tokenizer import Tokenizer, train_tokenizer
 
 meta = pytest.importorskip("llama_models.llama3.tokenizer")
 datatypes = pytest.importorskip("llama_models.datatypes")
@@ -222,8 +223,8 @@ def test_an_assistants_message_of_weight_0_is_read_as_not_to_be_learned(key):
 
 def test_every_special_token_that_a_text_spells_is_found():
     names = list(TOKENIZER.special_tokens)
-    assert tokenizer.SPELLED.findall(" a<|".join(names)) == names
-    assert not tokenizer.SPELLED.search("<|reserved_special_token_248|> <|eot_id |> <|> <eot_id>")
+    assert SPELLED.findall(" a<|".join(names)) == names
+    assert not SPELLED.search("<|reserved_special_token_248|> <|eot_id |> <|> <eot_id>")
 
 
 # ---------------------------------------------------------------- long texts

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama31
 import reference
 from llama31 import Llama, ModelArgs, Transformer, train
-from plumbing import attention, fast
+from plumbing import attention, devices, fast
 from plumbing.attention import first_seen
 from plumbing.files import write_tokens
 from tokenizer import Tokenizer, train_tokenizer
@@ -47,7 +47,7 @@ SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16)
 def small_preset(monkeypatch):
     """A preset, and no measurement of the machine, which takes seconds in bfloat16 without AVX512."""
     monkeypatch.setitem(llama31.PRESETS, "small", SHAPE)
-    monkeypatch.setattr(llama31.fast, "measured_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(devices, "measured_peak", lambda device, dtype: 1e12)
 
 
 def run(corpus, out_dir, **flags):
