@@ -9,10 +9,9 @@ import os
 import sys
 
 from llama31 import Llama, Sampler
-from plumbing import cli, fast, parallel
-from plumbing.answers import choices
-from plumbing.machine import has_input, keys_at_once
-from plumbing.text_files import decode
+from plumbing import cli, parallel
+from plumbing.answers import make_ready
+from plumbing.prompts import piped_message, typed_message
 from tokenizer import TextStream
 
 
@@ -89,29 +88,6 @@ def note(text):
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
-def typed_message():
-    """What is typed at a terminal: a line, and those that come at once behind it, as pasting brings them.
-
-    Where readline is told to let the terminal mark what is pasted, input() itself returns several lines.
-    """
-    is_edited = "readline" in sys.modules and sys.stdout.isatty()  # Then input() takes keys, not lines.
-    with keys_at_once(sys.stdin) if is_edited else contextlib.nullcontext():
-        lines = [input("> ")]
-        with contextlib.suppress(EOFError):
-            while has_input(sys.stdin, seconds=0.05):
-                lines.append(input())
-    return "\n".join(lines)
-
-
-def piped_message(number):
-    """The next line of standard input, whose number it is; ValueError where it is not in UTF-8."""
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    data = line.removesuffix("\n").removesuffix("\r").encode("utf-8", "surrogateescape")
-    return decode(data, "standard input", number)
-
-
 def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None = None,
          max_seq_len: int | None = None, max_gen_len: int = 256,
          temperature: float = Sampler.temperature, top_p: float = Sampler.top_p, top_k: int = Sampler.top_k,
@@ -146,9 +122,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
                "1, as a terminal talks to one; `llama31.py sample --prompt_file` answers by several")
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype,
                         compile=False, quantize=quantize)
-    note(choices(llama.model))
-    llama.reader = None if compile is False else fast.compile_inference(llama.model)
-    fast.keep_freed_memory(llama.model.norm.weight.device)
+    make_ready(llama, compile)
     if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)
     if llama.tokenizer is None:

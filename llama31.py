@@ -51,7 +51,7 @@ from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
 from plumbing.start import check_flags, check_shape, check_source, fill_model
 from plumbing.tensor_parallel import processes_that_split, split_model
-from tokenizer import TextStream, Tokenizer, find_tokenizer, train_tokenizer
+from tokenizer import TextStream, Tokenizer, find_tokenizer, open_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
 # Configuration
@@ -617,10 +617,7 @@ class Llama:
         if max_seq_len is not None and max_seq_len > model.args.max_seq_len:
             print(f"max_seq_len {max_seq_len} is beyond the {model.args.max_seq_len} tokens that {ckpt_dir} "
                   "is made for; what comes after them may be worse", file=sys.stderr)
-        path = tokenizer_path or find_tokenizer(ckpt_dir)
-        tokenizer = Tokenizer(path) if tokenizer_path or os.path.exists(path) else None
-        if tokenizer:
-            tokenizer.check_vocabulary(model.args.vocab_size)
+        tokenizer = open_tokenizer(ckpt_dir, tokenizer_path, model.args.vocab_size)
         reader = None if compile is False else fast.compile_inference(model)
         return Llama(model, tokenizer, max_seq_len, max_batch_size, reader)
 
@@ -823,8 +820,7 @@ class DistributedShardedDataLoader:
         self.bos_id = bos_id
         self.files = files.matching(filename_pattern)
         if not self.files:
-            raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct the "
-                                    "pattern")
+            raise FileNotFoundError(f"no file matches {filename_pattern}; tokenize first, or correct it")
         self.headers = [files.read_header(path) for path in self.files]
         self.ntok_total = sum(header.num_tokens for header in self.headers)
         self.dialogs = [pack_dialogs(path, T, bos_id) for path in self.files]  # None: no dialogs
@@ -1150,10 +1146,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     stored = stored_dtype(pieces) if pieces else torch.float32
     save, saved_dtype, prepared = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha, quantize,
                                                ckpt_dir)
-    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Trained weights and AdamW's two averages; what is saved in another type comes on top.
     bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
-    run.check_disk(bytes_per_parameter * num_parameters, progress["step"])
+    run.check_disk(bytes_per_parameter * num_trained, progress["step"])
     fill_model(model, pieces, seed, place, compute_dtype, fsdp, run.newest)
     # Sampling may use what was trained: before the first step or in it.
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
@@ -1175,9 +1171,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     peak_flops = devices.measured_peak(place, compute_dtype) * world_size
     tokenizer_copy = run.prepare(progress["step"], tokenizer.model_path)
     if run.is_master:
-        print(f"{num_parameters:,} parameters on {world_size} x {place} in "
-              f"{devices.name_of(compute_dtype)}, {steps:,} steps of {total_batch_tokens:,} tokens out of "
-              f"{loader.ntok_total:,}")
+        print(f"{num_trained:,} parameters on {world_size} x {place} in {devices.name_of(compute_dtype)}, "
+              f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
         for remark in filter(None, (prepared, loader.remark, val_remark)):
             print(remark)
 
@@ -1258,9 +1253,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
     llama = Llama.build(newest_checkpoint() if ckpt_dir is None else ckpt_dir, tokenizer_path, max_seq_len,
                         max_batch_size=len(prompts), device=device, dtype=dtype, compile=False,
                         quantize=quantize)
-    print(answers.choices(llama.model), file=sys.stderr)
-    llama.reader = None if compile is False else fast.compile_inference(llama.model)
-    fast.keep_freed_memory(llama.model.norm.weight.device)
+    answers.make_ready(llama, compile)
     if rows:
         answers.print_answers(llama, prompt_file, rows, prompts, max_gen_len, stop, **sampling)
     else:

@@ -22,7 +22,7 @@ import torch
 
 from plumbing import cli
 from plumbing.prompts import read_prompts, say_cut, say_spelled
-from tokenizer import Tokenizer, find_tokenizer
+from tokenizer import open_tokenizer
 
 # -----------------------------------------------------------------------------
 # Model
@@ -272,10 +272,7 @@ class Llama:
         except Exception as error:
             raise ValueError(f"{ckpt_dir}: no Llama 3 in Meta's or Hugging Face's format "
                              f"({type(error).__name__}: {error})") from error
-        path = Path(tokenizer_path or find_tokenizer(ckpt_dir))
-        tokenizer = Tokenizer(path) if tokenizer_path or path.is_file() else None
-        if tokenizer:
-            tokenizer.check_vocabulary(len(weights["tok_embeddings.weight"]))
+        tokenizer = open_tokenizer(ckpt_dir, tokenizer_path, len(weights["tok_embeddings.weight"]))
         return Llama(weights, args, tokenizer, max_seq_len or args.get("max_seq_len", context))
 
     @torch.no_grad()

@@ -200,6 +200,19 @@ def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
     return other if other.exists() and is_theirs else meta
 
 
+def open_tokenizer(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None,
+                   vocab_size: int) -> Tokenizer | None:
+    """The tokenizer at a path; path None: a folder's own, or None if it has none.
+
+    ValueError if it has more tokens than vocab_size, a model's; the other errors are Tokenizer's.
+    """
+    if not path and not find_tokenizer(folder).exists():
+        return None
+    tokenizer = Tokenizer(path or find_tokenizer(folder))
+    tokenizer.check_vocabulary(vocab_size)
+    return tokenizer
+
+
 def llama3_messages(messages: Sequence[dict]) -> list[dict]:
     """Messages of role and content alone; ValueError if one calls several tools at a time."""
     for number, message in enumerate(messages):

@@ -11,6 +11,7 @@ import time
 
 from tqdm import tqdm
 
+from plumbing import fast
 from plumbing.cli import expect
 from plumbing.devices import name_of
 from plumbing.documents import read_records
@@ -27,6 +28,16 @@ def choices(model):
     """What was chosen for a model where that was free, in one line."""
     return (f"weights in {weight_type(model)}, arithmetic in {name_of(model.dtype)}, on "
             f"{model.norm.weight.device}")
+
+
+def make_ready(llama, compile):
+    """Says what was chosen for a Llama and, unless compile is False, compiles its inference where it works.
+
+    The whole process then keeps what tensors free for the next ones.
+    """
+    print(choices(llama.model), file=sys.stderr)
+    llama.reader = None if compile is False else fast.compile_inference(llama.model)
+    fast.keep_freed_memory(llama.model.norm.weight.device)
 
 
 def read(prompt, prompt_file, special, default):

@@ -1,10 +1,12 @@
-"""The prompts that a command is given, and what is said of them and of the texts that they become."""
+"""The prompts and messages that a command is given, and what is said of the texts that they become."""
 
+import contextlib
 import os
 import sys
 
 from plumbing.cli import expect, unescape
-from plumbing.text_files import read_lines
+from plumbing.machine import has_input, keys_at_once
+from plumbing.text_files import decode, read_lines
 
 
 def holds_dialogs(path):
@@ -46,3 +48,26 @@ def say_cut(count, texts, max_seq_len):
     if count:
         print(f"{count} of {texts} texts end because the context of {max_seq_len} tokens is full; "
               "--max_seq_len sets it", file=sys.stderr)
+
+
+def typed_message():
+    """What is typed at a terminal: a line, and those that come at once behind it, as pasting brings them.
+
+    Where readline is told to let the terminal mark what is pasted, input() itself returns several lines.
+    """
+    is_edited = "readline" in sys.modules and sys.stdout.isatty()  # Then input() takes keys, not lines.
+    with keys_at_once(sys.stdin) if is_edited else contextlib.nullcontext():
+        lines = [input("> ")]
+        with contextlib.suppress(EOFError):
+            while has_input(sys.stdin, seconds=0.05):
+                lines.append(input())
+    return "\n".join(lines)
+
+
+def piped_message(number):
+    """The next line of standard input, whose number it is; ValueError where it is not in UTF-8."""
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    data = line.removesuffix("\n").removesuffix("\r").encode("utf-8", "surrogateescape")
+    return decode(data, "standard input", number)

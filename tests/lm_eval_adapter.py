@@ -6,7 +6,6 @@
 On a CPU --device cpu is needed, too, as lm-eval takes cuda for granted.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -17,11 +16,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # at the end, as lm-eval's tasks import another package of the name evaluate
 from llama31 import Llama  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("llama31_evaluate", ROOT / "evaluate.py")
-evaluate = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = evaluate  # where its dataclasses are looked for
-spec.loader.exec_module(evaluate)
+from plumbing.scoring import score_endings  # noqa: E402
 
 
 @register_model("llama31")
@@ -45,7 +40,7 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         found = []
         for _, context, continuation in tqdm(requests, disable=disable_tqdm):
-            [nats] = evaluate.score_endings(self.llama, [(context + continuation, len(context))])
+            [nats] = score_endings(self.llama, [(context + continuation, len(context))])
             found.append((-nats, False))  # Whether it is what greedy decoding gives is not found out.
         return found
 

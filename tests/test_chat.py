@@ -14,13 +14,14 @@ import time
 import pytest
 from tiny import ROOT, random_llama, run, write_checkpoint
 
-from chat import Conversation, piped_message
+from chat import Conversation
 from llama31 import Llama, Transformer
+from plumbing.prompts import piped_message
 from tokenizer import train_tokenizer
 
 TEXT = string.ascii_lowercase + " "
 COMMAND = ["chat.py", "--device", "cpu", "--nocompile", "--temperature", "0", "--ckpt_dir"]
-CHOSEN = "[weights in float32, arithmetic in float32, on cpu]"
+CHOSEN = "weights in float32, arithmetic in float32, on cpu"
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": ""}
 
 

@@ -16,7 +16,7 @@ from tiny import output, random_llama, random_model, run, sentences, torchrun, w
 import convert
 import evaluate
 from llama31 import Llama
-from plumbing import questions
+from plumbing import questions, scoring
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_windows_score_each_token_once_behind_all_the_context_there_is(length, s
     stride = min(stride, size - 1)
     wanted = np.array([i not in skipped for i in range(length)])
     seen = []
-    for window in evaluate.windows_of(np.arange(length), wanted, size, stride):
+    for window in scoring.windows_of(np.arange(length), wanted, size, stride):
         assert 1 <= len(window.ids) <= size and not window.is_scored[0]
         assert (np.diff(window.ids) == 1).all()
         scored = window.ids[window.is_scored]
@@ -185,10 +185,10 @@ def test_endings_behind_a_shared_context_score_as_texts_of_their_own(shots, toke
     for number, question in enumerate(asked):
         before = questions.shots_before(asked, number, shots, 1)
         assert before.count("\n\n") == shots and question.contexts[0] not in before
-        pairs = [evaluate.pair_of(tokenizer, before + context, ending)
+        pairs = [scoring.pair_of(tokenizer, before + context, ending)
                  for context, ending in zip(question.contexts, question.endings, strict=True)]
         expected = [-nats for nats, *_ in plain_scores(llama, question, before)]
-        assert evaluate.score_endings(llama, pairs) == pytest.approx(expected, rel=1e-5)
+        assert scoring.score_endings(llama, pairs) == pytest.approx(expected, rel=1e-5)
 
 
 def test_accuracies_are_those_of_the_three_lengths(tokenizer, tmp_path, capsys):
@@ -226,7 +226,7 @@ def test_log_likelihoods_are_those_of_lm_eval(tokenizer, tmp_path):
     assert [logprob for logprob, _ in ours.loglikelihood(requests, disable_tqdm=True)] == pytest.approx(
         expected, abs=1e-4)
     for pair, logprob in zip(pairs, expected, strict=True):
-        [nats] = evaluate.score_endings(ours.llama, [evaluate.pair_of(tokenizer, *pair)])
+        [nats] = scoring.score_endings(ours.llama, [scoring.pair_of(tokenizer, *pair)])
         assert nats == pytest.approx(-logprob, abs=1e-4)
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tiny import SCALED, output, random_model, random_tokens, sentences, write_c
 import convert
 import evaluate
 from llama31 import Llama
-from plumbing import cli
+from plumbing import cli, scoring
 from plumbing.meta_vocabulary import SPLIT_PATTERN
 from tokenizer import Tokenizer, find_tokenizer
 
@@ -224,7 +224,7 @@ def test_nats_per_token_are_those_of_llama_cpps_logits(folders, pairs, tmp_path,
     nats = []
     for text in texts:
         ids = np.array(ours.encode(text, bos=True))
-        for window in evaluate.windows_of(ids, np.ones(len(ids), bool), 64, 16):
+        for window in scoring.windows_of(ids, np.ones(len(ids), bool), 64, 16):
             targets = torch.from_numpy(window.ids[1:])
             each = F.cross_entropy(logits_of(theirs, window.ids.tolist())[:-1], targets, reduction="none")
             nats += each[torch.from_numpy(window.is_scored[1:])].tolist()

@@ -9,14 +9,14 @@ from tiny import ROOT
 
 # The table of DESIGN.md's layout. A file that needs more for a reason changes its number here.
 BUDGETS = {
-    "llama31.py": 1307,  # 1300
-    "tokenizer.py": 315,
+    "llama31.py": 1300,
+    "tokenizer.py": 326,
     "tiny_stories.py": 408,
     "stories.py": 400,
     "reference.py": 369,  # 270, the flags it shares with sample, any heads and RoPE, what is no Llama
     "convert.py": 207,
-    "evaluate.py": 311,  # 220, a line of help for each of its 24 flags
-    "chat.py": 198,  # 140, a line of help for each of its 14 flags, and what is pasted or piped
+    "evaluate.py": 190,
+    "chat.py": 175,  # 140, a line of help for each of its 14 flags
     "bench.py": 429,
     "planner.py": 407,  # Out of bench.py came the memory; a plan needs the bytes sent, too.
     "peers.py": 140,
@@ -45,6 +45,7 @@ BUDGETS = {
     "plumbing/config_json.py": 112,  # config.json in and out, out of huggingface.py and convert.py
     "plumbing/parallel.py": 188,  # 180, and launchers other than torchrun
     "plumbing/tensor_parallel.py": 46,  # a model that processes split, out of parallel.py
+    "plumbing/scoring.py": 125,  # log-likelihoods, out of evaluate.py
     "plumbing/start.py": 75,  # flags, sources and first weights of a training, out of llama31.py
     "plumbing/resume.py": 230,  # a run's lock and record, out of run.py
     "plumbing/run.py": 238,  # 220, and five signals, the best step
@@ -52,7 +53,7 @@ BUDGETS = {
     "plumbing/files.py": 240,  # 130, and the checks and messages of shards and manifests
     "plumbing/text_files.py": 62,  # text of any encoding and JSON, out of files.py
     "plumbing/cli.py": 200,  # 110, and lists, numbered switches, checks
-    "plumbing/prompts.py": 50,  # what a command is to complete, out of cli.py
+    "plumbing/prompts.py": 75,  # what a command is to complete or answer, out of cli.py and chat.py
     "plumbing/streams.py": 75,  # standard streams of any encoding, gone readers, out of cli.py
     "plumbing/download.py": 160,
     "plumbing/documents.py": 202,
@@ -65,7 +66,7 @@ BUDGETS = {
     "plumbing/summary.py": 48,  # what text() says of documents and splits, out of tiny_stories.py
     "plumbing/compiler.py": 144,  # a library out of C++, kept in the user's cache folder
     "plumbing/headers.py": 20,
-    "plumbing/answers.py": 220,  # what sampling prints, out of llama31.py, its stopwatch, answers to rows
+    "plumbing/answers.py": 230,  # what sampling prints, out of llama31.py, its stopwatch, answers to rows
     "plumbing/machine.py": 175,  # what differs between operating systems, and the limits of containers
     "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
 }
@@ -104,7 +105,7 @@ def test_the_reference_shares_only_the_tokenizer_and_the_command_line():
     found = {name for name in imports(ROOT / "reference.py") if name.partition(".")[0] in ours}
     assert found == {"plumbing", "plumbing.cli", "plumbing.prompts", "plumbing.prompts.read_prompts",
                      "plumbing.prompts.say_cut", "plumbing.prompts.say_spelled",
-                     "tokenizer", "tokenizer.Tokenizer", "tokenizer.find_tokenizer"}
+                     "tokenizer", "tokenizer.open_tokenizer"}
     rooms = ("cli", "prompts", "files", "text_files", "streams",  # and what tokenizer.py imports
              "meta_vocabulary", "tokenizer_json", "chat_template", "messages")
     for shared in ("tokenizer.py", *(f"plumbing/{name}.py" for name in rooms)):
