@@ -12,6 +12,7 @@ import bisect
 import codecs
 import operator
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -202,14 +203,20 @@ def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
 
 def open_tokenizer(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None,
                    vocab_size: int) -> Tokenizer | None:
-    """The tokenizer at a path; path None: a folder's own, or None if it has none.
+    """The tokenizer at a path; path None: a model's folder's own, or None if it has none.
 
-    ValueError if it has more tokens than vocab_size, a model's; the other errors are Tokenizer's.
+    A line on standard error says where the folder has another one. ValueError if it has more tokens than
+    vocab_size, the model's; the other errors are Tokenizer's.
     """
-    if not path and not find_tokenizer(folder).exists():
+    own = find_tokenizer(folder)
+    if not path and not own.exists():
         return None
-    tokenizer = Tokenizer(path or find_tokenizer(folder))
+    tokenizer = Tokenizer(path or own)
     tokenizer.check_vocabulary(vocab_size)
+    has_own_kind = bool(path) and own.exists() and own.suffix == Path(str(path)).suffix
+    if has_own_kind and own.read_bytes() != Path(str(path)).read_bytes():
+        print(f"{path} is another vocabulary than {own}, which the model has; text is right only if the ids "
+              "are the same", file=sys.stderr)
     return tokenizer
 
 

@@ -160,13 +160,18 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
 
 
 def newest_checkpoint(folder="out"):
-    """The checkpoint directory last written anywhere under a folder; FileNotFoundError if there is none."""
+    """The checkpoint directory last written anywhere under a folder, which is said on standard error.
+
+    FileNotFoundError if there is none.
+    """
     found = [path for path in Path(folder).rglob("params.json")
              if all(parent.suffix != ".part" for parent in path.parents)]
     if not found:
         raise FileNotFoundError(f"no checkpoint under {folder}/; `python llama31.py demo` trains one in 3 "
                                 "minutes, --ckpt_dir DIR takes another")
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    print(f"{newest}, the checkpoint last written", file=sys.stderr)
+    return newest
 
 # -----------------------------------------------------------------------------
 # A run's checkpoints: weights and progress, and the optimizer's state by torch.distributed.checkpoint

@@ -105,6 +105,8 @@ FOUND = {  # what may lie where model.safetensors is expected -> what it is, and
     "*.gguf": "llama.cpp's format: download the model's safetensors",
     "consolidated.safetensors": "Mistral's layout: download model.safetensors, or its parts and index",
     "original/consolidated.*.pth": "Meta's files: name the folder original in it",
+    "best/params.json": "a training's folder: name the folder best in it",
+    "step_*/params.json": "a training's folder: name one of its steps",
     "snapshots/*": "the hub's cache: name one of its snapshots",
     "*.incomplete": "a download that broke off: go on with it",
     "*.safetensors": "weights of another name: expected model.safetensors, or its parts and index",
@@ -116,6 +118,8 @@ def instead_of_weights(folder):
     for pattern, remedy in FOUND.items():
         if found := sorted(folder.glob(pattern)):
             return f"found {found[0].relative_to(folder)}, {remedy}"
+    if folder.is_file():
+        return f"{folder} is a file; name the folder that it lies in"
     if not folder.is_dir():
         return "found no such folder; fix the path"
     names = sorted(path.name for path in folder.iterdir())

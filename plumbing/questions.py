@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from plumbing.json_stream import read_json
+from plumbing.text_files import check_file
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXPECTED = ("a row of HellaSwag, ARC, PIQA, WinoGrande or MMLU, or question, choices (a list of texts) and "
@@ -25,6 +26,7 @@ class Question:
 def read_questions(path):
     """The questions of a file of JSON objects; ValueError names the file and the row."""
     path = os.fspath(path)
+    check_file(path, "a .jsonl file of questions")
     open_text = gzip.open if path.lower().endswith(".gz") else open
     questions = []
     with open_text(path, "rt", encoding="utf-8-sig") as file:

@@ -132,6 +132,9 @@ def resumable(train):
         rank, world_size, _ = join_process_group(flags["device"])
         with locked(out_dir / "run.lock", rank == 0):
             saved = checkpoints_of_run(out_dir)
+            has_source = flags["ckpt_dir"] is not None or flags["preset"] is not None
+            expect(saved or has_source or not flags["resume"], "--resume's out_dir", f"{out_dir}, without a "
+                   "checkpoint", "the folder of a run, or also the flags that begin one")
             if flags["resume"] and saved:
                 given, notes = continued(saved[-1], given, world_size)
                 for note in notes if rank == 0 else []:

@@ -1,8 +1,10 @@
 """A training run's folder: what it has left there, its log and plot, a progress bar, and signals to stop."""
 
+import contextlib
 import datetime
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -48,9 +50,12 @@ class Run:
         self.signals = []
         self.stopping = False
         saved = checkpoints_of_run(out_dir)
-        if not resume and (saved or self.log_path.exists()):
+        if not resume and saved:
             raise ValueError(f"{out_dir} holds a run; --resume goes on with it, another --out_dir starts a "
                              "new one")
+        if not resume and self.log_path.exists() and self.log_path.stat().st_size > 0:
+            raise ValueError(f"{out_dir} holds the log of a run that has saved nothing; the same flags and "
+                             "--resume begin it again, another --out_dir keeps it")
         self.newest = saved[-1] if saved else None
 
     def folder(self, step):
@@ -125,10 +130,10 @@ class Run:
     def steps(self, first, last):
         """Yields the steps first to last, behind a progress bar; ends early when `stopping` is set.
 
-        Meanwhile signals to end are only noted, so that a step can be finished and saved. Those that are
-        ignored stay so, as nohup has it for SIGHUP. A second one acts as usual; but bash and timeout send
-        theirs twice, so that within a second only Ctrl-C does, and torchrun passes some on twice, so that
-        under it none does.
+        Meanwhile signals to end are only noted, and said, so that a step can be finished and saved. Those
+        that are ignored stay so, as nohup has it for SIGHUP. A second one acts as usual; but bash and
+        timeout send theirs twice, so that within a second only Ctrl-C does, and torchrun passes some on
+        twice, so that under it none does.
         """
         usual = {}
         noted = {}
@@ -137,6 +142,9 @@ class Run:
             repeated = number in noted
             first = noted.setdefault(number, time.monotonic())
             self.signals.append(signal.Signals(number).name)
+            if not repeated and self.is_master:
+                with contextlib.suppress(OSError):  # print() may be what the signal has interrupted.
+                    os.write(2, f"\n{self.signals[-1]}: the step ends, and is saved, first\n".encode())
             is_meant = number == signal.SIGINT or time.monotonic() - first > 1
             if repeated and is_meant and not dist.is_initialized():
                 signal.signal(number, usual[number])

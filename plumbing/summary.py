@@ -41,7 +41,7 @@ def print_splits(data_dir, val_fraction):
     if longest:
         hint = f"--seq_len {longest - 1:,} or more cuts no chat"
     else:
-        hint = f"each fills a window up to --seq_len {min(windows) - 1:,}"
+        hint = f"a longer --seq_len than {min(windows) - 1:,} leaves a split without a full window"
     print(f"{'; '.join(sizes)}; {hint}")
     if documents["val"] < 10 <= documents["train"] and val_fraction < 0.1:
         print("Validation is small; --val_fraction 0.1 gives it a tenth of the documents")

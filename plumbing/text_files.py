@@ -6,11 +6,16 @@ import os
 from pathlib import Path
 
 
-def read_lines(path):
-    """The lines of a text file in UTF-8; FileNotFoundError if there is none, ValueError: see decode."""
+def check_file(path, expected):
+    """Raises FileNotFoundError if there is a folder or nothing at a path."""
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
-        raise FileNotFoundError(f"{path}: found {found}, expected a text file")
+        raise FileNotFoundError(f"{path}: found {found}, expected {expected}")
+
+
+def read_lines(path):
+    """The lines of a text file in UTF-8; FileNotFoundError if there is none, ValueError: see decode."""
+    check_file(path, "a text file")
     text = decode(Path(path).read_bytes(), path)
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 

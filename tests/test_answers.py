@@ -82,6 +82,11 @@ def test_gzipped_dialogs_are_read_too(tmp_path):
     assert answers.read_dialogs(str(tmp_path / "dialogs.jsonl.gz"))[0] == ROWS[:1]
 
 
+def test_a_byte_order_mark_before_dialogs_is_no_part_of_them(tmp_path):
+    (tmp_path / "dialogs.jsonl").write_text(json.dumps(ROWS[0]), encoding="utf-8-sig")
+    assert answers.read_dialogs(tmp_path / "dialogs.jsonl")[0] == ROWS[:1]
+
+
 @pytest.mark.parametrize("row, fault", [
     ({"text": "once"}, "found keys text, expected messages or conversations"),
     ({"messages": []}, "found no message"),
@@ -112,6 +117,13 @@ def test_a_file_without_dialogs_is_named(text, fault, tmp_path):
 def test_flags_that_don_t_go_with_dialogs_are_refused(settings, ckpt_dir, tmp_path, capsys):
     with pytest.raises(ValueError, match="found --prompt and --prompt_file|special is True"):
         answered(ckpt_dir, write(tmp_path / "dialogs.jsonl", ROWS), capsys, **settings)
+
+
+def test_a_text_of_all_tokens_asked_for_is_not_cut(tokenizer):
+    llama = random_llama(tokenizer)
+    rows = [[70] * (llama.max_seq_len - 5)]
+    counts = [answers.count_cut(llama, [[70] * 5], rows, len(rows[0]) + more, []) for more in (0, 1)]
+    assert counts == [0, 1]
 
 
 def test_answers_that_the_context_cuts_are_said(ckpt_dir, tmp_path, capsys):

@@ -556,3 +556,12 @@ def test_a_template_without_system_prompts_is_named_at_once(pairs):
     ours, _ = pairs("mistral")
     with pytest.raises(ValueError, match="jinja: found messages of system, user.* roles must alternate"):
         Conversation(random_llama(ours, max_seq_len=500), system="be kind")
+
+
+def test_of_what_a_dialog_does_not_say_all_words_of_the_turn_go(tokenizer):
+    dialog = [{"role": "user", "content": "once upon a time"}]
+    ids = tokenizer.encode_dialog(dialog)
+    begin = ids.index(tokenizer.special_tokens["<|end_header_id|>"]) + 1
+    letters = [tokenizer.encode(letter)[0] for letter in "\n\non"]
+    assert tokenizer.decode(ids).startswith(tokenizer.decode(ids[:begin] + letters))
+    assert tokenizer.encode_dialog(dialog, begun=ids[:begin] + letters + tokenizer.encode("x")) == ids

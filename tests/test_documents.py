@@ -448,8 +448,8 @@ def test_the_end_tells_up_to_which_seq_len_texts_fill_a_window(tmp_path, tokeniz
     documents = {name: about["stories"] for name, about in files.read_manifest(data)["files"].items()}
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"val: documents {documents['val.bin']}, tokens {sizes['val']:,}; train: documents "
-        f"{documents['train.bin']}, tokens {sizes['train']:,}; each fills a window up to --seq_len "
-        f"{min(sizes.values()) - 1:,}")
+        f"{documents['train.bin']}, tokens {sizes['train']:,}; a longer --seq_len than "
+        f"{min(sizes.values()) - 1:,} leaves a split without a full window")
 
 
 def test_of_chats_the_end_tells_the_longest_and_of_few_a_larger_share(tmp_path, tokenizer, capsys):

@@ -259,7 +259,7 @@ def test_a_file_without_questions_is_named(content, said, tmp_path):
     (["text", "--input", "none.txt"], "none.txt: found no such file"),
     (["text", "--input", "README.md", "--stride", "0"], "stride is 0; expected 1 to 63"),
     (["text", "--input", "README.md", "--stride", "64"], "stride is 64; expected 1 to 63"),
-    (["choices", "--input", "none.jsonl"], "none.jsonl"),
+    (["choices", "--input", "none.jsonl"], "none.jsonl: found no such file, expected a .jsonl file"),
     (["choices", "--input", "README.md", "--shots", "-1"], "shots is -1; expected at least 0")])
 def test_a_wrong_flag_is_one_line(words, said, ckpt_dir):
     done = run("evaluate.py", *words, "--ckpt_dir", ckpt_dir, "--nocompile")

@@ -510,3 +510,16 @@ def test_a_tokenizer_of_another_size_is_refused(ckpt_dir, tmp_path):
     other = train_tokenizer(["a b a b"], 513, tmp_path / "other.model").model_path
     with pytest.raises(ValueError, match="other.model has 513 tokens, the model 560"):
         Llama.build(ckpt_dir, tokenizer_path=other)
+
+
+def test_another_vocabulary_of_the_same_size_is_said(ckpt_dir, tmp_path, capsys):
+    own = tmp_path / "own.model"
+    own.write_bytes((tmp_path / "ckpt" / "tokenizer.model").read_bytes())
+    other = tmp_path / "other.model"
+    lines = own.read_text().splitlines()
+    first, second = (line.split()[0] for line in lines[-2:])
+    other.write_text("\n".join([*lines[:-2], f"{second} {len(lines) - 2}", f"{first} {len(lines) - 1}", ""]))
+    for path, said in (own, ""), (other, "is another vocabulary than"):
+        Llama.build(ckpt_dir, path, device="cpu", compile=False)
+        error = capsys.readouterr().err
+        assert said in error and bool(said) == bool(error)

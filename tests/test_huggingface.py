@@ -135,6 +135,8 @@ def only(folder, *names):
     (lambda f: only(f, "model.Q4_K.gguf"), "found model.Q4_K.gguf, llama.cpp's format"),
     (lambda f: only(f, "consolidated.safetensors"), "found consolidated.safetensors, Mistral's layout"),
     (lambda f: only(f, "original/consolidated.00.pth"), "found original.consolidated.00.pth, Meta's files"),
+    (lambda f: only(f, "best/params.json", "step_000002/params.json"), "name the folder best in it"),
+    (lambda f: only(f, "step_000002/params.json"), "found step_000002.*training's folder: name one"),
     (lambda f: only(f, "x.incomplete"), "found x.incomplete, a download that broke off"),
     (lambda f: only(f), "model.safetensors: no such file; found config.json; download it again"),
     (lambda f: only(f, "model-00001-of-00002.safetensors"), "model-00002-of-00002.*no such file|damaged"),
@@ -209,6 +211,12 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
     assert torch.equal(llama31.load_checkpoint(folder)(TOKENS), model(TOKENS))
     again = reference.Llama.build(folder)
     assert_close(reference.forward(again.weights, again.args, TOKENS[0].tolist()), model(TOKENS)[0])
+
+
+def test_a_file_in_place_of_its_folder_is_said_to_be_one(tmp_path):
+    (tmp_path / "consolidated.00.pth").touch()
+    with pytest.raises(FileNotFoundError, match="00.pth is a file; name the folder that it lies in"):
+        Llama.build(tmp_path / "consolidated.00.pth", device="cpu")
 
 
 def test_a_hub_cache_is_named_by_its_snapshots(tmp_path):

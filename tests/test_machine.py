@@ -116,6 +116,17 @@ def test_workers_do_without_a_mask_of_signals(monkeypatch):
     assert list(run_in_order(os.path.basename, [("a/b",), ("c/d",), ("e",)], 2)) == ["b", "d", "e"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows can't hold Ctrl-C back")
+def test_interrupts_are_held_only_meanwhile():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with machine.interrupts_held():
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_memory_for_weights_does_without_kinds_of_pages(monkeypatch):
     for name in ("MAP_PRIVATE", "MADV_HUGEPAGE"):
         monkeypatch.delattr(mmap, name, raising=False)

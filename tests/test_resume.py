@@ -154,6 +154,19 @@ def test_a_batch_size_that_does_not_divide_a_step_becomes_one_that_does(corpus, 
     assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
 
 
+def test_a_batch_becomes_one_window_where_a_step_has_no_more(corpus, tmp_path, capsys):
+    begin(corpus, tmp_path / "run", batch_size=1, total_batch_tokens=16)
+    assert len(resume(tmp_path / "run", batch_size=2, steps=7)) == 7
+    assert "with batch_size 1, not 2: a step has 1 windows" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_when_the_checkpoint_it_began_with_is_gone(corpus, tmp_path):
+    shutil.copytree(corpus / "ckpt", tmp_path / "ckpt")
+    begin(corpus, tmp_path / "run", ckpt_dir=tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "ckpt")
+    assert len(resume(tmp_path / "run", steps=7)) == 7
+
+
 def test_flags_of_a_notebook_are_recorded_as_plain_values(corpus, tmp_path):
     begin(corpus, tmp_path / "run", lr=np.float64(1e-2), seed=np.int64(3))
     assert progress_of(tmp_path / "run" / "step_000006")["flags"]["lr"] == 1e-2
@@ -379,3 +392,9 @@ def test_an_unknown_flag_is_an_error_that_leaves_no_folder(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword"):
         train(speed=3, out_dir=tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_resuming_where_nothing_is_names_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="out_dir is .*none, without a checkpoint; expected"):
+        resume(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -9,7 +9,7 @@ from tiny import random_model, random_tokens, read_log, read_weights, run, torch
 
 import llama31
 from llama31 import Transformer
-from plumbing import lora
+from plumbing import lora, rounding
 from plumbing.rounding import RoundingAdamW, random_bits, rounded, update, update_parts
 
 BF16 = torch.bfloat16
@@ -46,6 +46,17 @@ def test_random_bits_are_even_and_neither_neighbours_nor_steps_are_related():
     related = signs @ signs.T / 2**16 - torch.eye(len(signs), dtype=torch.float64)
     assert related.abs().max() < 5 / 2**8
     assert (signs[:, 1:] * signs[:, :-1]).mean(1).abs().max() < 4 / 2**8
+
+
+def test_bits_are_scrambled_as_lowbias32_does():
+    def lowbias32(x):
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    numbers = [0, 1, 2, 12345, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 0xDEADBEEF]
+    found = rounding.scrambled(torch.tensor(numbers).to(torch.int32))
+    assert [x % 2**32 for x in found.tolist()] == [lowbias32(x) for x in numbers]
 
 
 def optimizers(seed=1, shape=(37, 41), compile=False, **settings):

@@ -111,16 +111,17 @@ def usual_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_signal_is_noted_once_and_the_steps_end_when_it_is_heeded(tmp_path, capsys, usual_ctrl_c):
+def test_a_signal_is_noted_once_and_the_steps_end_when_it_is_heeded(tmp_path, capfd, usual_ctrl_c):
     run, steps = begun(tmp_path, 1, 9)
     signal.raise_signal(signal.SIGINT)
     assert run.signals == ["SIGINT"] and next(steps) == 2
+    assert capfd.readouterr().err.endswith("\nSIGINT: the step ends, and is saved, first\n")
     with pytest.raises(KeyboardInterrupt):  # the second acts as usual
         signal.raise_signal(signal.SIGINT)
     run.stopping = True
     assert list(steps) == []
     run.close()
-    assert capsys.readouterr().out == "SIGINT after step 2, which is saved; --resume goes on\n"
+    assert capfd.readouterr().out == "SIGINT after step 2, which is saved; --resume goes on\n"
 
 
 def test_generation_is_timed_from_its_first_step(clock):

@@ -111,3 +111,14 @@ def test_the_extreme_uniform_numbers_draw_the_first_and_the_last_kept():
         assert sampler(logits, 0.0, text) == kept[0]
         last = sampler(logits, BELOW_1, text)
         assert last in kept and sum(expected[last + 1:]) < 1e-15  # Rarer ones round away.
+
+
+def test_without_limits_a_token_of_tiny_probability_can_be_drawn():
+    logits = torch.tensor([0.0, -21.0])
+    assert Sampler(temperature=1.0, top_p=1.0)(logits, BELOW_1) == 1
+
+
+def test_a_seed_is_below_the_bound_that_its_error_names():
+    assert Sampler(seed=2**62 - 1).seed == 2**62 - 1
+    with pytest.raises(ValueError, match="seed is 4611686018427387904; expected 0 to"):
+        Sampler(seed=2**62)

@@ -265,7 +265,8 @@ def test_training_leaves_the_global_generators_and_defaults_alone(corpus, tmp_pa
     (dict(total_batch_tokens=48), "multiple of .* = 32"), (dict(tokenizer_path=None), "--tokenizer_path"),
     (dict(train_data="nothing*.bin"), "no file matches nothing"),
     (dict(batch_size=0), "batch_size is 0; expected at least 1"),
-    (dict(lr=-1.0), "lr is -1"), (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
+    (dict(lr=-1.0), "lr is -1"), (dict(grad_clip=-1.0), "grad_clip is -1"),
+    (dict(dtype="float64"), "dtype is float64"), (dict(steps=0), "steps is 0"),
     (dict(seed=-1), "seed is -1"), (dict(train_data="/"), r"/: found a folder, expected a .bin file"),
     (dict(seed=2**64), "seed is 1844"),
     (dict(betas=(0.9, 1.5)), r"betas is \(0.9, 1.5\); expected two numbers from 0 to below 1")])
@@ -284,6 +285,31 @@ def test_a_folder_with_a_run_is_not_overwritten(corpus, tmp_path):
     run(corpus, tmp_path, steps=1)
     with pytest.raises(ValueError, match="holds a run"):
         run(corpus, tmp_path, steps=1)
+
+
+def test_a_run_that_was_killed_before_it_saved_begins_again(corpus, tmp_path):
+    """An empty log is nothing to lose; one with lines is kept until --resume says to begin again."""
+    run(corpus, tmp_path / "sound", steps=2)
+    (tmp_path / "run").mkdir()
+    log = tmp_path / "run" / "log.jsonl"
+    log.touch()
+    run(corpus, tmp_path / "run", steps=2)
+    shutil.rmtree(tmp_path / "run" / "step_000002")
+    (tmp_path / "run" / "best").unlink()
+    with pytest.raises(ValueError, match="holds the log of a run that has saved nothing; the same flags"):
+        run(corpus, tmp_path / "run", steps=2)
+    assert len(read_log(tmp_path / "run")) == 2
+    run(corpus, tmp_path / "run", steps=2, resume=True)
+    assert [line["loss"] for line in read_log(tmp_path / "run")] == [
+        line["loss"] for line in read_log(tmp_path / "sound")]
+
+
+def test_a_masked_token_of_another_vocabulary_is_an_error(corpus, tmp_path):
+    stored = np.arange(1, 40)
+    stored[0] = 2**31 + 2**30 + 600  # It is read, but no target.
+    (tmp_path / "train.bin").write_bytes(shard_bytes(stored, version=9))
+    with pytest.raises(ValueError, match="holds token 600, the vocabulary ends at 559"):
+        run(corpus, tmp_path / "out", train_data=str(tmp_path / "train.bin"), val_data=None)
 
 
 def test_data_of_another_vocabulary_is_an_error(corpus, tmp_path):
@@ -477,9 +503,11 @@ def test_a_run_is_not_resumed_with_another_architecture(corpus, tmp_path, monkey
 
 def test_too_little_disk_or_memory_is_said_before_the_first_step(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
+    model = Transformer.on_meta(ModelArgs(**SHAPE, vocab_size=560))
+    size = 12 * sum(p.numel() for p in model.parameters())  # weights and AdamW's averages, in float32
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-        with pytest.raises(OSError, match=r"a checkpoint takes [\d,]+ bytes, .* has 100,000 bytes free"):
+        with pytest.raises(OSError, match=f"a checkpoint takes {size:,} bytes, .* has 100,000 bytes free"):
             run(corpus, tmp_path / "out")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 200_000}))
     with pytest.raises(ValueError, match="weights, gradients and AdamW's averages take"):
