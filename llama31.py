@@ -49,7 +49,7 @@ from plumbing.params import read_params
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
-from plumbing.start import check_flags, check_shape, check_source, fill_model
+from plumbing.start import check_flags, check_shape, check_source, fill_model, validation_pattern
 from plumbing.tensor_parallel import processes_that_split, split_model
 from tokenizer import TextStream, Tokenizer, find_tokenizer, open_tokenizer, train_tokenizer
 
@@ -203,7 +203,7 @@ class KVCache:
     def seek(self, positions, columns):
         """Sets for one pass through the model: update writes at positions (B, T), returns columns (S,)."""
         self.positions = positions
-        self.columns = columns  # Only its length is used, which compiled blocks take as any.
+        self.columns = columns  # Only its length counts, which compiled blocks don't build in.
 
     def update(self, k, v):
         """Writes k and v (B, T, K, D) where seek said; returns the first S columns, (B, S, K, D) each."""
@@ -211,7 +211,7 @@ class KVCache:
         # While FSDP trains it computes in bfloat16, and the cache has the weights' float32: hence the casts.
         self.k[rows, self.positions] = k.to(self.k.dtype)
         self.v[rows, self.positions] = v.to(self.v.dtype)
-        S = self.columns.size(0)  # The longest row reaches so far, seldom to max_seq_len.
+        S = self.columns.size(0)  # Columns past the longest row are left out.
         return self.k[:, :S].to(k.dtype), self.v[:, :S].to(v.dtype)
 
 # -----------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def document_mask(starts):
     causal attention is enough then.
     """
     document = starts.cumsum(1)  # (B, T), the number of each token's document in its row
-    if starts.is_cuda:  # To ask here whether there are several would be to wait for the GPU.
+    if starts.is_cuda:  # To look for several documents is to wait for it.
         return attention.document_block_mask(document)
     if (document == document[:, :1]).all():
         return None
@@ -314,7 +314,7 @@ class Transformer(nn.Module):
         empty = torch.empty(args.vocab_size, args.dim)  # nn.Embedding would take 1 s to draw it on meta
         self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)  # The stream has grown from block to block.
+        self.norm = RMSNorm(args.dim, args.norm_eps)  # brings the stream, which has grown, to one scale
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)  # a score for every token
         self.tie()
         # Not a buffer: .to(torch.bfloat16) would round it, and angles at late positions would be far off.
@@ -464,7 +464,7 @@ class Transformer(nn.Module):
 
         Decay pulls weights to zero, but a norm's weight is a scale whose neutral value is one. bfloat16
         weights are rounded stochastically, with a seed, in a pass that is compiled where that works. muon:
-        the layers' matrices move by Muon instead. The embedding is none: its rows are looked up one by one.
+        the layers' matrices move by Muon instead; the embedding, whose rows are looked up, stays AdamW's.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -542,7 +542,7 @@ PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "
 
 @dataclass
 class Sampler:
-    """Draws a token from logits. Limits look at the whole distribution; the likeliest token always stays."""
+    """Draws a token from logits: one that all limits keep, each of which judges the whole distribution."""
     temperature: float = 0.6  # below 1 sharpens the distribution; 0 always takes the likeliest token
     top_p: float = 0.9  # only the fewest tokens that hold this probability (Holtzman et al., 2020)
     top_k: int = 0  # only so many of the likeliest; 0: all
@@ -590,7 +590,7 @@ class Llama:
                  max_batch_size: int = 32, reader=None):
         self.model = model
         self.tokenizer = tokenizer
-        # Of the model's rows those behind the vocabulary's, which pad it to a multiple, are no tokens.
+        # A model may have more rows than the vocabulary tokens, padded to a multiple: those are never drawn.
         self.num_ids = tokenizer.n_words if tokenizer else model.args.vocab_size
         self.max_seq_len = model.args.max_seq_len if max_seq_len is None else max_seq_len
         self.max_batch_size = max_batch_size
@@ -647,8 +647,7 @@ class Llama:
         sampler = Sampler(**sampling)
         B = len(prompt_tokens)
         start_pos = [0] * B if start_pos is None else start_pos
-        limits = self.max_batch_size, self.max_seq_len, self.num_ids
-        check_prompts(prompt_tokens, start_pos, *limits)
+        check_prompts(self, prompt_tokens, start_pos)
         expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
@@ -691,8 +690,9 @@ class Llama:
             scores = logits[:, :num_ids].cpu().numpy()  # one copy for all rows
             if not math.isfinite(scores.sum()):  # One that isn't would make the sum like it.
                 raise ValueError(NOT_FINITE)
-            yield logits, [None if over else sampler(row, float(uniform), text) for over, row, uniform, text
-                           in zip(ended, scores, uniforms[:, step], texts, strict=True)]
+            ids = [None if ended[i] else sampler(scores[i], float(uniforms[i, step]), text)
+                   for i, text in enumerate(texts)]
+            yield logits, ids
             # A row that has ended feeds its last token to its last position again: it doesn't grow.
             tokens = torch.tensor([[text[-1]] for text in texts], device=device)  # (B, 1)
             start_pos = [len(text) - 1 for text in texts]
@@ -713,7 +713,7 @@ class Llama:
                     rows[i].append(token)
                     if logprobs:
                         row_logprobs[i].append(float(logits[i].log_softmax(-1)[token]))
-        if echo and logprobs:  # The steps have checked the prompts.
+        if echo and logprobs:  # By now steps has checked the prompts.
             for i, prompt in enumerate(prompt_tokens):
                 row_logprobs[i] = self.prompt_logprobs(prompt) + row_logprobs[i]
         return (rows, row_logprobs) if logprobs else rows
@@ -796,10 +796,10 @@ class Llama:
 class DistributedShardedDataLoader:
     """Batches of windows from .bin shards, each window once an epoch over all ranks together.
 
-    A shard of n tokens has (n-1)//T windows, one with masked targets those of pack_dialogs; where no shard
-    has any, each is one, padded. The windows of all shards, by file name, are numbered 0 … W-1. Of N ranks,
-    rank r gets as row b of its call s the window ((s*N + r)*B + b) mod W; with shuffle, a permutation of
-    each epoch maps that number. The state is one counter, so a run resumes on any number of ranks.
+    A shard of n tokens has (n-1)//T windows, one with masked targets those of pack_dialogs instead. If no
+    shard has a whole window, each is one, padded. All windows, by file name, are numbered 0 … W-1. Of N
+    ranks, rank r gets as row b of its call s the window ((s*N + r)*B + b) mod W; with shuffle, a permutation
+    of each epoch maps that number. The state is one counter, so a run resumes on any number of ranks.
 
     bos_id: the token that begins documents in shards of versions 7 and 8; in those of version 9 marks do.
     remark: one line on what is cut, left out and padded, "" if nothing is.
@@ -866,7 +866,7 @@ class DistributedShardedDataLoader:
         return files.split_marks(stored, self.headers[shard].version, self.bos_id)
 
     def segments(self, shard, index):
-        """(first token, length) of each document in a window of a shard, or of its one stretch."""
+        """(first token, length) of a window's segments: whole dialogs, or one stretch of T + 1 tokens."""
         if self.dialogs[shard]:
             return self.dialogs[shard].segments(index)
         begin = index * self.T  # The last token is only a target; the next window begins with it.
@@ -993,8 +993,8 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
     loss, = parallel.sum_over_ranks([total], device)
     # One odd batch must not throw the weights far: longer gradients are scaled down to the norm grad_clip.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # Only here is a GPU waited for. Of the norm FSDP has each rank's part.
-    count, loss, grad_norm = *torch.stack([count, loss]).tolist(), float(parallel.whole(grad_norm))
+    count, loss = torch.stack([count, loss]).tolist()  # Only here is a GPU waited for, once for both.
+    grad_norm = float(parallel.whole(grad_norm))  # With FSDP each rank has a part of it.
     if count == 0:  # A step would still decay the weights, and move them by the averages of earlier steps.
         optimizer.zero_grad()
         return None, 0.0
@@ -1016,14 +1016,14 @@ def training_source(newest, ckpt_dir, preset, tokenizer_path):
     source = newest or ckpt_dir
     check_source(source, ckpt_dir, preset, tokenizer_path, PRESETS)
     tokenizer = Tokenizer(tokenizer_path or find_tokenizer(str(source)))
-    fresh = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
+    of_preset = ModelArgs(**PRESETS[preset], vocab_size=tokenizer.n_words) if preset else None
     if source:
         model, pieces = open_checkpoint(source)
     else:
-        assert fresh  # A preset's, or check_source would have refused.
-        model, pieces = Transformer.on_meta(fresh), None
+        assert of_preset  # A preset's, or check_source would have refused.
+        model, pieces = Transformer.on_meta(of_preset), None
     if newest and (preset or ckpt_dir):
-        check_shape(newest, model.args, fresh or read_args(ckpt_dir))
+        check_shape(newest, model.args, of_preset or read_args(ckpt_dir))
     tokenizer.check_vocabulary(model.args.vocab_size)
     return tokenizer, model, pieces
 
@@ -1036,7 +1036,7 @@ def open_data(train_data, val_data, batch_size, seq_len, shuffle, seed, tokenize
     rank, world_size = parallel.rank_and_size()
     layout = batch_size, seq_len, rank, world_size
     loaders = [DistributedShardedDataLoader(train_data, *layout, shuffle, seed, tokenizer.mark_id)]
-    pattern, remark = files.validation_pattern(train_data, val_data)
+    pattern, remark = validation_pattern(train_data, val_data)
     if pattern:
         try:
             loaders.append(DistributedShardedDataLoader(pattern, *layout, bos_id=tokenizer.mark_id))
@@ -1046,7 +1046,7 @@ def open_data(train_data, val_data, batch_size, seq_len, shuffle, seed, tokenize
     files.check_apart(*(loader.files for loader in loaders))
     for loader in loaders:
         files.check_manifests(loader.files, tokenizer.model_path)
-        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # There may be no manifest, but bad ids.
+        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # Ids show what no manifest says.
         loader.reset()
     return loaders[0], loaders[1] if len(loaders) > 1 else None, remark
 
@@ -1114,7 +1114,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             fast, else float32; sums are float32
         compile: compile blocks with torch.compile; None: on cuda, while a CPU gets compiled attention alone
     """
-    flags = dict(locals())
+    flags = dict(locals())  # The flags are the only local names as long as this line comes first.
     check_flags(flags)
     rank, world_size, place = parallel.join_process_group(device, needed=bool(fsdp))
     compute_dtype = devices.choose_dtype(dtype) or devices.fast_dtype(place)
@@ -1122,6 +1122,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     # What to train on, and where.
     run = Run(out_dir, resume, rank == 0)  # Only the first rank writes.
+    # The checkpoints of adapters hold no base, so that the model comes from ckpt_dir again.
     tokenizer, model, pieces = training_source(None if lora_rank else run.newest, ckpt_dir, preset,
                                                 tokenizer_path)
     loader, val_loader, val_remark = open_data(train_data, val_data, batch_size, seq_len, shuffle, seed,
@@ -1139,19 +1140,17 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     # The model, the optimizer, and where an earlier run stopped.
     lr = suggested_learning_rate(model.args.dim, pieces is None, lora_rank > 0) if lr is None else lr
-    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens, lr=lr)  # None has become a number.
+    flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens, lr=lr)  # What was None has its number.
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
                 vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
     progress = run.load_progress(flags, data)
     stored = stored_dtype(pieces) if pieces else torch.float32
-    save, saved_dtype, prepared = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha, quantize,
-                                               ckpt_dir)
+    save, saved_dtype, form = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha, quantize,
+                                           ckpt_dir)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Trained weights and AdamW's two averages; what is saved in another type comes on top.
-    bytes_per_parameter = 12 + (saved_dtype.itemsize if saved_dtype != torch.float32 else 0)
-    run.check_disk(bytes_per_parameter * num_trained, progress["step"])
+    run.check_disk(checkpoint.bytes_of_training(model, saved_dtype), progress["step"])
     fill_model(model, pieces, seed, place, compute_dtype, fsdp, run.newest)
-    # Sampling may use what was trained: before the first step or in it.
+    # A sample may be as long as the windows of this training, or as what the checkpoint could read before.
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
     model.compiled_attention = compile is not False and attention.can_compile(place)
@@ -1173,7 +1172,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if run.is_master:
         print(f"{num_trained:,} parameters on {world_size} x {place} in {devices.name_of(compute_dtype)}, "
               f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
-        for remark in filter(None, (prepared, loader.remark, val_remark)):
+        for remark in filter(None, (form, loader.remark, val_remark)):
             print(remark)
 
     for step in run.steps(progress["step"] + 1, steps):

@@ -330,7 +330,7 @@ def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None
     """Prints completions of a prompt, of each line of a prompt_file, or of four default prompts.
 
     Args:
-        ckpt_dir: checkpoint directory in Meta's format
+        ckpt_dir: checkpoint directory, Meta's or Hugging Face's
         tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
         prompt: text to complete, in which \\n, \\t and \\\\ are a line break, a tab and a backslash
         prompt_file: file with a prompt per line, each taken as it is

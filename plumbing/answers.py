@@ -3,7 +3,6 @@
 A model's Llama is a value here, of which stream, steps and texts are used.
 """
 
-import gzip
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from plumbing.json_stream import read_json
 from plumbing.narrow import weight_type
 from plumbing.prompts import holds_dialogs, read_prompts, say_cut, say_spelled
 from plumbing.records import FIELD
+from plumbing.text_files import open_text
 
 BATCH = 8  # dialogs that are answered at once
 EXPECTED = "expected messages or conversations, the last one the user's"
@@ -147,8 +147,7 @@ def read_dialogs(path):
             rows.append(row)
             yield row
 
-    open_text = gzip.open if path.lower().endswith(".gz") else open
-    with open_text(path, "rt", encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         records = list(read_records(path, "dialog", collect(read_json(file)), FIELD, EXPECTED))
     expect(records, path, "empty", "a dialog in every line")
     for number, (row, record) in enumerate(zip(rows, records, strict=True)):

@@ -266,6 +266,13 @@ def loses(model, dtype):
     return any(torch.promote_types(p.dtype, dtype) != dtype for p in model.parameters() if p.requires_grad)
 
 
+def bytes_of_training(model, dtype):
+    """The most that save_training writes: weights in dtype, two averages, weights again if dtype loses."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = 3 if loses(model, dtype) else 2
+    return sum(dtype.itemsize * p.numel() + copies * p.nbytes for p in trained)
+
+
 def master_weights(model):
     """name -> the weights that are trained, or this rank's shards of them."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -17,18 +17,19 @@ from plumbing.cli import expect
 NOT_FINITE = "the logits are not all finite; take --dtype float32, or sound weights"
 
 
-def check_prompts(prompt_tokens, start_pos, max_batch_size, max_seq_len, num_ids):
+def check_prompts(llama, prompt_tokens, start_pos):
     """Raises ValueError naming a prompt that is empty, too long, all in the cache, or has a bad id."""
     B = len(prompt_tokens)
-    if not 0 < B <= max_batch_size:
-        raise ValueError(f"{B} prompts; expected 1 to {max_batch_size}, which is max_batch_size")
+    max_seq_len = llama.max_seq_len
+    if not 0 < B <= llama.max_batch_size:
+        raise ValueError(f"{B} prompts; expected 1 to {llama.max_batch_size}, which is max_batch_size")
     for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
         if not 0 < len(prompt) < max_seq_len:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {max_seq_len - 1}, one "
                              "fewer than max_seq_len: shorten it, or raise --max_seq_len")
-        if not 0 <= min(prompt) <= max(prompt) < num_ids:
+        if not 0 <= min(prompt) <= max(prompt) < llama.num_ids:
             raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
-                             f"{num_ids - 1}")
+                             f"{llama.num_ids - 1}")
         expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
                f"0 to {len(prompt) - 1}: at least its last token is to be read")
 

@@ -17,7 +17,7 @@ from plumbing.cli import unescape
 from plumbing.files import MANIFEST, matching
 from plumbing.json_stream import BLOCK, read_array, read_json
 from plumbing.records import COLUMNS, FIELD, record_of, shown
-from plumbing.text_files import likely_encoding
+from plumbing.text_files import likely_encoding, open_text
 
 SHARDS = "TinyStories_all_data"  # the folder of the shards, inside the data folder
 EXPECTED = f'expected a list of {{"story": text}}; delete {SHARDS} and run tiny_stories.py download again'
@@ -107,8 +107,7 @@ def read_documents(path, field, separator, block=BLOCK):
     split_at.
     """
     check_kind(path)
-    open_text = gzip.open if path.lower().endswith(".gz") else open
-    with open_text(path, "rt", encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         expected = (f'expected {{"{field}": text}}, see --field, or messages, conversations, prompt and '
                     "completion, or instruction and output")
         if KINDS[kind_of(path)] == "UTF-8 text":

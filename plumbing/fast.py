@@ -1,4 +1,4 @@
-"""What makes llama31.py fast on a CPU: the chunked loss, compiled inference, kept memory.
+"""What makes llama31.py fast: the chunked loss, compiled blocks and inference, kept memory.
 
 The Transformer's block is written three times: to be read (llama31.py), for prompts whose products PyTorch
 makes faster (CompiledReader.extend_with_torch), and for all others (read_tokens in fast.cpp). The tests hold

@@ -159,21 +159,6 @@ def split_marks(stored, version, bos_id=None):
     return ids, is_target, ids == bos_id
 
 
-def validation_pattern(train_pattern, val_pattern):
-    """(pattern of the shards to validate on, a line on them): one that is given, or with val for train.
-
-    The pattern is None where none is given, and no file is named so.
-    """
-    if val_pattern is not None:
-        return val_pattern, ""
-    folder, name = os.path.split(train_pattern)
-    pattern = os.path.join(folder, name.replace("train", "val"))
-    if pattern == train_pattern or not matching(pattern):
-        return None, (f"no validation: --val_data is not given, and no file is named as {train_pattern} is, "
-                      "with val for train")
-    return pattern, ""
-
-
 def check_apart(train_files, val_files=()):
     """Raises ValueError if a shard is among both."""
     shared = set(map(os.path.realpath, train_files)) & set(map(os.path.realpath, val_files))

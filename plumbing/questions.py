@@ -1,6 +1,5 @@
 """Multiple choice as it is published: HellaSwag, ARC, PIQA, WinoGrande, MMLU, or plain questions."""
 
-import gzip
 import json
 import os
 import random
@@ -8,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from plumbing.json_stream import read_json
-from plumbing.text_files import check_file
+from plumbing.text_files import check_file, open_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXPECTED = ("a row of HellaSwag, ARC, PIQA, WinoGrande or MMLU, or question, choices (a list of texts) and "
@@ -27,9 +26,8 @@ def read_questions(path):
     """The questions of a file of JSON objects; ValueError names the file and the row."""
     path = os.fspath(path)
     check_file(path, "a .jsonl file of questions")
-    open_text = gzip.open if path.lower().endswith(".gz") else open
     questions = []
-    with open_text(path, "rt", encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         try:
             for row in read_json(file):
                 questions.append(question_of(row))

@@ -1,10 +1,11 @@
 """How a training starts: what its flags may say, what they name, and the weights that it begins with."""
 
 import dataclasses
+import os
 
 import torch
 
-from plumbing import checkpoint, lora, parallel
+from plumbing import checkpoint, files, lora, parallel
 from plumbing.cli import expect, expect_at_least
 from plumbing.mapped import taken
 
@@ -49,6 +50,21 @@ def check_shape(newest, found, asked):
         if has != wanted and field.name not in ("max_seq_len", "tie_word_embeddings"):
             raise ValueError(f"{newest} has {field.name} {has}, but {wanted} is asked for; resume without "
                              "--preset and --ckpt_dir, or give another --out_dir")
+
+
+def validation_pattern(train_pattern, val_pattern):
+    """(pattern of the shards to validate on, a line on them): one that is given, or with val for train.
+
+    The pattern is None where none is given, and no file is named so.
+    """
+    if val_pattern is not None:
+        return val_pattern, ""
+    folder, name = os.path.split(train_pattern)
+    pattern = os.path.join(folder, name.replace("train", "val"))
+    if pattern == train_pattern or not files.matching(pattern):
+        return None, (f"no validation: --val_data is not given, and no file is named as {train_pattern} is, "
+                      "with val for train")
+    return pattern, ""
 
 
 def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):

@@ -1,6 +1,7 @@
 """Text files, whose encoding may be another than UTF-8, and JSON files of one object."""
 
 import codecs
+import gzip
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,12 @@ def check_file(path, expected):
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
         raise FileNotFoundError(f"{path}: found {found}, expected {expected}")
+
+
+def open_text(path):
+    """A text file in UTF-8, gzipped or not, opened to be read in parts."""
+    opened = gzip.open if os.fspath(path).lower().endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig")
 
 
 def read_lines(path):

@@ -501,6 +501,28 @@ def test_a_run_is_not_resumed_with_another_architecture(corpus, tmp_path, monkey
     assert len(run(corpus, tmp_path / "run", steps=3, resume=True, preset=None, tokenizer_path=None)) == 3
 
 
+@pytest.mark.parametrize("ckpt_dtype, flags, bytes_each", [
+    (torch.float32, {}, 12), (torch.bfloat16, {}, 14),
+    (torch.bfloat16, dict(param_dtype="bfloat16", compile=False), 6)], ids=str)
+def test_a_checkpoint_takes_the_bytes_for_which_there_has_to_be_room(ckpt_dtype, flags, bytes_each, corpus,
+                                                                     tmp_path):
+    """Weights, and two averages; the weights that are trained, too, where those saved are less exact."""
+    model = Transformer(ModelArgs(**SHAPE, vocab_size=560)).to(ckpt_dtype)
+    llama31.save_checkpoint(tmp_path / "ckpt", model.args, model.state_dict(), corpus / "tokenizer.model")
+    run(corpus, tmp_path / "out", steps=1, preset=None, tokenizer_path=None, ckpt_dir=str(tmp_path / "ckpt"),
+        **flags)
+    expected = bytes_each * sum(p.numel() for p in model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(OSError, match=f"a checkpoint takes {expected:,} bytes"):
+            run(corpus, tmp_path / "other", preset=None, tokenizer_path=None,
+                ckpt_dir=str(tmp_path / "ckpt"), **flags)
+    found = sum(path.stat().st_size for path in (tmp_path / "out" / "step_000001").rglob("*")
+                if path.suffix in (".pth", ".distcp"))
+    assert expected <= found < expected + 150_000  # Files and tensors have descriptions, too.
+
+
 def test_too_little_disk_or_memory_is_said_before_the_first_step(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     model = Transformer.on_meta(ModelArgs(**SHAPE, vocab_size=560))
