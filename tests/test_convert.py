@@ -538,6 +538,7 @@ torch.save(llama.model.float().forward(torch.arange(20)[None], 0), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_metas_own_loader_reads_a_folder_that_comes_from_hugging_face(tmp_path):
     pytest.importorskip("fairscale")

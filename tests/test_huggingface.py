@@ -226,6 +226,7 @@ def test_a_hub_cache_is_named_by_its_snapshots(tmp_path):
     assert Llama.build(tmp_path / "models--a--b" / "snapshots" / "abc", device="cpu", compile=False)
 
 
+@pytest.mark.slow
 def test_commands_take_a_folder(tokenizer, corpus, tmp_path):
     model = random_model(vocab_size=tokenizer.n_words)
     folder = save(tmp_path / "hf", model)

@@ -59,8 +59,8 @@ def bfloat16_model(args, form):
                                   dict(lora_rank=4, quantize="int8")], ids=str)
 @pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
     (SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 16, False),  # weights take the most
-    (SMALL | dict(vocab_size=300), 2, 256, True),
-    (SMALL | dict(vocab_size=300), 2, 256, False),  # activations
+    pytest.param(SMALL | dict(vocab_size=300), 2, 256, True, marks=pytest.mark.slow),
+    pytest.param(SMALL | dict(vocab_size=300), 2, 256, False, marks=pytest.mark.slow),  # activations
     (SMALL | dict(n_layers=1, vocab_size=8000, tie_word_embeddings=True), 1, 256, False)])  # logits
 def test_other_forms_of_training_hold_the_bytes_computed(form, settings, batch_size, seq_len, recomputed):
     args = ModelArgs(**settings)
@@ -136,6 +136,7 @@ def test_fsdp_shares_out_the_states_and_checkpointing_keeps_less():
     assert size(2) - size(8) == 16 * parameters * 3 / 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 @pytest.mark.parametrize("call, is_kept", [
     ("fast.keep_freed_memory(torch.device('cpu'))", True),

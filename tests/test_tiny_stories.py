@@ -337,7 +337,7 @@ def words(tmp_path_factory):
     return tiny_stories.Words(train_tokenizer(texts, 1400, path))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(PIECES, max_size=12).map("".join))
 @example(" a")
 @example("a  b")
@@ -390,7 +390,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(content=shard_content(), block=st.sampled_from([8, 9, 13, 64, 2**20]))
 @example(content=b"[" * 100_000, block=64)
 @example(content=b'[{"story": "a"}] \n\t x', block=8)
