@@ -38,14 +38,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from plumbing import answers, attention, checkpoint, cli, devices, fast, files, huggingface, lora, parallel
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
-from plumbing.cli import expect, expect_at_least, expect_types
+from plumbing.cli import expect, expect_at_least
 from plumbing.config_json import read_config
 from plumbing.decoding import NOT_FINITE, candidates, check_prompts, penalized, unread
 from plumbing.dialogs import NoTargetError, pack_dialogs, remark_on
 from plumbing.mapped import merged, stored_dtype, taken
 from plumbing.muon import Muon
 from plumbing.narrow import load_int8, widen
-from plumbing.params import read_params
+from plumbing.params import expect_types, read_params
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
@@ -294,7 +294,7 @@ def document_mask(starts):
     causal attention is enough then.
     """
     document = starts.cumsum(1)  # (B, T), the number of each token's document in its row
-    if starts.is_cuda:  # To look for several documents is to wait for it.
+    if starts.is_cuda:  # Looking for several documents would wait for the GPU.
         return attention.document_block_mask(document)
     if (document == document[:, :1]).all():
         return None
@@ -574,7 +574,7 @@ class Sampler:
         if self.temperature < 1e-6:  # At 0, softmax would be of 0 / 0.
             return int(scores.argmax())
         # Weights are softmax without its division: probabilities but for a common factor.
-        ids, weights = candidates(scores, self)
+        ids, weights = candidates(scores, largest, self)
         # On a line from 0 to their sum each token owns a stretch as long as its weight: which one is hit?
         cdf = weights.cumsum()
         return int(ids[cdf.searchsorted(uniform * cdf[-1], side="right")])
@@ -816,7 +816,7 @@ class DistributedShardedDataLoader:
         self.rank = process_rank
         self.num_processes = num_processes
         self.shuffle = shuffle
-        self.seed = seed  # of the permutations
+        self.seed = seed  # It draws the permutations.
         self.bos_id = bos_id
         self.files = files.matching(filename_pattern)
         if not self.files:
@@ -1046,7 +1046,7 @@ def open_data(train_data, val_data, batch_size, seq_len, shuffle, seed, tokenize
     files.check_apart(*(loader.files for loader in loaders))
     for loader in loaders:
         files.check_manifests(loader.files, tokenizer.model_path)
-        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # Ids show what no manifest says.
+        batch_on("cpu", loader, tokenizer.n_words, doc_mask=True)  # It refuses ids beyond the vocabulary.
         loader.reset()
     return loaders[0], loaders[1] if len(loaders) > 1 else None, remark
 

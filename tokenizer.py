@@ -213,8 +213,9 @@ def open_tokenizer(folder: str | os.PathLike[str], path: str | os.PathLike[str] 
         return None
     tokenizer = Tokenizer(path or own)
     tokenizer.check_vocabulary(vocab_size)
-    has_own_kind = bool(path) and own.exists() and own.suffix == Path(str(path)).suffix
-    if has_own_kind and own.read_bytes() != Path(str(path)).read_bytes():
+    chosen = Path(path or own)
+    is_beside_own = chosen != own and own.exists() and chosen.suffix == own.suffix
+    if is_beside_own and chosen.read_bytes() != own.read_bytes():
         print(f"{path} is another vocabulary than {own}, which the model has; text is right only if the ids "
               "are the same", file=sys.stderr)
     return tokenizer

@@ -158,6 +158,9 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
             save_file(state, part / f"consolidated.{i:02d}.pth")
             del state  # before the next one is made
 
+# -----------------------------------------------------------------------------
+# A run's checkpoints: weights and progress, and the optimizer's state by torch.distributed.checkpoint
+
 
 def newest_checkpoint(folder="out"):
     """The checkpoint directory last written anywhere under a folder, which is said on standard error.
@@ -172,9 +175,6 @@ def newest_checkpoint(folder="out"):
     newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
     print(f"{newest}, the checkpoint last written", file=sys.stderr)
     return newest
-
-# -----------------------------------------------------------------------------
-# A run's checkpoints: weights and progress, and the optimizer's state by torch.distributed.checkpoint
 
 
 def checkpoints_of_run(out_dir):

@@ -6,7 +6,6 @@ function's signature; then fire converts them, as the annotations say, and calls
 of help is its line under "Args:" in the function's docstring.
 """
 
-import dataclasses
 import errno
 import functools
 import inspect
@@ -172,22 +171,6 @@ def expect_at_least(least, **settings):
     """Raises ValueError naming the setting that is below `least`, infinite or not a number; None is fine."""
     for name, value in settings.items():
         expect(value is None or least <= value < math.inf, name, value, f"at least {least}")
-
-
-def expect_types(values):
-    """Raises ValueError naming a dataclass's field that isn't of its type, or a number not above 0."""
-    for field in dataclasses.fields(values):
-        value = getattr(values, field.name)
-        if value is None and field.default is None:
-            continue
-        if field.type is bool:
-            expect(type(value) is bool, field.name, repr(value), "true or false")
-        elif field.type in (int, int | None):
-            is_count = type(value) is int and value > 0
-            expect(is_count, field.name, repr(value), "a whole number of at least 1")
-        else:
-            is_positive = isinstance(value, int | float) and value is not True and 0 < value < math.inf
-            expect(is_positive, field.name, repr(value), "a number above 0")
 
 
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}

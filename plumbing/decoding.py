@@ -181,20 +181,20 @@ def drawn(logits: Tensor, uniform: Tensor, sampler, seen: Tensor | None = None) 
         return torch.where(is_finite, scores.argmax(1), -1)
     largest = scores.amax(1, keepdim=True)
     weights = ((scores - largest) / sampler.temperature).exp().double()  # the likeliest has 1
-    kept = weights >= sampler.min_p
+    is_kept = weights >= sampler.min_p
     if sampler.top_p < 1 or sampler.top_k:
         total = weights.sum(1, keepdim=True)
         # Stable, it leaves of equals the lower id first.
         ranked, order = weights.sort(dim=1, descending=True, stable=True)
         held = ranked.cumsum(1)
         # A token is dropped when the likelier ones alone already hold top_p.
-        likely = torch.ones_like(kept)
+        likely = torch.ones_like(is_kept)
         if sampler.top_p < 1:
             likely[:, 1:] = held[:, :-1] < sampler.top_p * total
         if sampler.top_k:
             likely[:, sampler.top_k:] = False
-        kept &= torch.zeros_like(kept).scatter(1, order, likely)
-    cdf = (weights * kept).cumsum(1)
+        is_kept &= torch.zeros_like(is_kept).scatter(1, order, likely)
+    cdf = (weights * is_kept).cumsum(1)
     ids = torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True)[:, 0]
     return torch.where(is_finite, ids, -1)
 
@@ -213,12 +213,12 @@ def penalized(scores, text, penalty):
     return scores
 
 
-def candidates(scores, sampler):
+def candidates(scores, largest, sampler):
     """(ids, ascending; float64 weights) of the tokens of logits (V,) that a Sampler's limits leave.
 
-    Weights are probabilities times a constant, with which the likeliest token has 1.
+    largest: the largest of the logits. Weights are probabilities times a constant, with which the likeliest
+    token has 1.
     """
-    largest = scores.max()
     # The exponentials of all V tokens take longest, and nearly always those near the likeliest suffice: the
     # others, each below exp(-20), can't hold enough to change what top_p leaves.
     for reach in (20.0, math.inf) if sampler.top_p < 1 else (math.inf,):

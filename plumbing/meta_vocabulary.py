@@ -19,8 +19,8 @@ SPLIT_PATTERN = "|".join([            # Llama 3's pattern, one alternative a lin
     r"\s*[\r\n]+",                    # line breaks, with the space before them
     r"\s+(?!\S)|\s+",                 # other space; its last character goes to a word that follows
 ])
-# Llama 3.1's special tokens in the order of their ids; None is a reserved slot. (Meta's later code names two
-# of the slots, <|step_id|> and <|image|>, so its reserved tokens have other numbers, but no id differs.)
+# Llama 3.1's special tokens in the order of their ids; None is a reserved slot.
+# Meta's later code gives two slots names, <|step_id|> and <|image|>: other numbers, but no other ids.
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetune_right_pad_id|>", None,
                   "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
                   *[None] * 245]

@@ -5,11 +5,30 @@ llama31.json has what Meta's loader doesn't take from params.json.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+
+from plumbing.cli import expect
 
 OUR_PARAMS = "llama31.json"
 OUR_FIELDS = ("head_dim", "rope_scale_factor", "rope_low_freq_factor", "rope_high_freq_factor",
               "rope_old_context", "tie_word_embeddings", "max_seq_len")
+
+
+def expect_types(values):
+    """Raises ValueError naming a dataclass's field that isn't of its type, or a number not above 0."""
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if value is None and field.default is None:
+            continue
+        if field.type is bool:
+            expect(type(value) is bool, field.name, repr(value), "true or false")
+        elif field.type in (int, int | None):
+            is_count = type(value) is int and value > 0
+            expect(is_count, field.name, repr(value), "a whole number of at least 1")
+        else:
+            is_positive = isinstance(value, int | float) and value is not True and 0 < value < math.inf
+            expect(is_positive, field.name, repr(value), "a number above 0")
 
 
 def read_params(path, shape):

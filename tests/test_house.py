@@ -13,62 +13,62 @@ BUDGETS = {
     "tokenizer.py": 335,
     "tiny_stories.py": 408,
     "stories.py": 400,
-    "reference.py": 369,  # 270, the flags it shares with sample, any heads and RoPE, what is no Llama
+    "reference.py": 369,  # DESIGN.md has 270: it shares its flags with sample, and refuses what is no Llama.
     "convert.py": 207,
     "evaluate.py": 190,
-    "chat.py": 175,  # 140, a line of help for each of its 14 flags
+    "chat.py": 175,  # DESIGN.md has 140: each of its 14 flags has a line of help.
     "bench.py": 429,
-    "planner.py": 407,  # Out of bench.py came the memory; a plan needs the bytes sent, too.
+    "planner.py": 407,
     "peers.py": 140,
     "plumbing/fast.py": 375,
-    "plumbing/narrow.py": 155,  # weights of fewer bits than the arithmetic, out of fast.py
-    "plumbing/devices.py": 85,  # devices and the types of numbers that suit them, out of fast.py
-    "plumbing/fast.cpp": 630,  # 620, and int8 products for each kind of processor
-    "plumbing/vectors.h": 50,  # what fast.cpp and attention.cpp both need
+    "plumbing/narrow.py": 155,
+    "plumbing/devices.py": 85,
+    "plumbing/fast.cpp": 630,  # DESIGN.md has 620: each kind of processor has int8 products.
+    "plumbing/vectors.h": 50,
     "plumbing/attention.py": 156,
     "plumbing/muon.py": 52,
-    "plumbing/decoding.py": 259,  # one static graph a token, the sampler on a device, its limits on a CPU
-    "plumbing/attention.cpp": 260,  # attention on a CPU, forward and backward
-    "plumbing/checkpoint.py": 305,  # 260, and the best checkpoint, master weights
-    "plumbing/params.py": 50,  # params.json and llama31.json, out of checkpoint.py
-    "plumbing/torch_file.py": 68,  # files of torch.save, each tensor in its own map, out of checkpoint.py
-    "plumbing/mapped.py": 140,  # tensors in pieces, out of checkpoint.py, and in part
+    "plumbing/decoding.py": 259,
+    "plumbing/attention.cpp": 260,
+    "plumbing/checkpoint.py": 305,  # DESIGN.md has 260: a run keeps its best checkpoint, and master weights.
+    "plumbing/params.py": 68,
+    "plumbing/torch_file.py": 68,
+    "plumbing/mapped.py": 140,
     "plumbing/lora.py": 210,
-    "plumbing/adapters.py": 107,  # adapters as PEFT's files and what these may hold, out of lora.py
-    "plumbing/rounding.py": 105,  # the optimizer of bfloat16 weights, out of lora.py
-    "plumbing/messages.py": 125,  # the messages of dialogs as files have them, out of tokenizer.py
-    "plumbing/meta_vocabulary.py": 136,  # Meta's tokenizer.model, out of tokenizer.py
-    "plumbing/tokenizer_json.py": 233,  # vocabularies of Hugging Face's folders, for tokenizer.py
-    "plumbing/vocabularies.py": 140,  # a vocabulary in another layout's files, out of convert.py
-    "plumbing/gguf_file.py": 213,  # llama.cpp's file: weights, what it can say of vocabularies, refusals
+    "plumbing/adapters.py": 107,
+    "plumbing/rounding.py": 105,
+    "plumbing/messages.py": 125,
+    "plumbing/meta_vocabulary.py": 136,
+    "plumbing/tokenizer_json.py": 233,
+    "plumbing/vocabularies.py": 140,
+    "plumbing/gguf_file.py": 213,
     "plumbing/huggingface.py": 178,
-    "plumbing/config_json.py": 112,  # config.json in and out, out of huggingface.py and convert.py
-    "plumbing/parallel.py": 188,  # 180, and launchers other than torchrun
-    "plumbing/tensor_parallel.py": 46,  # a model that processes split, out of parallel.py
-    "plumbing/scoring.py": 125,  # log-likelihoods, out of evaluate.py
-    "plumbing/start.py": 90,  # flags, sources and first weights of a training, out of llama31.py
-    "plumbing/resume.py": 233,  # a run's lock and record, out of run.py
-    "plumbing/run.py": 245,  # 220, and five signals, the best step
-    "plumbing/plot.py": 40,  # the plot of a run's losses, out of run.py
-    "plumbing/files.py": 230,  # 130, and the checks and messages of shards and manifests
-    "plumbing/text_files.py": 74,  # text of any encoding and JSON, out of files.py
-    "plumbing/cli.py": 200,  # 110, and lists, numbered switches, checks
-    "plumbing/prompts.py": 75,  # what a command is to complete or answer, out of cli.py and chat.py
-    "plumbing/streams.py": 75,  # standard streams of any encoding, gone readers, out of cli.py
+    "plumbing/config_json.py": 112,
+    "plumbing/parallel.py": 188,  # DESIGN.md has 180: launchers other than torchrun are refused.
+    "plumbing/tensor_parallel.py": 46,
+    "plumbing/scoring.py": 125,
+    "plumbing/start.py": 90,
+    "plumbing/resume.py": 233,
+    "plumbing/run.py": 245,  # DESIGN.md has 220: five signals are heeded, and the best step is kept.
+    "plumbing/plot.py": 40,
+    "plumbing/files.py": 225,  # DESIGN.md has 130: shards and manifests are checked, with messages.
+    "plumbing/text_files.py": 74,
+    "plumbing/cli.py": 182,  # DESIGN.md has 110: flags may be lists and numbered switches.
+    "plumbing/prompts.py": 75,
+    "plumbing/streams.py": 75,
     "plumbing/download.py": 160,
     "plumbing/documents.py": 202,
-    "plumbing/records.py": 120,  # rows of every form as records, out of documents.py
-    "plumbing/json_stream.py": 85,  # JSON in blocks, out of documents.py
-    "plumbing/chat_template.py": 355,  # templates, contents that can't forge tokens, where answers stand
-    "plumbing/questions.py": 140,  # multiple choice as its files are published
-    "plumbing/dialogs.py": 115,  # which windows a shard of dialogs has
-    "plumbing/words.py": 115,  # records as tokens, out of tiny_stories.py
-    "plumbing/summary.py": 48,  # what text() says of documents and splits, out of tiny_stories.py
-    "plumbing/compiler.py": 144,  # a library out of C++, kept in the user's cache folder
+    "plumbing/records.py": 120,
+    "plumbing/json_stream.py": 85,
+    "plumbing/chat_template.py": 355,
+    "plumbing/questions.py": 140,
+    "plumbing/dialogs.py": 115,
+    "plumbing/words.py": 115,
+    "plumbing/summary.py": 48,
+    "plumbing/compiler.py": 144,
     "plumbing/headers.py": 20,
-    "plumbing/answers.py": 230,  # what sampling prints, out of llama31.py, its stopwatch, answers to rows
-    "plumbing/machine.py": 175,  # what differs between operating systems, and the limits of containers
-    "plumbing/workers.py": 80,  # processes that share out jobs, out of tiny_stories.py
+    "plumbing/answers.py": 230,
+    "plumbing/machine.py": 175,
+    "plumbing/workers.py": 80,
 }
 SCRIPTS = {"llama31", "tiny_stories", "stories", "reference", "convert", "evaluate", "chat", "bench",
            "planner", "peers"}
