@@ -349,7 +349,7 @@ def prepare_step(name, args, batch_size, seq_len, document, device, dtype, compi
         bos_id = args.vocab_size - 1 if name == "document mask" else None
         fast.keep_freed_memory(device)
         if compile:
-            model.compiled_attention = attention.can_compile(device)
+            model.compiled_attention = attention.serves(device)
             fast.compile_blocks(model)
 
     def step():

@@ -30,7 +30,7 @@ class Conversation:
         self.seed = seed
         self.settings = settings
         self.system = [] if system is None else [{"role": "system", "content": system}]
-        least = llama.tokenizer.encode_dialog([*self.system, {"role": "user", "content": ""}])
+        least = llama.required_tokenizer.encode_dialog([*self.system, {"role": "user", "content": ""}])
         cli.expect(len(least) < llama.max_seq_len, "max_seq_len", llama.max_seq_len,
                    f"more than {len(least)}, as many as the system prompt and an empty message take")
         # Nothing is generated here, but a setting that is out of range is named before the first message.
@@ -125,9 +125,6 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
     make_ready(llama, compile)
     if max_seq_len is None:  # The KV cache for the whole context is allocated at the start.
         llama.max_seq_len = min(llama.max_seq_len, 8192)
-    if llama.tokenizer is None:
-        raise ValueError(f"{ckpt_dir} has no tokenizer.model or tokenizer.json; put it there or give "
-                         "--tokenizer_path")
     system = None if system is None else cli.unescape(system)
     conversation = Conversation(llama, system, max_gen_len, seed, temperature=temperature, top_p=top_p,
                                 top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)

@@ -89,7 +89,7 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
     byte_lengths = np.array(llama.tokenizer.byte_lengths)
     total_bytes = sum(os.path.getsize(path) for path in paths)
     totals = np.zeros(4)  # documents, tokens, bytes, nats
-    place = llama.model.norm.weight.device
+    place = llama.model.device
     tokens_at_once = TOKENS_AT_ONCE * (1 if place.type == "cpu" else 8)
 
     def windows():
@@ -174,7 +174,7 @@ def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, sho
         lengths = np.array([[1, len(ending.removeprefix(" ").encode()), len(ids) - begin]
                             for ending, (ids, begin) in zip(question.endings, pairs, strict=True)])
         right += (nats[:, None] / lengths).argmin(0) == question.answer
-    sums = parallel.sum_over_ranks(right, llama.model.norm.weight.device) / tensor_parallel
+    sums = parallel.sum_over_ranks(right, llama.model.device) / tensor_parallel
     plain, per_byte, per_token = sums.tolist()
     parallel.leave_process_group()
     n = len(questions)

@@ -19,7 +19,6 @@ Sizes in comments: B batch, T new tokens, S cached and new tokens, H query heads
 dimension, V vocabulary.
 """
 
-import dataclasses
 import math
 import os
 import sys
@@ -40,16 +39,16 @@ from plumbing import answers, attention, checkpoint, cli, devices, fast, files, 
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.config_json import read_config
-from plumbing.decoding import NOT_FINITE, candidates, check_prompts, penalized, unread
+from plumbing.decoding import NOT_FINITE, StaticReader, candidates, check_prompts, penalized, unread
 from plumbing.dialogs import NoTargetError, pack_dialogs, remark_on
-from plumbing.mapped import merged, stored_dtype, taken
+from plumbing.mapped import merged, pop_pieces, stored_dtype
 from plumbing.muon import Muon
 from plumbing.narrow import load_int8, widen
 from plumbing.params import expect_types, read_params
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
-from plumbing.start import check_flags, check_shape, check_source, fill_model, validation_pattern
+from plumbing.start import check_flags, check_shape, check_source, default_lr, fill_model, validation_pattern
 from plumbing.tensor_parallel import processes_that_split, split_model
 from tokenizer import TextStream, Tokenizer, find_tokenizer, open_tokenizer, train_tokenizer
 
@@ -195,8 +194,9 @@ class KVCache:
     a new token is computed alone, not the whole text again. Rows may have different lengths.
     """
 
-    def __init__(self, args, batch_size, max_seq_len, dtype=None, device=None):
-        shape = (batch_size, max_seq_len, args.n_kv_heads, args.head_dim)
+    def __init__(self, args, batch_size, max_seq_len, dtype=None, device=None, tensor_parallel=1):
+        K = args.n_kv_heads // tensor_parallel  # Processes that split a model share out its heads.
+        shape = (batch_size, max_seq_len, K, args.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -322,6 +322,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
         self.compiled_attention = False  # True: attention.cpp makes that of the loss, on a CPU
         self.tensor_parallel = 1  # how many processes split its heads, see load_checkpoint
+        self.compute_dtype = None  # what narrower weights are widened to; None: they are multiplied as kept
         if not self.output.weight.is_meta:
             self.init_weights()
 
@@ -358,8 +359,12 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        """The type of hidden states and caches: what the embedding makes of its weights, or theirs."""
-        return getattr(self.tok_embeddings, "dtype", None) or self.tok_embeddings.weight.dtype
+        """The type of hidden states and caches."""
+        return self.compute_dtype or self.tok_embeddings.weight.dtype
+
+    @property
+    def device(self):
+        return self.norm.weight.device
 
     def angles(self, positions):
         """cos and sin (B or 1, T, 1, D/2) of RoPE's angles at positions (B or 1, T)."""
@@ -529,7 +534,7 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     if quantize:
         load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
         return model.eval()
-    checkpoint.load_weights(model, taken(pieces, model.args.tie_word_embeddings), device, kept)
+    checkpoint.load_weights(model, pop_pieces(pieces, model.args.tie_word_embeddings), device, kept)
     if kept != compute:
         widen(model, compute)
     return model.eval()
@@ -623,15 +628,14 @@ class Llama:
 
     def new_caches(self, batch_size, max_seq_len=None):
         """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
-        args = self.model.args
-        kv_heads = (args.n_kv_heads or args.n_heads) // self.model.tensor_parallel
-        args = dataclasses.replace(args, n_kv_heads=kv_heads)
-        dtype = self.model.dtype
-        device = self.model.norm.weight.device
+        model = self.model
+        args = model.args
         room = self.max_seq_len if max_seq_len is None else max_seq_len
-        num_bytes = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim * dtype.itemsize
-        fast.check_memory(f"the keys and values of {batch_size} x {room} tokens", num_bytes, device)
-        return [KVCache(args, batch_size, room, dtype, device) for _ in self.model.layers]
+        elements = 2 * args.n_layers * batch_size * room * args.n_kv_heads * args.head_dim
+        fast.check_memory(f"the keys and values of {batch_size} x {room} tokens",
+                          elements // model.tensor_parallel * model.dtype.itemsize, model.device)
+        return [KVCache(args, batch_size, room, model.dtype, model.device, model.tensor_parallel)
+                for _ in model.layers]
 
     @torch.inference_mode()
     def steps(self, prompt_tokens: list[list[int]], max_gen_len: int, stop_tokens: list[int] | None = None,
@@ -661,7 +665,7 @@ class Llama:
         uniforms = torch.stack([torch.rand(most, generator=g, dtype=torch.float64) for g in generators])
         ended = [False] * B
         # On a GPU the reader draws, as waiting for each row's logits would take longer than making them.
-        draws = getattr(self.reader, "draws", self.draws)
+        draws = self.reader.draws if isinstance(self.reader, StaticReader) else self.draws
         for logits, ids in draws(texts, ended, start_pos, caches, sampler, uniforms, self.num_ids):
             drawn: list[int | None] = [None] * B
             for i, token in enumerate(ids):
@@ -683,7 +687,7 @@ class Llama:
         Whoever takes them makes texts longer and marks rows as ended. uniforms (B, steps): the numbers to
         draw with. ValueError if the logits aren't finite.
         """
-        device = self.model.norm.weight.device
+        device = self.model.device
         tokens, last = unread(texts, start_pos, device)
         for step in range(uniforms.size(1)):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
@@ -721,7 +725,7 @@ class Llama:
     @torch.inference_mode()
     def prompt_logprobs(self, prompt):
         """The log-probability of each of a prompt's tokens after those before it; 0 for the first."""
-        tokens = torch.tensor(prompt, device=self.model.norm.weight.device)
+        tokens = torch.tensor(prompt, device=self.model.device)
         nats = F.cross_entropy(self.model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         return [0.0, *(-nats).tolist()]
 
@@ -807,9 +811,8 @@ class DistributedShardedDataLoader:
 
     def __init__(self, filename_pattern: str | os.PathLike, B: int, T: int, process_rank: int,
                  num_processes: int, shuffle: bool = False, seed: int = 0, bos_id: int | None = None):
-        if B < 1 or T < 1 or not 0 <= process_rank < num_processes:
-            raise ValueError(f"B is {B}, T {T}, rank {process_rank} of {num_processes}; expected B and T of "
-                             "at least 1, and a rank below the number of processes")
+        expect_at_least(1, B=B, T=T)
+        expect(0 <= process_rank < num_processes, "rank", process_rank, f"0 to {num_processes - 1}")
         self.filename_pattern = filename_pattern
         self.B = B  # windows of this rank's batches
         self.T = T  # inputs of a window, and as many targets
@@ -918,11 +921,6 @@ class DistributedShardedDataLoader:
 
 # -----------------------------------------------------------------------------
 # Training
-
-
-def suggested_learning_rate(dim, is_new, has_adapters):
-    """A rate to begin with: the wider a model, the lower. docs/measurements.md has the runs behind it."""
-    return (0.6 if is_new else 0.5 if has_adapters else 0.05) / dim
 
 
 def learning_rate_at(step, steps, lr, min_lr, warmup_steps):
@@ -1139,7 +1137,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     steps = steps or max(1, epochs * loader.num_windows * seq_len // total_batch_tokens)
 
     # The model, the optimizer, and where an earlier run stopped.
-    lr = suggested_learning_rate(model.args.dim, pieces is None, lora_rank > 0) if lr is None else lr
+    lr = default_lr(model.args.dim, pieces is None, lora_rank > 0) if lr is None else lr
     flags |= dict(steps=steps, total_batch_tokens=total_batch_tokens, lr=lr)  # What was None has its number.
     data = dict(train_data=loader.files, val_data=val_loader.files if val_loader else [],
                 vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
@@ -1153,7 +1151,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     # A sample may be as long as the windows of this training, or as what the checkpoint could read before.
     model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
     model.activation_checkpointing = activation_checkpointing
-    model.compiled_attention = compile is not False and attention.can_compile(place)
+    model.compiled_attention = compile is not False and attention.serves(place)
     optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile, muon)
     if run.newest:
         checkpoint.load_optimizer(run.newest / "optimizer", model, optimizer, saved_dtype)
@@ -1197,7 +1195,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress,
                                      saved_dtype, keep, run.best_folder, save)
         if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp) and not run.stopping:
-            for completion in Llama(model, tokenizer, 256).text_completion(PROMPTS, 100, echo=True):
+            llama = Llama(model, tokenizer, max_seq_len=256)
+            for completion in llama.text_completion(PROMPTS, max_gen_len=100, echo=True):
                 run.show(completion["generation"] + "\n")
     run.close()
     if lora_rank and run.is_master and not run.stopping:

@@ -14,7 +14,7 @@ from plumbing import fast
 from plumbing.cli import expect
 from plumbing.devices import name_of
 from plumbing.documents import read_records
-from plumbing.json_stream import read_json
+from plumbing.json_stream import json_values
 from plumbing.narrow import weight_type
 from plumbing.prompts import holds_dialogs, read_prompts, say_cut, say_spelled
 from plumbing.records import FIELD
@@ -27,7 +27,7 @@ EXPECTED = "expected messages or conversations, the last one the user's"
 def choices(model):
     """What was chosen for a model where that was free, in one line."""
     return (f"weights in {weight_type(model)}, arithmetic in {name_of(model.dtype)}, on "
-            f"{model.norm.weight.device}")
+            f"{model.device}")
 
 
 def make_ready(llama, compile):
@@ -37,7 +37,7 @@ def make_ready(llama, compile):
     """
     print(choices(llama.model), file=sys.stderr)
     llama.reader = None if compile is False else fast.compile_inference(llama.model)
-    fast.keep_freed_memory(llama.model.norm.weight.device)
+    fast.keep_freed_memory(llama.model.device)
 
 
 def read(prompt, prompt_file, special, default):
@@ -148,7 +148,7 @@ def read_dialogs(path):
             yield row
 
     with open_text(path) as file:
-        records = list(read_records(path, "dialog", collect(read_json(file)), FIELD, EXPECTED))
+        records = list(read_records(path, "dialog", collect(json_values(file)), FIELD, EXPECTED))
     expect(records, path, "empty", "a dialog in every line")
     for number, (row, record) in enumerate(zip(rows, records, strict=True)):
         if row.get(key_of(row)) is None or "messages" not in record:

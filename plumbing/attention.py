@@ -90,7 +90,7 @@ def compile_kernels():
     return library
 
 
-def can_compile(device):
+def serves(device):
     """Whether attention.cpp serves a device; if not on a CPU, a line on standard error says why."""
     if device.type != "cpu":
         return False

@@ -63,7 +63,7 @@ class StaticReader:
 
     def draws(self, texts, ended, start_pos, caches, sampler, uniforms, num_ids):
         """As Llama.draws, with the same ids; rows that have ended go on, and nobody looks at them."""
-        device = self.model.norm.weight.device
+        device = self.model.device
         room = caches[0].k.size(1)
         longest = max(map(len, texts))
         step = Step(self.model, caches, sampler, uniforms.to(device), texts, num_ids)

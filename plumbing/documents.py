@@ -15,7 +15,7 @@ import zlib
 
 from plumbing.cli import unescape
 from plumbing.files import MANIFEST, matching
-from plumbing.json_stream import BLOCK, read_array, read_json
+from plumbing.json_stream import BLOCK, json_values, read_array
 from plumbing.records import COLUMNS, FIELD, record_of, shown
 from plumbing.text_files import likely_encoding, open_text
 
@@ -118,7 +118,7 @@ def read_documents(path, field, separator, block=BLOCK):
             rows = read_parquet(path, field)
         else:
             # No line at all is JSON Lines of no document, but no JSON.
-            rows = read_json(file, block, may_be_empty=kind_of(path) != ".json")
+            rows = json_values(file, block, may_be_empty=kind_of(path) != ".json")
         yield from read_records(path, "document", rows, field, expected)
 
 

@@ -159,7 +159,7 @@ def compile_blocks(model, dynamic=None):
     One block is compiled, once, and serves all layers. dynamic: for any number of tokens at once. Returns
     whether it could.
     """
-    can = can_compile(model.norm.weight.device)
+    can = can_compile(model.device)
     for layer in model.layers if can else ():
         layer.compile(dynamic=dynamic)
     return can
@@ -174,7 +174,7 @@ def compile_inference(model):
     if model.tensor_parallel > 1:
         say_uncompiled(f"{model.tensor_parallel} processes split the model")
         return None
-    if model.norm.weight.device.type != "cpu":
+    if model.device.type != "cpu":
         return StaticReader(model) if compile_blocks(model, dynamic=True) else None
     try:
         find_compiler()  # Also where this process has compiled the kernels before, CXX may have changed.
@@ -255,7 +255,7 @@ class CompiledReader:
         self.sizes = Model(args.dim, args.hidden_dim, args.vocab_size, args.n_layers, args.n_heads,
                            args.n_kv_heads, args.head_dim, args.norm_eps, self.layers.data_ptr())
         # Of all products, PyTorch makes this one faster, where the processor has instructions for it.
-        fast = fast_dtype(model.norm.weight.device, self.dtype)
+        fast = fast_dtype(model.device, self.dtype)
         self.torch_multiplies = self.dtype == weight_dtype == fast == torch.bfloat16
 
     @staticmethod

@@ -11,7 +11,7 @@ CLOSING = re.compile(r"[ \t\n\r]*\]")
 END = re.compile(r"[ \t\n\r]*\Z")
 
 
-def read_json(file, block=BLOCK, may_be_empty=True):
+def json_values(file, block=BLOCK, may_be_empty=True):
     """Yields the values of a JSON array, or those that stand one after another, as in JSON Lines.
 
     may_be_empty: whether a file may hold nothing. Errors: see read_array.

@@ -162,7 +162,7 @@ def is_adapted(model):
 def adapted_tensors(model, tensors, seed, newest=None):
     """Yields (name, tensor or Pieces) of an adapted model: its base's, quantized where it is, and adapters.
 
-    tensors: mapped.taken's, or whole ones. newest: a folder of adapters to go on with; None: A is drawn
+    tensors: mapped.pop_pieces', or whole ones. newest: a folder of adapters to go on with; None: A is drawn
     as PEFT does, on all ranks alike, B is zero.
     """
     layout = model.state_dict()

@@ -89,7 +89,7 @@ def stored_dtype(pieces):
                             {parts.dtype for parts in pieces.values() if len(parts.shape) > 1})
 
 
-def taken(pieces, tied):
+def pop_pieces(pieces, tied):
     """Yields (name, Pieces) of open_pieces' pieces, one at a time; a tied output not at all.
 
     They leave the dictionary, so that a file's map stays only as long as its tensors are used.
@@ -101,8 +101,8 @@ def taken(pieces, tied):
 
 
 def merged(pieces, tied):
-    """As taken, with whole tensors."""
-    return ((name, parts.whole()) for name, parts in taken(pieces, tied))
+    """As pop_pieces, with whole tensors."""
+    return ((name, parts.whole()) for name, parts in pop_pieces(pieces, tied))
 
 
 def number_of_files(model, dtype):

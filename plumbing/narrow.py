@@ -51,6 +51,7 @@ def widen(model, dtype):
             model.set_submodule(name, WideEmbedding(module.weight, dtype))
         if isinstance(module, nn.Linear):
             model.set_submodule(name, WideLinear(module.weight))
+    model.compute_dtype = dtype
 
 # -----------------------------------------------------------------------------
 # Int8 weights
@@ -146,6 +147,7 @@ def load_int8(model, tensors, device, dtype):
         model.set_submodule(path, kind(*quantize(tensor), dtype))
     if model.args.tie_word_embeddings:
         model.output = Int8Linear(model.tok_embeddings.quantized, model.tok_embeddings.scale, dtype)
+    model.compute_dtype = dtype
 
 
 def weight_type(model):

@@ -6,7 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from plumbing.json_stream import read_json
+from plumbing.json_stream import json_values
 from plumbing.text_files import check_file, open_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -29,7 +29,7 @@ def read_questions(path):
     questions = []
     with open_text(path) as file:
         try:
-            for row in read_json(file):
+            for row in json_values(file):
                 questions.append(question_of(row))
         except (ValueError, RecursionError) as error:
             found = "no UTF-8" if isinstance(error, UnicodeDecodeError) else error

@@ -1,13 +1,10 @@
 """A training run's folder: what it has left there, its log and plot, a progress bar, and signals to stop."""
 
-import contextlib
 import datetime
 import json
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,10 +16,9 @@ from plumbing.checkpoint import checkpoints_of_run, point_best, remove
 from plumbing.files import check_disk, complete
 from plumbing.parallel import largest_over_ranks
 from plumbing.plot import plot_losses
+from plumbing.signals import noted
 from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer, name_of_copy
-
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers', terminals' and people's
 
 
 def entropy_floor(folder):
@@ -130,46 +126,20 @@ class Run:
     def steps(self, first, last):
         """Yields the steps first to last, behind a progress bar; ends early when `stopping` is set.
 
-        Meanwhile signals to end are only noted, and said, so that a step can be finished and saved. Those
-        that are ignored stay so, as nohup has it for SIGHUP. A second one acts as usual; but bash and
-        timeout send theirs twice, so that within a second only Ctrl-C does, and torchrun passes some on
-        twice, so that under it none does.
+        Meanwhile signals to end are only noted, so that a step can be finished and saved.
         """
-        usual = {}
-        noted = {}
-
-        def note(number, frame):
-            repeated = number in noted
-            first = noted.setdefault(number, time.monotonic())
-            self.signals.append(signal.Signals(number).name)
-            if not repeated and self.is_master:
-                with contextlib.suppress(OSError):  # print() may be what the signal has interrupted.
-                    os.write(2, f"\n{self.signals[-1]}: the step ends, and is saved, first\n".encode())
-            is_meant = number == signal.SIGINT or time.monotonic() - first > 1
-            if repeated and is_meant and not dist.is_initialized():
-                signal.signal(number, usual[number])
-                signal.raise_signal(number)
-
-        if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread.
-            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    usual[number] = signal.signal(number, note)
         # disable=None: no bar where there is no terminal.
         self.bar = tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step",
                         disable=None if self.is_master else True)
         self.first = self.step = first
         self.last = last
         self.began = time.monotonic()
-        try:
+        with noted(self.signals, self.is_master), self.bar:
             for step in self.bar:
                 self.step = step
                 yield step
                 if self.stopping:
                     break
-        finally:
-            self.bar.close()
-            for number, handler in usual.items():
-                signal.signal(number, handler)
 
     def heed_signals(self, device):
         """Ends the steps of all ranks if one of them has received a signal; the last step ends anyway."""
@@ -177,7 +147,7 @@ class Run:
         number = largest_over_ranks(number, device)
         self.stopping = number > 0 and self.step < self.last
         if self.stopping:
-            self.signals = [signal.Signals(number).name]
+            self.signals[:] = [signal.Signals(number).name]
 
     def log(self, record):
         """Writes a step's line to log.jsonl, and shows it beside the bar, or alone where there is none.

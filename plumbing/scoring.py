@@ -28,7 +28,7 @@ def nats_of(llama, windows, caches, held=0):
     ones alone are scored. ValueError if the model's logits aren't finite.
     """
     reader = llama.reader or llama.model
-    device = llama.model.norm.weight.device
+    device = llama.model.device
     shape = len(windows), max(len(window.ids) for window in windows) - 1 - held
     tokens = np.zeros(shape, dtype=np.int64)  # Padding comes last, where causality hides it.
     targets = np.zeros(shape, dtype=np.int64)
@@ -117,7 +117,7 @@ def score_endings(llama, pairs):
         reader = llama.reader or llama.model
         with torch.inference_mode():
             shared = llama.new_caches(1, longest)
-            prefix = torch.tensor([rows[0][:held]], device=llama.model.norm.weight.device)
+            prefix = torch.tensor([rows[0][:held]], device=llama.model.device)
             reader.extend(prefix, [0], shared)
             for cache, one in zip(caches, shared, strict=True):
                 cache.k[:, :held] = one.k[:, :held]

@@ -7,7 +7,7 @@ import torch
 
 from plumbing import checkpoint, files, lora, parallel
 from plumbing.cli import expect, expect_at_least
-from plumbing.mapped import taken
+from plumbing.mapped import pop_pieces
 
 
 def check_flags(flags):
@@ -52,6 +52,13 @@ def check_shape(newest, found, asked):
                              "--preset and --ckpt_dir, or give another --out_dir")
 
 
+def default_lr(dim, is_new, has_adapters):
+    """A rate to begin with: the wider a model, the lower. docs/measurements.md has the runs behind it."""
+    if is_new:
+        return 0.6 / dim
+    return (0.5 if has_adapters else 0.05) / dim
+
+
 def validation_pattern(train_pattern, val_pattern):
     """(pattern of the shards to validate on, a line on them): one that is given, or with val for train.
 
@@ -80,7 +87,7 @@ def fill_model(model, pieces, seed, device, dtype, fsdp, adapters=None):
     if fsdp:
         parallel.shard_parameters(model, device, dtype, sharing)
     if pieces:
-        tensors = taken(pieces, model.args.tie_word_embeddings)
+        tensors = pop_pieces(pieces, model.args.tie_word_embeddings)
         if lora.is_adapted(model):
             tensors = lora.adapted_tensors(model, tensors, seed, adapters)
     else:

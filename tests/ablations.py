@@ -152,7 +152,7 @@ def run(task, data, s):
     shape = dict(dim=s.dim, n_layers=s.n_layers, n_heads=s.n_heads, n_kv_heads=s.n_heads)
     model = Transformer(ModelArgs(**PRESETS["demo"] | shape, vocab_size=tokenizer.n_words))
     model.init_weights(torch.Generator().manual_seed(s.seed))
-    model.compiled_attention = attention.can_compile(torch.device("cpu"))
+    model.compiled_attention = attention.serves(torch.device("cpu"))
     paths = files.matching(str(Path(data) / s.train))
     shards = [files.read_tokens(path, 0, files.read_header(path).num_tokens) for path in paths]
     windows = Windows(np.concatenate(shards).astype(np.int64), tokenizer.bos_id, s)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import assert_close, random_model, random_tokens
 
 from plumbing import attention
-from plumbing.attention import attend, attend_on_cpu, can_compile, first_seen
+from plumbing.attention import attend, attend_on_cpu, first_seen, serves
 from plumbing.fast import compile_blocks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -115,7 +115,7 @@ def test_a_model_has_the_loss_and_gradients_that_pytorchs_attention_gives(way, b
     model, tokens = random_model(vocab_size=20), random_tokens(2, 110, high=20)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     outcomes = []
-    for model.compiled_attention in (False, can_compile(CPU)):
+    for model.compiled_attention in (False, serves(CPU)):
         loss = model(inputs, targets, bos_id)
         outcomes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
         model.activation_checkpointing = way == "recomputed"
@@ -139,7 +139,7 @@ def test_of_a_window_that_is_four_times_as_long_four_times_as_much_is_kept():
 def test_without_a_compiler_one_line_says_who_computes_attention(monkeypatch, capsys):
     attention.compile_kernels.cache_clear()
     monkeypatch.setenv("CXX", "nosuchcompiler")
-    assert not can_compile(CPU)
+    assert not serves(CPU)
     assert capsys.readouterr().err == ("no C++ compiler found (nosuchcompiler, or CXX); attention is "
                                        "computed by PyTorch\n")
-    assert not can_compile(torch.device("meta")) and not capsys.readouterr().err
+    assert not serves(torch.device("meta")) and not capsys.readouterr().err

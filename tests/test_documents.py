@@ -323,7 +323,7 @@ def test_json_in_blocks_is_what_json_reads(values, block, ascii, indent):
     def dump(value):
         return json.dumps(value, ensure_ascii=ascii, indent=indent)
     for content in dump(values), "\n".join(map(dump, values)), "".join(f"{dump(v)} \n\n" for v in values):
-        assert list(json_stream.read_json(io.StringIO(content), block)) == values
+        assert list(json_stream.json_values(io.StringIO(content), block)) == values
 
 
 def test_of_a_large_broken_file_no_more_is_read_than_the_fault_needs():
@@ -336,7 +336,7 @@ def test_of_a_large_broken_file_no_more_is_read_than_the_fault_needs():
     for fault in '{"text": "b}\n', '{"text": b}\n', '{"text" "b"}\n', '{"text": "b"\n':
         file = Counted(LINES + fault + LINES * 50)
         with pytest.raises(ValueError):
-            list(json_stream.read_json(file, 1000))
+            list(json_stream.json_values(file, 1000))
         assert file.amount < len(LINES) + 5000
 
 

@@ -16,7 +16,7 @@ BUDGETS = {
     "reference.py": 369,  # DESIGN.md has 270: it shares its flags with sample, and refuses what is no Llama.
     "convert.py": 207,
     "evaluate.py": 190,
-    "chat.py": 175,  # DESIGN.md has 140: each of its 14 flags has a line of help.
+    "chat.py": 170,  # DESIGN.md has 140: each of its 14 flags has a line of help.
     "bench.py": 429,
     "planner.py": 407,
     "peers.py": 140,
@@ -46,13 +46,15 @@ BUDGETS = {
     "plumbing/parallel.py": 188,  # DESIGN.md has 180: launchers other than torchrun are refused.
     "plumbing/tensor_parallel.py": 46,
     "plumbing/scoring.py": 125,
-    "plumbing/start.py": 90,
+    "plumbing/start.py": 97,
     "plumbing/resume.py": 233,
-    "plumbing/run.py": 245,  # DESIGN.md has 220: five signals are heeded, and the best step is kept.
+    "plumbing/run.py": 220,
+    "plumbing/signals.py": 45,
     "plumbing/plot.py": 40,
     "plumbing/files.py": 225,  # DESIGN.md has 130: shards and manifests are checked, with messages.
     "plumbing/text_files.py": 74,
-    "plumbing/cli.py": 182,  # DESIGN.md has 110: flags may be lists and numbered switches.
+    "plumbing/cli.py": 110,
+    "plumbing/flags.py": 76,
     "plumbing/prompts.py": 75,
     "plumbing/streams.py": 75,
     "plumbing/download.py": 160,
@@ -106,7 +108,7 @@ def test_the_reference_shares_only_the_tokenizer_and_the_command_line():
     assert found == {"plumbing", "plumbing.cli", "plumbing.prompts", "plumbing.prompts.read_prompts",
                      "plumbing.prompts.say_cut", "plumbing.prompts.say_spelled",
                      "tokenizer", "tokenizer.open_tokenizer"}
-    rooms = ("cli", "prompts", "files", "text_files", "streams",  # and what tokenizer.py imports
+    rooms = ("cli", "flags", "prompts", "files", "text_files", "streams",  # and what tokenizer.py imports
              "meta_vocabulary", "tokenizer_json", "chat_template", "messages")
     for shared in ("tokenizer.py", *(f"plumbing/{name}.py" for name in rooms)):
         assert not imports(ROOT / shared) & {"llama31", "importlib", "plumbing.fast", "plumbing.checkpoint"}

@@ -57,7 +57,7 @@ def test_shards_of_three_ranks_are_the_checkpoints_rows(tmp_path):
             with fake_group(3, rank):
                 model, pieces = open_checkpoint(folder)
                 parallel.shard_parameters(model, CPU, torch.bfloat16, 3)
-                checkpoint.load_weights(model, mapped.taken(pieces, False), CPU)
+                checkpoint.load_weights(model, mapped.pop_pieces(pieces, False), CPU)
                 for name, p in model.named_parameters():
                     [begin, *_], [rows, *_] = parallel.own_part(p)
                     assert torch.equal(p.to_local(), whole[name][begin:begin + rows])
@@ -114,7 +114,7 @@ def test_a_rank_of_1024_reads_its_share_of_405b(tmp_path, monkeypatch):
         before = resident_bytes(folder)
         parallel.shard_parameters(model, CPU, torch.bfloat16, 1024)
         most, _ = tensor_bytes(lambda: checkpoint.load_weights(
-            model, mapped.taken(pieces, False), CPU))
+            model, mapped.pop_pieces(pieces, False), CPU))
         whole = Transformer.on_meta(args).parameters()
         share = sum(math.ceil(p.size(0) / 1024) * p[0].numel() for p in whole)
         parameters = sum(p.numel() for p in model.parameters())
