@@ -11,6 +11,7 @@ import smollm2
 import torch
 from tiny import ROOT, random_model, sentences, write_checkpoint
 
+from plumbing import devices, run
 from plumbing.files import write_tokens
 from tokenizer import train_tokenizer
 
@@ -38,6 +39,13 @@ def corpus(tokenizer, tmp_path_factory):
     write_checkpoint(folder / "ckpt", model, tokenizer=tokenizer)
     (folder / "tokenizer.model").write_bytes((folder / "ckpt" / "tokenizer.model").read_bytes())
     return folder
+
+
+@pytest.fixture
+def quick_training(monkeypatch):
+    """Training measures no machine, which takes seconds in bfloat16 without AVX512, and draws no plot."""
+    monkeypatch.setattr(devices, "measured_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(run, "plot_losses", lambda records, path, floor: records and path.touch())
 
 
 # -----------------------------------------------------------------------------

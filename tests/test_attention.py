@@ -110,7 +110,7 @@ def test_the_operator_keeps_what_pytorch_demands_of_one():
 
 
 @pytest.mark.parametrize("bos_id", [None, 3])
-@pytest.mark.parametrize("way", ["eager", "recomputed", "compiled"])
+@pytest.mark.parametrize("way", ["eager", "recomputed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_model_has_the_loss_and_gradients_that_pytorchs_attention_gives(way, bos_id):
     model, tokens = random_model(vocab_size=20), random_tokens(2, 110, high=20)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

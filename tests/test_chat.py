@@ -306,7 +306,7 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talker, ckpt_dirs):
         assert terminal.process.wait(30) == 0
 
 
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("marked", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pastes", [
     ["one\ntwo", "/exit\n\n\tthree\n/reset", "/a\n/b"],
     pytest.param(["a" * 5000 + "\n" + "b" * 6000 + "\n" + "c" * 4500], marks=pytest.mark.slow)],

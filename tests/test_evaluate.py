@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch.nn.functional as F
 from hugging_face import hugging_face
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import output, random_llama, random_model, run, sentences, torchrun, write_checkpoint
+from tiny import output, random_llama, random_model, sentences, torchrun, write_checkpoint
 
 import convert
 import evaluate
 from llama31 import Llama
-from plumbing import questions, scoring
+from plumbing import cli, questions, scoring
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -82,7 +83,8 @@ def plain_nats(model, tokenizer, texts, size, stride):
     return nats, count
 
 
-@pytest.mark.parametrize("size, stride", [(64, 32), (40, 1), (17, 16), (2, 1)])
+@pytest.mark.parametrize("size, stride", [
+    (64, 32), (40, 9), (17, 16), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_figures_are_those_of_transformers(size, stride, ckpt_dir, corpus_file, texts, tokenizer, capsys):
     found = run_text(capsys, ckpt_dir, corpus_file, max_seq_len=size, stride=stride)
     model = Llama.build(ckpt_dir, device="cpu", compile=False).model
@@ -262,8 +264,9 @@ def test_a_file_without_questions_is_named(content, said, tmp_path):
     (["choices", "--input", "none.jsonl"], "none.jsonl: found no such file, expected a .jsonl file"),
     (["choices", "--input", "README.md", "--shots", "-1"], "shots is -1; expected at least 0")])
 def test_a_wrong_flag_is_one_line(words, said, ckpt_dir):
-    done = run("evaluate.py", *words, "--ckpt_dir", ckpt_dir, "--nocompile")
-    assert done.returncode == 1 and said in done.stderr.splitlines()[-1]
+    words = [*words, "--ckpt_dir", str(ckpt_dir), "--nocompile"]
+    with pytest.raises(SystemExit, match="^error: [^\n]*" + re.escape(said)):
+        cli.run({"text": evaluate.text, "choices": evaluate.choices}, None, words)
 
 
 def test_a_text_of_nothing_to_score_is_refused(ckpt_dir, tmp_path, capsys):

@@ -30,6 +30,8 @@ from plumbing import fast, huggingface, lora, narrow
 from plumbing.adapters import CONFIG, MATRICES, WEIGHTS, peft_names, save_adapters
 from plumbing.checkpoint import load_weights, newest_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 RANK = 3
 
 # -----------------------------------------------------------------------------

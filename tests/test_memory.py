@@ -33,11 +33,11 @@ def train(args, batch_size, seq_len, recomputed, model=None):
 
 @pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
     (SMALL | dict(dim=256, n_layers=2, vocab_size=1000), 1, 32, False),  # weights take the most
-    (SMALL | dict(dim=256, n_layers=8, vocab_size=1000), 1, 32, True),  # autocast's copies of them, too
+    (SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 32, True),  # autocast's copies of them, too
     (SMALL | dict(vocab_size=300), 2, 256, False),  # activations
     (SMALL | dict(n_layers=2, vocab_size=64), 4, 256, True),  # a block computed again
     (SMALL | dict(n_layers=1, vocab_size=8000, tie_word_embeddings=True), 1, 64, False),  # the output matrix
-    (SMALL | dict(dim=32, n_layers=1, vocab_size=20000), 1, 500, False)])  # logits
+    (SMALL | dict(dim=32, n_layers=1, vocab_size=10000), 1, 250, False)])  # logits
 def test_training_holds_the_bytes_of_tensors_that_are_computed(settings, batch_size, seq_len, recomputed):
     args = ModelArgs(**settings)
     computed = planner.training_memory(args, batch_size, seq_len, activation_checkpointing=recomputed,

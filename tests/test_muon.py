@@ -7,6 +7,8 @@ from tiny import random_model, random_tokens, read_log, read_weights, untimed
 import llama31
 from plumbing.muon import Muon, orthogonalized
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 128), (1, 64), (64, 1)])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])

@@ -13,14 +13,10 @@ from tiny import read_log, run, untimed
 
 import llama31
 from llama31 import checkpoints_of_run, learning_rate_at, train
-from plumbing import checkpoint, devices, parallel
+from plumbing import checkpoint, parallel
 from plumbing.resume import locked
 
-
-@pytest.fixture(autouse=True)
-def no_measurement(monkeypatch):
-    """The machine isn't measured, which takes seconds in bfloat16 without AVX512."""
-    monkeypatch.setattr(devices, "measured_peak", lambda device, dtype: 1e12)
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from llama31 import Transformer
 from plumbing import lora, rounding
 from plumbing.rounding import RoundingAdamW, random_bits, rounded, update, update_parts
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 BF16 = torch.bfloat16
 
 

@@ -59,9 +59,10 @@ def plain_words(text):
 
 
 # -----------------------------------------------------------------------------
-# the corpus
+# the corpus, which takes long to write
 
 
+@pytest.mark.slow
 def test_the_corpus_is_large_and_no_story_occurs_twice(corpus):
     splits = corpus[1]
     texts = splits["val"] + splits["train"]
@@ -70,6 +71,7 @@ def test_the_corpus_is_large_and_no_story_occurs_twice(corpus):
     assert len({word for text in texts for word in plain_words(text)}) >= 600
 
 
+@pytest.mark.slow
 def test_no_eight_words_are_in_more_than_two_percent_of_the_stories(corpus):
     texts = sum(corpus[1].values(), [])
     counts = collections.Counter()
@@ -79,6 +81,7 @@ def test_no_eight_words_are_in_more_than_two_percent_of_the_stories(corpus):
     assert counts.most_common(1)[0][1] <= 0.015 * len(texts)
 
 
+@pytest.mark.slow
 def test_entropy_json_holds_the_bits_and_bytes_of_the_splits(corpus):
     folder, splits = corpus
     entropy = json.loads((folder / "entropy.json").read_text())
@@ -93,11 +96,13 @@ def test_entropy_json_holds_the_bits_and_bytes_of_the_splits(corpus):
     assert entropy["train"]["bits_per_byte"] == pytest.approx(entropy["val"]["bits_per_byte"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_train_stories_parse_too(corpus):
     for text in random.Random(0).sample(corpus[1]["train"], 300):
         parse(text, GRAMMAR)
 
 
+@pytest.mark.slow
 def test_every_prompt_of_the_demo_begins_a_twelfth_of_the_stories(corpus):
     texts = corpus[1]["train"]
     for opening in ("Once upon a time,", "One day,", r"\w+ and \w+ were best friends\.",

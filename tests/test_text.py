@@ -20,6 +20,8 @@ from llama31 import DistributedShardedDataLoader
 from plumbing import documents, json_stream
 from tokenizer import Tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 
 def some_texts(n, seed=0):
     return [f"{i} {sentence}\nOh é 漢字!" for i, sentence in enumerate(sentences(n, seed))]
