@@ -302,8 +302,7 @@ def test_elsewhere_blocks_are_compiled_once_for_all_layers_and_prompts(monkeypat
     monkeypatch.setattr(fast, "can_compile", lambda device: True)
     eager, compiled = random_llama(), random_llama()
     device = torch.device("cuda")
-    compile_inference(SimpleNamespace(layers=compiled.model.layers, tensor_parallel=1,
-                                      norm=SimpleNamespace(weight=SimpleNamespace(device=device))))
+    compile_inference(SimpleNamespace(layers=compiled.model.layers, tensor_parallel=1, device=device))
     prompts = [[5, 6, 7], [1, 2, 3, 4, 5], [8, 9]]
     greedy(compiled, prompts, 9)
     graphs = counters["stats"]["unique_graphs"]
