@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from llama31 import Llama
-from plumbing import answers, cli, devices, files, narrow, parallel
+from plumbing import answers, cli, devices, files, narrow, parallel, streams
 from plumbing.cli import expect_at_least
 from plumbing.documents import find_inputs, read_documents
 from plumbing.questions import read_questions, shots_before
@@ -50,7 +50,7 @@ def show(line, record, json):
 # Text
 
 
-@parallel.only_first_prints()
+@streams.only_first_prints()
 def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, field: str = FIELD,
          separator: str | None = None, max_seq_len: int | None = None, stride: int | None = None,
          device: str | None = None, dtype: str | None = None, compile: bool | None = None,
@@ -130,7 +130,7 @@ def text(*, ckpt_dir: str, input: list[str], tokenizer_path: str | None = None, 
 # Multiple choice
 
 
-@parallel.only_first_prints()
+@streams.only_first_prints()
 def choices(*, ckpt_dir: str, input: str, tokenizer_path: str | None = None, shots: int = 0,
             seed: int = 1337, max_seq_len: int | None = None, device: str | None = None,
             dtype: str | None = None, compile: bool | None = None, quantize: str | None = None,

@@ -49,6 +49,7 @@ from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
 from plumbing.start import check_flags, check_shape, check_source, default_lr, fill_model, validation_pattern
+from plumbing.streams import only_first_prints
 from plumbing.tensor_parallel import processes_that_split, split_model
 from tokenizer import TextStream, Tokenizer, find_tokenizer, open_tokenizer, train_tokenizer
 
@@ -1209,7 +1210,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 # Commands
 
 
-@parallel.only_first_prints()
+@only_first_prints()
 def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, prompt: str | None = None,
            prompt_file: str | None = None, max_gen_len: int = 256,
            temperature: float = Sampler.temperature, top_p: float = Sampler.top_p,

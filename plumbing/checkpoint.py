@@ -10,15 +10,14 @@ import dataclasses
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from plumbing import mapped, parallel
 from plumbing.files import complete_folder
 from plumbing.mapped import Pieces, split_dim
+from plumbing.optimizer_state import load_optimizer, loses, save_optimizer  # noqa: F401
 from plumbing.params import write_params
 from plumbing.streams import say
 from plumbing.tokenizer_json import copy_tokenizer
@@ -159,7 +158,7 @@ def save_checkpoint(path, params, state, tokenizer_path=None, progress=None, opt
             del state  # before the next one is made
 
 # -----------------------------------------------------------------------------
-# A run's checkpoints: weights and progress, and the optimizer's state by torch.distributed.checkpoint
+# A run's checkpoints: weights, progress and the optimizer's state
 
 
 def newest_checkpoint(folder="out"):
@@ -231,22 +230,13 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
     directories stay; None: all. best: the one that stays, too, and to which the link `best` leads; None:
     there is none. save: writes it as save_checkpoint does, which gets what is trained.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     is_master = parallel.rank_and_size()[0] == 0
     optimizer_dir = path.parent / "optimizer.part"
     if is_master:
         shutil.rmtree(optimizer_dir, ignore_errors=True)
     if hasattr(model, "reshard"):  # FSDP2 leaves the outermost weights gathered after an evaluation.
         model.reshard()
-    state = get_optimizer_state_dict(model, optimizer)["state"]
-    if loses(model, dtype):
-        state[MASTER] = master_weights(model)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # It warns of a process that is alone.
-            dcp.save(state, checkpoint_id=optimizer_dir, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:  # such as no space left
-        raise OSError(f"{optimizer_dir}: {cause_of(error)}") from error
+    save_optimizer(optimizer_dir, model, optimizer, dtype)
     states = mapped.weights_of_files(model, dtype)
     if not is_master:
         for _ in states:
@@ -258,48 +248,8 @@ def save_training(path, model, optimizer, tokenizer_path, progress, dtype=torch.
             drop_checkpoints(path.parent, keep, best)
 
 
-MASTER = "master_weights"  # They lie beside AdamW's averages.
-
-
-def loses(model, dtype):
-    """Whether dtype can't hold the weights that are trained."""
-    return any(torch.promote_types(p.dtype, dtype) != dtype for p in model.parameters() if p.requires_grad)
-
-
 def bytes_of_training(model, dtype):
     """The most that save_training writes: weights in dtype, two averages, weights again if dtype loses."""
     trained = [p for p in model.parameters() if p.requires_grad]
     copies = 3 if loses(model, dtype) else 2
     return sum(dtype.itemsize * p.numel() + copies * p.nbytes for p in trained)
-
-
-def master_weights(model):
-    """name -> the weights that are trained, or this rank's shards of them."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def cause_of(error):
-    """One line on an error, or on the first rank's of those that torch.distributed.checkpoint gathered."""
-    failures = getattr(error, "failures", {})
-    cause, _ = next(iter(failures.values()), (error, None))
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-
-
-def load_optimizer(path, model, optimizer, dtype=torch.float32):
-    """Takes the optimizer's state from a checkpoint of any number of ranks, sharded as the model now is.
-
-    dtype: that of the saved weights; where it can't hold those that were trained, the model gets these.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    state = get_optimizer_state_dict(model, optimizer)  # zeros, filled in place
-    wanted = dict(state["state"])
-    if loses(model, dtype):
-        wanted[MASTER] = master_weights(model)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(wanted, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as error:  # The latter is no Exception.
-        raise ValueError(f"{path}: damaged, or of another model; resume from an older checkpoint "
-                         f"({cause_of(error)})") from error
-    set_optimizer_state_dict(model, optimizer, state)

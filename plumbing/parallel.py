@@ -1,6 +1,5 @@
 """Several processes by torch's own engine: their group, sums over it, a model spread over it."""
 
-import contextlib
 import itertools
 import os
 import time
@@ -150,17 +149,6 @@ def shard_parameters(model, device, dtype, sharing):
         layer.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([layer])
     register_fsdp_forward_method(model, "forward_cached")  # so that a sharded model can sample, too
-
-
-@contextlib.contextmanager
-def only_first_prints():
-    """Lets no process but the first print, until an error."""
-    if os.environ.get("RANK", "0") == "0":
-        yield
-        return
-    with open(os.devnull, "w", encoding="utf-8") as nothing:
-        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-            yield
 
 
 def is_sharded(tensor):

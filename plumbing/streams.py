@@ -72,3 +72,14 @@ def say(text, stream=None):
     stream = stream or sys.stdout
     with dropping(stream), tqdm.external_write_mode(file=stream):
         print(text, file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def only_first_prints():
+    """Lets no process but torchrun's first print, until an error."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+            yield

@@ -1,4 +1,4 @@
-"""Training under real torchrun: several processes learn what one would, and a failing one ends the job."""
+"""Training in several processes: they learn what one would, and under torchrun a failure ends the job."""
 
 import shutil
 import signal
@@ -13,6 +13,7 @@ from tiny import (
     RESCALED,
     ROOT,
     WIDE,
+    forked,
     random_model,
     read_log,
     read_weights,
@@ -29,11 +30,11 @@ from llama31 import Llama
 pytestmark = pytest.mark.slow
 
 
-def words(folder, processes, out_dir, *flags, script="llama31.py"):
+def words(folder, processes, out_dir, *flags, script="llama31.py", launch=forked):
     """What python runs to train in so many processes."""
     given = {flag.partition("=")[0] for flag in flags}
     defaults = ("--steps=20", "--eval_interval=10", "--eval_steps=0")
-    return torchrun(processes, script, "train", f"--train_data={folder}/train.bin",
+    return launch(processes, script, "train", f"--train_data={folder}/train.bin",
                     f"--val_data={folder}/val.bin", f"--ckpt_dir={folder}/ckpt", f"--out_dir={out_dir}",
                     "--seq_len=16", "--device=cpu",
                     *(flag for flag in defaults if flag.partition("=")[0] not in given), *flags)
@@ -169,7 +170,7 @@ def test_a_signal_saves_and_ends_all_ranks_and_the_run_goes_on_exactly(corpus, t
     assert whole.returncode == 0, whole.stderr[-6000:]
     for number in (signal.SIGTERM, signal.SIGINT):
         before = len(read_log(tmp_path / "parts"))
-        command = [sys.executable, *words(corpus, 2, tmp_path / "parts", *common)]
+        command = [sys.executable, *words(corpus, 2, tmp_path / "parts", *common, launch=torchrun)]
         process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
         while len(read_log(tmp_path / "parts")) < before + 10:
@@ -192,13 +193,13 @@ def test_a_rank_that_alone_fails_ends_the_job_with_its_own_error(corpus, tmp_pat
     for name, content in (("train", shard), ("val", np.fromfile(corpus / "val.bin", dtype="<u4"))):
         content.tofile(tmp_path / f"{name}.bin")
     shutil.copytree(corpus / "ckpt", tmp_path / "ckpt")
-    result, _ = train(tmp_path, 2, tmp_path / "out", "--batch_size=2", *flags)
+    result, _ = train(tmp_path, 2, tmp_path / "out", "--batch_size=2", *flags, launch=torchrun)
     assert result.returncode != 0 and "holds token 600, the vocabulary ends at 559" in result.stderr
     assert 0 < len(read_log(tmp_path / "out")) < 6
 
 
 def test_an_error_of_all_ranks_ends_the_job(corpus, tmp_path):
-    result, _ = train(corpus, 2, tmp_path, "--lr=1e30", "--grad_clip=0", "--batch_size=4")
+    result, _ = train(corpus, 2, tmp_path, "--lr=1e30", "--grad_clip=0", "--batch_size=4", launch=torchrun)
     assert result.returncode != 0 and "expected finite" in result.stderr
     result, _ = train(corpus, 2, tmp_path / "b", "--batch_size=3", "--total_batch_tokens=128")
     assert result.returncode != 0 and "expected a multiple of" in result.stderr

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hugging_face import hugging_face
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import output, random_llama, random_model, sentences, torchrun, write_checkpoint
+from tiny import forked, output, random_llama, random_model, sentences, write_checkpoint
 
 import convert
 import evaluate
@@ -125,7 +125,7 @@ def test_ranks_share_the_work_and_find_the_same(processes, ckpt_dir, corpus_file
     for words in (["text", "--input", corpus_file], ["choices", "--input", tmp_path / "q.jsonl"]):
         words = [*words, "--ckpt_dir", ckpt_dir, "--dtype", "float32", "--device", "cpu", "--json"]
         alone = json.loads(output("evaluate.py", *words).splitlines()[-1])
-        shared = output(*torchrun(processes, "evaluate.py", *words))
+        shared = output(*forked(processes, "evaluate.py", *words))
         assert json.loads(shared.splitlines()[-1]) == pytest.approx(alone, rel=1e-7)
 
 

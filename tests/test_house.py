@@ -29,7 +29,8 @@ BUDGETS = {
     "plumbing/muon.py": 52,
     "plumbing/decoding.py": 259,
     "plumbing/attention.cpp": 260,
-    "plumbing/checkpoint.py": 305,  # DESIGN.md has 260: a run keeps its best checkpoint, and master weights.
+    "plumbing/checkpoint.py": 260,
+    "plumbing/optimizer_state.py": 65,
     "plumbing/params.py": 68,
     "plumbing/torch_file.py": 68,
     "plumbing/mapped.py": 140,
@@ -43,7 +44,7 @@ BUDGETS = {
     "plumbing/gguf_file.py": 213,
     "plumbing/huggingface.py": 178,
     "plumbing/config_json.py": 112,
-    "plumbing/parallel.py": 188,  # DESIGN.md has 180: launchers other than torchrun are refused.
+    "plumbing/parallel.py": 180,
     "plumbing/tensor_parallel.py": 46,
     "plumbing/scoring.py": 125,
     "plumbing/start.py": 97,
@@ -56,7 +57,7 @@ BUDGETS = {
     "plumbing/cli.py": 110,
     "plumbing/flags.py": 76,
     "plumbing/prompts.py": 75,
-    "plumbing/streams.py": 75,
+    "plumbing/streams.py": 85,
     "plumbing/download.py": 160,
     "plumbing/documents.py": 202,
     "plumbing/records.py": 120,

@@ -11,12 +11,12 @@ from hugging_face import hugging_face
 from safetensors.torch import load_file, save_file
 from tiny import (
     assert_close,
+    forked,
     random_model,
     random_tokens,
     read_log,
     read_weights,
     run,
-    torchrun,
     untimed,
     write_checkpoint,
 )
@@ -370,7 +370,7 @@ def test_several_processes_have_the_losses_of_one(corpus, tmp_path, processes, f
              f"--lora_rank={RANK}"]
     for count in (1, processes):
         given = [flag for flag in flags if count > 1 or flag != "--fsdp"]
-        ended = run(*torchrun(count, *words, f"--out_dir={tmp_path}/{count}", f"--batch_size={12 // count}",
+        ended = run(*forked(count, *words, f"--out_dir={tmp_path}/{count}", f"--batch_size={12 // count}",
                               *given))
         assert ended.returncode == 0, ended.stderr[-6000:]
     one, several = tmp_path / "1", tmp_path / str(processes)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import random_model, random_tokens, read_log, read_weights, run, torchrun, untimed
+from tiny import forked, random_model, random_tokens, read_log, read_weights, run, untimed
 
 import llama31
 from llama31 import Transformer
@@ -213,7 +213,7 @@ def test_several_processes_round_as_one(corpus, tmp_path, flags):
              "--total_batch_tokens=192", "--device=cpu", "--dtype=float32", "--param_dtype=bfloat16",
              "--nocompile"]
     for count, given in ((1, ["--batch_size=12"]), (processes, flags)):
-        ended = run(*torchrun(count, *words, f"--out_dir={tmp_path}/{count}", *given))
+        ended = run(*forked(count, *words, f"--out_dir={tmp_path}/{count}", *given))
         assert ended.returncode == 0, ended.stderr[-6000:]
     a, b = (read_weights(tmp_path / str(count) / "step_000002") for count in (1, processes))
     same = sum(int((a[name] == b[name]).sum()) for name in a) / sum(t.numel() for t in a.values())

@@ -5,11 +5,21 @@ import sys
 
 import pytest
 import torch
-from tiny import ROOT, fake_group, output, random_llama, random_model, run, torchrun, write_checkpoint
+from tiny import (
+    ROOT,
+    fake_group,
+    forked,
+    output,
+    random_llama,
+    random_model,
+    run,
+    torchrun,
+    write_checkpoint,
+)
 
 import convert
 from llama31 import Llama, load_checkpoint
-from plumbing import parallel
+from plumbing import streams
 
 SHAPE = dict(n_heads=8, n_kv_heads=4, head_dim=8)
 PROMPTS = "once upon a time\nthe little cat Zoë sat\nMax\n"
@@ -38,7 +48,7 @@ def prompts(tmp_path_factory):
 def sampled(folder, prompts, processes, *flags):
     words = ["llama31.py", "sample", "--ckpt_dir", folder, "--prompt_file", prompts, "--max_gen_len", 12,
              "--device", "cpu", "--dtype", "float32", "--nocompile", *flags]
-    return output(*(torchrun(processes, *words) if processes > 1 else words))
+    return output(*(forked(processes, *words) if processes > 1 else words))
 
 
 @pytest.mark.slow
@@ -54,7 +64,7 @@ def test_processes_that_split_a_model_print_what_one_does(folders, prompts, name
 def evaluated(command, folder, input, processes, *flags):
     words = ["evaluate.py", command, "--ckpt_dir", folder, "--input", input, "--device", "cpu", "--dtype",
              "float32", "--nocompile", "--json", *flags]
-    return json.loads(output(*(torchrun(processes, *words) if processes > 1 else words)).splitlines()[-1])
+    return json.loads(output(*(forked(processes, *words) if processes > 1 else words)).splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -132,7 +142,7 @@ for folder in {[str(folder) for folder in folders.values()]}:
 print("read", len(ours))
 parallel.leave_process_group()
 """)
-    assert output(*torchrun(4, code)).count("read") == 4
+    assert output(*forked(4, code)).count("read") == 4
 
 
 @pytest.mark.parametrize("number, changes, message", [
@@ -169,7 +179,7 @@ def test_caches_have_the_heads_of_this_process(folders):
 def test_only_the_first_process_prints(capsys, monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        with parallel.only_first_prints():
+        with streams.only_first_prints():
             print(f"out {rank}")
             print(f"err {rank}", file=sys.stderr)
     assert capsys.readouterr() == ("out 0\n", "err 0\n")
