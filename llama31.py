@@ -44,7 +44,7 @@ from plumbing.dialogs import NoTargetError, pack_dialogs, remark_on
 from plumbing.mapped import merged, pop_pieces, stored_dtype
 from plumbing.muon import Muon
 from plumbing.narrow import load_int8, widen
-from plumbing.params import expect_types, read_params
+from plumbing.params import expect_types, fit_context, read_params
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
@@ -1068,7 +1068,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
 
     Checkpoints have the type of the weights that are finetuned; what resuming needs lies inside as float32.
     Resuming takes each flag that isn't given from the run's own record, but for device. Steps that are added
-    keep the last rate. A signal saves, then ends with 128 + its number; Ctrl-C is KeyboardInterrupt.
+    keep the last rate. A signal saves, then ends with status 128 + its number; Ctrl-C, too, in Python by
+    KeyboardInterrupt.
 
     Args:
         train_data: pattern of the .bin shards to train on
@@ -1149,8 +1150,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.check_disk(checkpoint.bytes_of_training(model, saved_dtype), progress["step"])
     fill_model(model, pieces, seed, place, compute_dtype, fsdp, run.newest)
-    # A sample may be as long as the windows of this training, or as what the checkpoint could read before.
-    model.args.max_seq_len = seq_len if pieces is None else max(model.args.max_seq_len, seq_len)
+    stretched = fit_context(model.args, seq_len, pieces is None)
     model.activation_checkpointing = activation_checkpointing
     model.compiled_attention = compile is not False and attention.serves(place)
     optimizer = model.configure_optimizers(lr, weight_decay, betas, seed, compile, muon)
@@ -1171,7 +1171,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if run.is_master:
         print(f"{num_trained:,} parameters on {world_size} x {place} in {devices.name_of(compute_dtype)}, "
               f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
-        for remark in filter(None, (form, loader.remark, val_remark)):
+        for remark in filter(None, (form, stretched, loader.remark, val_remark)):
             print(remark)
 
     for step in run.steps(progress["step"] + 1, steps):
@@ -1203,6 +1203,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if lora_rank and run.is_master and not run.stopping:
         best = run.best_folder or run.folder(steps)
         lora.save_merged(run.out_dir / "merged", *open_checkpoint(ckpt_dir), best, tokenizer_copy)
+        run.show(f"with these adapters in the model: {run.out_dir / 'merged'}")
     parallel.leave_process_group()
     run.leave()
 

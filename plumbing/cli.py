@@ -58,7 +58,8 @@ def run_command(commands, default, words):
             print(f"{name}: {fire.docstrings.parse(inspect.getdoc(function) or '').summary}")
         return
     if command is None:
-        raise ValueError(f"expected a command, {' or '.join(commands)}; COMMAND --help tells more")
+        found = words[0] if words else "none"
+        raise ValueError(f"expected a command, {' or '.join(commands)}, found {found}; see COMMAND --help")
     function = commands[command]
     parameters = inspect.signature(function).parameters
 
@@ -69,10 +70,10 @@ def run_command(commands, default, words):
 
     if "--help" in words or words == ["-h"]:
         print_help(command, function)
-        print(f"\nCommands: {' '.join(commands)}" + (f"; without one: {default}" if default else "")
-              + ". Help: COMMAND --help. A bool is turned off by --noNAME.")
+        others = f"Commands: {' '.join(commands)}; without one: {default}. Help: COMMAND --help. "
+        print(f"\n{others if len(commands) > 1 else ''}A bool is turned off by --noNAME.")
     else:
-        texts = read_words(words, command, parameters)
+        texts = read_words(words, command, parameters, commands)
         fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
 
 

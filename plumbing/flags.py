@@ -13,8 +13,11 @@ def kinds(parameter):
     return [kind for kind in members if kind is not types.NoneType]
 
 
-def read_words(words, command, parameters):
-    """Parameter name -> the text given for it, a list's as JSON; ValueError names a word that is wrong."""
+def read_words(words, command, parameters, commands):
+    """Parameter name -> the text given for it, a list's as JSON; ValueError names a word that is wrong.
+
+    commands: the names of which `command` is one.
+    """
     required = [name for name, p in parameters.items() if p.default is p.empty]
     positional = [name for name in required if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY]
     switches = {name for name, p in parameters.items() if bool in kinds(p)}
@@ -28,7 +31,8 @@ def read_words(words, command, parameters):
         name = name[2:].replace("-", "_")
         if not word.startswith("-"):
             if not positional:
-                raise ValueError(f"unexpected word {word!r}: {command} takes {flags}")
+                raise ValueError(f"unexpected word {word!r}: commands are {' '.join(commands)}, and "
+                                 f"{command} takes {flags}")
             name = positional.pop(0)
             equals = ""  # A word of its own may have a =, too.
             text = word

@@ -105,6 +105,7 @@ FOUND = {  # what may lie where model.safetensors is expected -> what it is, and
     "*.gguf": "llama.cpp's format: download the model's safetensors",
     "consolidated.safetensors": "Mistral's layout: download model.safetensors, or its parts and index",
     "original/consolidated.*.pth": "Meta's files: name the folder original in it",
+    "merged/params.json": "a training's folder: name the folder merged in it",
     "best/params.json": "a training's folder: name the folder best in it",
     "step_*/params.json": "a training's folder: name one of its steps",
     "snapshots/*": "the hub's cache: name one of its snapshots",
@@ -123,7 +124,8 @@ def instead_of_weights(folder):
     if not folder.is_dir():
         return "found no such folder; fix the path"
     names = sorted(path.name for path in folder.iterdir())
-    return f"found {', '.join(names[:6]) or 'nothing'}; download it again"
+    remedy = "download it again" if "config.json" in names else "name a model's folder, theirs or Meta's"
+    return f"found {', '.join(names[:6]) or 'nothing'}; {remedy}"
 
 
 def read_tensors(folder):

@@ -110,8 +110,10 @@ def read_vocabulary(path: str) -> list[bytes]:
     FileNotFoundError: there is no such file. ValueError: it is damaged or another kind of file.
     """
     if not os.path.isfile(path):
-        found = "a folder" if os.path.isdir(path) else "nothing"
-        raise FileNotFoundError(f"{path}: found {found}, {REMEDY}")
+        if os.path.isdir(path):
+            raise FileNotFoundError(f"{path}: found a folder, expected a tokenizer.model or tokenizer.json, "
+                                    "such as one in it")
+        raise FileNotFoundError(f"{path}: found nothing, {REMEDY}")
     ranks: dict[bytes, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

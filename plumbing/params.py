@@ -31,6 +31,18 @@ def expect_types(values):
             expect(is_positive, field.name, repr(value), "a number above 0")
 
 
+def fit_context(args, seq_len, is_new):
+    """Sets max_seq_len to what a training on windows of seq_len tokens leaves; returns a remark, or "".
+
+    A sample may be as long as its windows, or as what a checkpoint could read before.
+    """
+    before = args.max_seq_len
+    args.max_seq_len = seq_len if is_new else max(before, seq_len)
+    if is_new or seq_len <= before:
+        return ""
+    return f"--seq_len {seq_len} is beyond the {before} tokens that the model is made for, and learned anew"
+
+
 def read_params(path, shape):
     """(shape(**fields), fields): a dataclass out of params.json and of llama31.json beside it, if there.
 

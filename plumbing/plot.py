@@ -30,8 +30,10 @@ def plot_losses(records, path, floor=None):
     if evaluated and floor is not None:
         axes.axhline(floor, color="#d62728", linestyle="--",
                      label=f"entropy of the stories, {floor:.3f}")
+    # After a twentieth of its steps a model from scratch has fallen from a height that would dwarf the rest.
+    top = trained[len(trained) // 20]["loss"] * scale
     axes.set(xlabel="step", ylabel="bits per byte" if evaluated else "nats per token",
-             xlim=(0, records[-1]["step"]), ylim=(0, max(4 * best, 1e-9)))
+             xlim=(0, records[-1]["step"]), ylim=(0, max(top, 4 * best, 1e-9)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     with complete(path) as file:

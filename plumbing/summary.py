@@ -43,5 +43,7 @@ def print_splits(data_dir, val_fraction):
     else:
         hint = f"a longer --seq_len than {min(windows) - 1:,} leaves a split without a full window"
     print(f"{'; '.join(sizes)}; {hint}")
-    if documents["val"] < 10 <= documents["train"] and val_fraction < 0.1:
-        print("Validation is small; --val_fraction 0.1 gives it a tenth of the documents")
+    total = sum(documents.values())
+    larger = min(0.5, max(0.1, round(10 / total, 1)))
+    if documents["val"] < 10 <= documents["train"] and val_fraction < larger:
+        print(f"Validation is small; --val_fraction {larger} gives it about {larger * total:.0f} documents")

@@ -137,7 +137,8 @@ def test_required_values_go_by_position_or_by_flag(words):
     (["-n", "3"], "unknown flag -n"), (["--n", "3", "--", "--trace"], "unknown flag --:"),
     (["--n", "x"], "--n x: expected int"), (["--n=1.0"], "--n 1.0: expected int"),
     (["--n="], "--n : expected int"), (["--n", "None"], "--n None: expected int"),
-    (["hello"], "unexpected word 'hello'"), (["--n", "3", "4"], "unexpected word '4'"),
+    (["hello"], "unexpected word 'hello': commands are sample, and sample takes --"),
+    (["--n", "3", "4"], "unexpected word '4'"),
     (["--prompt"], "--prompt needs a value"), (["--prompt", "--n", "3"], "--prompt needs a value"),
     (["--n", "1", "--n", "2"], "--n is given twice"), (["--n=1", "--n=1"], "--n is given twice"),
     (["--shuffle=maybe"], "expected bool"), (["--shuffle", "maybe"], "unexpected word 'maybe'"),
@@ -192,7 +193,7 @@ def convert_there(src: str):
 def test_a_command_has_to_be_named_where_there_is_no_default(capsys):
     with pytest.raises(SystemExit) as error:
         cli.run({"there": print, "back": print}, default=None, argv=["x"])
-    assert error.value.code == "error: expected a command, there or back; COMMAND --help tells more"
+    assert error.value.code == "error: expected a command, there or back, found x; see COMMAND --help"
 
 
 @pytest.mark.parametrize("script", ["llama31", "chat", "reference", "convert", "tiny_stories", "stories",

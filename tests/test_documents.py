@@ -459,6 +459,9 @@ def test_of_chats_the_end_tells_the_longest_and_of_few_a_larger_share(tmp_path, 
     prepare(tmp_path, [path], tokenizer.model_path, val_fraction=0.01)
     *_, sizes, hint = capsys.readouterr().out.splitlines()
     assert sizes.endswith(f"; --seq_len {longest - 1} or more cuts no chat")
-    assert hint == "Validation is small; --val_fraction 0.1 gives it a tenth of the documents"
-    prepare(tmp_path, [path], tokenizer.model_path, val_fraction=0.1)
+    number = 1 + len(dialogs)
+    larger = min(0.5, round(10 / number, 1))
+    about = round(larger * number)
+    assert hint == f"Validation is small; --val_fraction {larger} gives it about {about} documents"
+    prepare(tmp_path, [path], tokenizer.model_path, val_fraction=larger)
     assert "--val_fraction" not in capsys.readouterr().out

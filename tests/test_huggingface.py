@@ -193,8 +193,8 @@ def test_where_config_json_has_two_rope_thetas_the_inner_one_counts(tmp_path):
 def test_a_folder_that_holds_no_model_is_named_with_what_it_holds(tmp_path):
     (tmp_path / "README.md").touch()
     (tmp_path / "empty").mkdir()
-    for folder, said in [(tmp_path, "found README.md, empty; download it again"),
-                         (tmp_path / "empty", "found nothing; download it again"),
+    for folder, said in [(tmp_path, "found README.md, empty; name a model's folder, theirs or Meta's"),
+                         (tmp_path / "empty", "found nothing; name a model's folder"),
                          (tmp_path / "none", "found no such folder; fix the path")]:
         with pytest.raises(FileNotFoundError, match=said) as caught:
             Llama.build(folder, device="cpu")

@@ -195,9 +195,10 @@ def test_compiled_and_recomputed_blocks_have_the_same_gradients():
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_run_leaves_peft_files_and_the_merged_model(corpus, tmp_path, quantize):
+def test_a_run_leaves_peft_files_and_the_merged_model(corpus, tmp_path, quantize, capsys):
     peft = pytest.importorskip("peft")
     out_dir = train(corpus, tmp_path / "out", quantize=quantize)
+    assert f"in the model: {out_dir / 'merged'}\n" in capsys.readouterr().out
     losses = [record["loss"] for record in read_log(out_dir)]
     assert losses[-1] < losses[0]
     step = out_dir / "best"

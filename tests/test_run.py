@@ -24,6 +24,7 @@ import tiny_stories
 from llama31 import PRESETS, ModelArgs, Sampler, Transformer
 from plumbing import answers, devices, fast
 from plumbing import run as run_module
+from plumbing.plot import plot_losses
 from plumbing.run import Run
 
 RECORD = dict(step=3, loss=2.34567, lr=0.00123, grad_norm=0.456, tokens_per_s=12345, mfu=0.347,
@@ -93,6 +94,15 @@ def test_steps_without_targets_and_logs_without_validation_are_drawn(tmp_path, c
     run.close()
     assert "step 1: loss -, lr" in capsys.readouterr().err
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fall_of_a_short_finetune_is_in_its_plot(tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set", lambda axes, **given: limits.append(given["ylim"]))
+    for losses in ([3.0, 2.5, 0.1, 0.05], [9.0, *[2.0] * 38, 1.0]):  # That of one from scratch begins later.
+        records = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+        plot_losses(records, tmp_path / "loss.png")
+    assert limits == [(0, 3.0), (0, 4.0)]
 
 
 def test_a_log_without_any_loss_is_not_drawn(tmp_path):

@@ -613,7 +613,7 @@ def test_dialogs_without_an_answer_train_nothing_and_give_no_number(corpus, tmp_
     assert "no validation: " + str(tmp_path / "val.bin") in capsys.readouterr().out
 
 
-def test_a_saved_folder_has_the_context_that_was_trained(corpus, tmp_path):
+def test_a_saved_folder_has_the_context_that_was_trained(corpus, tmp_path, capsys):
     """From scratch seq_len, after finetuning the source's, or a longer seq_len."""
     run(corpus, tmp_path / "scratch", steps=1)
     source = tmp_path / "scratch" / "step_000001"
@@ -622,6 +622,8 @@ def test_a_saved_folder_has_the_context_that_was_trained(corpus, tmp_path):
         out_dir = tmp_path / f"finetuned_{seq_len}"
         run(corpus, out_dir, steps=1, seq_len=seq_len, preset=None, ckpt_dir=str(source))
         assert Llama.build(out_dir / "step_000001", device="cpu").max_seq_len == context
+        said = "--seq_len 24 is beyond the 16 tokens that the model is made for" in capsys.readouterr().out
+        assert said == (seq_len == 24)
 
 
 def test_metas_loader_takes_what_training_saves(corpus, tmp_path):
