@@ -35,7 +35,8 @@ MAX_CHARS = 400_000
 MAX_RUN = 25_000  # A run is a row of characters that are all white space, or all not.
 RUN = re.compile(rf"\s{{1,{MAX_RUN}}}|\S{{1,{MAX_RUN}}}")
 
-REMEDY = "expected Meta's tokenizer.model; fetch it (Hugging Face: original/tokenizer.model) or fix the path"
+REMEDY = ("expected Meta's tokenizer.model; fetch it (Hugging Face: original/tokenizer.model), or name "
+          "another vocabulary by --tokenizer_path")
 MISTAKEN = {  # the beginning of a file that is often taken for a tokenizer.model -> what that file is
     b"version https://git-lfs": "a git-lfs pointer, which git lfs pull replaces",
     b"<": "a web page, as servers send instead of a file",

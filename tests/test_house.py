@@ -38,7 +38,7 @@ BUDGETS = {
     "plumbing/adapters.py": 107,
     "plumbing/rounding.py": 105,
     "plumbing/messages.py": 125,
-    "plumbing/meta_vocabulary.py": 138,
+    "plumbing/meta_vocabulary.py": 140,
     "plumbing/tokenizer_json.py": 233,
     "plumbing/vocabularies.py": 140,
     "plumbing/gguf_file.py": 213,
