@@ -12,10 +12,9 @@ def plot_losses(records, path, floor=None):
     evaluated = [record for record in records if record.get("val_loss") is not None]
     if not trained:  # Somebody has removed the log, or no step had a target.
         return
-    import matplotlib  # Nothing else needs it.
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    from matplotlib.figure import Figure  # Nothing else needs it.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     scale = 1
     best = min(record["loss"] for record in trained)
     if evaluated:
@@ -38,4 +37,3 @@ def plot_losses(records, path, floor=None):
     axes.legend(frameon=False)
     with complete(path) as file:
         figure.savefig(file, format="png", dpi=150)
-    plt.close(figure)

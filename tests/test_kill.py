@@ -83,11 +83,11 @@ def test_kills_before_every_rename_change_nothing(corpus, tmp_path):
     flags = dict(steps=4, save_interval=1, eval_interval=2, keep=1)
     assert train_in_forks(corpus, tmp_path / "whole", [{}], **flags) == [0]
     killed = 0
-    for begin in (1, 2, 3):
+    for begin in (1, 2):
         out_dir = tmp_path / str(begin)
         attempts = [dict(kill_at=n) for n in range(begin, begin + 6)] + [{}]
         statuses = train_in_forks(corpus, out_dir, attempts, **flags)
         assert statuses[-1] == 0 and set(statuses) <= {0, signal.SIGKILL}
         killed += statuses.count(signal.SIGKILL)
         assert outcome(tmp_path / "whole") == outcome(out_dir)
-    assert killed >= 9
+    assert killed >= 6

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -66,8 +67,7 @@ def tracked_memory(args, sharing, batch_size, seq_len, recomputes, form, micro_b
             return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
 
-POINTS = [
-    # preset, sharing, batch_size, seq_len, recomputes, form, micro-batches
+POINTS = [  # preset, sharing, batch_size, seq_len, recomputes, form, micro-batches
     ("llama3.2-1b", Sharing(8), 1, 2048, False, "float32", 1),
     ("llama3.2-1b", Sharing(8), 4, 2048, True, "float32", 2),
     ("llama3.2-1b", Sharing(8, 8), 2, 4096, True, "bfloat16", 1),
@@ -102,6 +102,10 @@ def test_few_layers_take_the_memory_that_torch_counts(point):
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_training_takes_the_memory_that_torch_counts(point):
+    preset, _, _, _, _, form, micro_batches = point
+    takes_long = preset.endswith(("8b", "70b", "405b")) or (form == "float32" and micro_batches == 2)
+    if takes_long and "ALL_POINTS" not in os.environ:
+        pytest.skip("it takes minutes; ALL_POINTS=1 runs it")
     computed, tracked = compare(*point)
     assert computed == pytest.approx(tracked, rel=0.05)
 

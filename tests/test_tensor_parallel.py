@@ -52,8 +52,7 @@ def sampled(folder, prompts, processes, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", ["meta1", "meta4", "hf", "tied"])
+@pytest.mark.parametrize("name, processes", [("meta1", 4), ("meta4", 2), ("hf", 2), ("tied", 4)])
 def test_processes_that_split_a_model_print_what_one_does(folders, prompts, name, processes):
     for flags in (["--temperature", 0], ["--temperature", 1, "--seed", 3]):
         expected = sampled(folders[name], prompts, 1, *flags)

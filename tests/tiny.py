@@ -179,6 +179,7 @@ def torchrun(processes, *words):
 FORKED = """
 import os, runpy, socket, sys
 import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.distributed.tensor
+import matplotlib.figure, torch._dynamo
 sys.path.insert(0, os.getcwd())
 import llama31
 processes, *sys.argv = sys.argv[1:]
