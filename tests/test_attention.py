@@ -104,6 +104,7 @@ def test_the_number_of_threads_changes_nothing():
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_what_pytorch_demands_of_one():
     q, k, v, _ = (t.transpose(1, 2).requires_grad_() for t in random_inputs(2, 10, 4, 2, 8))
     torch.library.opcheck(attend_on_cpu, (q, k, v, torch.zeros(2, 10, dtype=torch.int64)))

@@ -1,5 +1,6 @@
 """convert.py to_gguf: read by llama.cpp, its file has our ids, logits, texts, dialogs, stops and nats."""
 
+import functools
 import json
 import resource
 import shutil
@@ -123,18 +124,21 @@ def folders(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(folders, tmp_path_factory):
-    """Name of a folder -> its file, in f32."""
+def file_of(folders, tmp_path_factory):
+    """Returns the file of a folder of a name, in f32, which is made when it is first asked for."""
     root = tmp_path_factory.mktemp("files")
-    for name, folder in folders.items():
-        convert.to_gguf(folder, root / f"{name}.gguf", dtype="f32")
-    return {name: root / f"{name}.gguf" for name in folders}
+
+    @functools.cache
+    def write(name):
+        convert.to_gguf(folders[name], root / f"{name}.gguf", dtype="f32")
+        return root / f"{name}.gguf"
+    return write
 
 
 @pytest.fixture(scope="module")
-def pairs(folders, files):
+def pairs(folders, file_of):
     """Name of a folder -> (our tokenizer, llama.cpp's model)."""
-    return {name: (Tokenizer(find_tokenizer(folder)), open_gguf(files[name]))
+    return {name: (Tokenizer(find_tokenizer(folder)), open_gguf(file_of(name)))
             for name, folder in folders.items()}
 
 
@@ -251,8 +255,8 @@ def test_greedy_tokens_are_ours_in_f32(folders, pairs):
         assert greedy(pairs["small"][1], prompt, 64) == expected
 
 
-def test_both_layouts_give_the_same_file(files):
-    assert files["small"].read_bytes() == files["hf"].read_bytes()
+def test_both_layouts_give_the_same_file(file_of):
+    assert file_of("small").read_bytes() == file_of("hf").read_bytes()
 
 
 def test_rows_beyond_the_vocabulary_are_unused_tokens(folders, tmp_path):
@@ -308,11 +312,11 @@ def test_a_few_tensors_are_in_memory_at_a_time(tokenizer, layout, tmp_path):
 # What a user can get wrong
 
 
-def test_the_command_line_writes_a_file_once(folders, files, tmp_path):
+def test_the_command_line_writes_a_file_once(folders, file_of, tmp_path):
     path = tmp_path / "model.gguf"
     words = ["to_gguf", str(folders["small"]), str(path), "--dtype", "f32"]
     cli.run({"to_gguf": convert.to_gguf}, None, words)
-    assert path.read_bytes() == files["small"].read_bytes()
+    assert path.read_bytes() == file_of("small").read_bytes()
     with pytest.raises(SystemExit, match="error: .*model.gguf exists; give the name of a new file"):
         cli.run({"to_gguf": convert.to_gguf}, None, words)
 

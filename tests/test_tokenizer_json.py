@@ -128,7 +128,7 @@ def pairs(folders):
     return pair
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @example("").via("edge")
 @example(" việc hợp nhiều mektedir").via("tokens of Llama 3 that no merges make")
 @given(text=TEXTS)
@@ -143,7 +143,7 @@ def test_any_text_has_the_ids_of_transformers(pairs, name, text):
         assert ours.encode(text) == ids
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @given(text=TEXTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_text_becomes_a_special_token_unasked(pairs, name, text):
