@@ -58,8 +58,7 @@ def run_command(commands, default, words):
             print(f"{name}: {fire.docstrings.parse(inspect.getdoc(function) or '').summary}")
         return
     if command is None:
-        found = words[0] if words else "none"
-        raise ValueError(f"expected a command, {' or '.join(commands)}, found {found}; see COMMAND --help")
+        raise ValueError(f"expected {' or '.join(commands)}, found {[*words, 'none'][0]}; try --help")
     function = commands[command]
     parameters = inspect.signature(function).parameters
 
@@ -70,8 +69,9 @@ def run_command(commands, default, words):
 
     if "--help" in words or words == ["-h"]:
         print_help(command, function)
-        others = f"Commands: {' '.join(commands)}; without one: {default}. Help: COMMAND --help. "
-        print(f"\n{others if len(commands) > 1 else ''}A bool is turned off by --noNAME.")
+        others = f"Commands: {' '.join(commands)}{'; without one: ' + default if default else ''}. "
+        others = others + "Help: COMMAND --help. " if len(commands) > 1 else ""
+        print(f"\n{others}A bool is turned off by --noNAME.")
     else:
         texts = read_words(words, command, parameters, commands)
         fire.Fire(returning_nothing, command=[f"--{name}={text}" for name, text in texts.items()])
