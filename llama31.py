@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
         self.compiled_attention = False  # True: attention.cpp makes that of the loss, on a CPU
         self.tensor_parallel = 1  # how many processes split its heads, see load_checkpoint
-        self.compute_dtype = None  # what narrower weights are widened to; None: they are multiplied as kept
+        self.compute_dtype = None  # type of products where weights have fewer bits; None: the weights' own
         if not self.output.weight.is_meta:
             self.init_weights()
 

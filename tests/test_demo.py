@@ -34,6 +34,7 @@ def test_the_demo_trains_once_then_samples_and_trains_anew_when_asked(quick, tmp
     assert all("\n" + prompt in printed for prompt in llama31.PROMPTS)
     assert len(quick) == 1 and {path.name for path in out_dir.iterdir()} == {
         "best", "data", "log.jsonl", "loss.png", "step_000002", "tokenizer.model"}
+    assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     llama31.demo(out_dir=out_dir)
     printed = capsys.readouterr().out
     assert len(quick) == 1 and all(prompt in printed for prompt in llama31.PROMPTS)

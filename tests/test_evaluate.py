@@ -84,7 +84,7 @@ def plain_nats(model, tokenizer, texts, size, stride):
 
 
 @pytest.mark.parametrize("size, stride", [
-    (64, 32), (40, 9), (17, 16), pytest.param(2, 1, marks=pytest.mark.slow)])
+    (64, 32), (40, 9), (17, 16), *(pytest.param(size, 1, marks=pytest.mark.slow) for size in (40, 2))])
 def test_figures_are_those_of_transformers(size, stride, ckpt_dir, corpus_file, texts, tokenizer, capsys):
     found = run_text(capsys, ckpt_dir, corpus_file, max_seq_len=size, stride=stride)
     model = Llama.build(ckpt_dir, device="cpu", compile=False).model
