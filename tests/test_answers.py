@@ -57,6 +57,7 @@ def test_each_row_comes_back_in_order_with_its_answer_in_its_form(ckpt_dir, tmp_
     assert f"{len(rows)}/{len(rows)}" in err
 
 
+@pytest.mark.slow
 def test_what_is_printed_can_be_read_whatever_the_encoding(ckpt_dir, tmp_path, capsys):
     path = write(tmp_path / "dialogs.jsonl", ROWS)
     words = ["llama31.py", "--ckpt_dir", ckpt_dir, "--prompt_file", path, "--nocompile", "--device", "cpu",
@@ -159,7 +160,8 @@ def test_equal_seeds_give_equal_answers_in_batches_of_any_size(tokenizer, tmp_pa
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.parametrize("stderr", ["full disk", pytest.param("closed pipe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", ["full disk", "closed pipe"])
 def test_a_standard_error_that_cannot_be_written_ends_nothing(stderr, ckpt_dir, tmp_path):
     path = write(tmp_path / "dialogs.jsonl", ROWS)
     words = ["llama31.py", "--ckpt_dir", ckpt_dir, "--prompt_file", path, "--nocompile", "--device", "cpu",

@@ -289,6 +289,7 @@ def test_a_conversation_at_a_terminal(polite, ckpt_dirs):
         assert terminal.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talker, ckpt_dirs):
     dialog = []
     with Terminal(ckpt_dirs / "talker", "--max_gen_len", "100000") as terminal:
@@ -306,10 +307,11 @@ def test_ctrl_c_stops_an_answer_and_what_was_said_stays(talker, ckpt_dirs):
         assert terminal.process.wait(30) == 0
 
 
-@pytest.mark.parametrize("marked", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("pastes", [
     ["one\ntwo", "/exit\n\n\tthree\n/reset", "/a\n/b"],
-    pytest.param(["a" * 5000 + "\n" + "b" * 6000 + "\n" + "c" * 4500], marks=pytest.mark.slow)],
+    ["a" * 5000 + "\n" + "b" * 6000 + "\n" + "c" * 4500]],
     ids=["lines", "long"])
 def test_what_is_pasted_at_once_is_one_message(talker, ckpt_dirs, pastes, marked):
     """Whether the terminal marks what is pasted, as most do, or types it like keys; then comes Enter."""
@@ -370,6 +372,7 @@ def test_piped_lines_in_another_encoding_are_named(pipe, data, said):
         piped_message(7)
 
 
+@pytest.mark.slow
 def test_an_output_that_is_closed_ends_it_quietly(ckpt_dirs):
     with subprocess.Popen(
             [sys.executable, *COMMAND, ckpt_dirs / "talker", "--max_gen_len", "16000"],

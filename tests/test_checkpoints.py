@@ -291,10 +291,11 @@ print(peak() - bare)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("tied, settings, most", [
-    (False, dict(), 1.3), pytest.param(False, dict(compile=False), 1.1, marks=pytest.mark.slow),
-    *(pytest.param(True, settings, most, marks=pytest.mark.slow) for settings, most in (
+    (False, dict(), 1.3), (False, dict(compile=False), 1.1),
+    *((True, settings, most) for settings, most in (
         (dict(compile=False), 1.1), (dict(), 1.3), (dict(dtype="float32", compile=False), 1.1),
         (dict(dtype="float32"), 1.3), (dict(quantize="int8", compile=False), 1.1),
         (dict(quantize="int8"), 1.3)))])

@@ -362,11 +362,14 @@ def large(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def pairs(small, large):
-    return {name: (Tokenizer(path), transformers.AutoTokenizer.from_pretrained(folder))
-            for name, path, folder in (("small", small / "tokenizer.model", small / "hf"),
-                                       ("large", META_TOKENIZER, large))}
+@pytest.fixture(scope="module", params=["small", pytest.param("large", marks=pytest.mark.slow)])
+def pair(request, small):
+    """Our Tokenizer and that of transformers, of one vocabulary."""
+    if request.param == "small":
+        path, folder = small / "tokenizer.model", small / "hf"
+    else:
+        path, folder = META_TOKENIZER, request.getfixturevalue("large")
+    return Tokenizer(path), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 TEXTS = st.one_of(
@@ -375,23 +378,21 @@ TEXTS = st.one_of(
                               "DON'T", "12345", "\n\n", "  ", "ſ", "the cat", "\r\n"])).map("".join))
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=80)
 @example("").via("edge")
 @example("  two   three    \t\ttabs \n \n\n x").via("edge")
 @example(" việc hợp nhiều mektedir").via("tokens of Llama 3 that no merges make")
 @given(text=TEXTS)
-@pytest.mark.parametrize("name", ["small", "large"])
-def test_any_text_has_the_same_ids_in_transformers(pairs, name, text):
-    ours, theirs = pairs[name]
+def test_any_text_has_the_same_ids_in_transformers(pair, text):
+    ours, theirs = pair
     assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text, bos=True)
     assert theirs.encode(text, split_special_tokens=True, add_special_tokens=False) == ours.encode(text)
     assert theirs(text)["input_ids"] == ours.encode(text, bos=True, allowed_special="all")
     assert theirs.decode(ours.encode(text)) == text
 
 
-@pytest.mark.parametrize("name", ["small", "large"])
-def test_special_tokens_have_their_ids_and_roles(pairs, name):
-    ours, theirs = pairs[name]
+def test_special_tokens_have_their_ids_and_roles(pair):
+    ours, theirs = pair
     assert len(theirs) == ours.n_words
     assert {name: theirs.convert_tokens_to_ids(name) for name in ours.special_tokens} == ours.special_tokens
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
@@ -414,29 +415,30 @@ MESSAGES = st.one_of(
                                min_size=1)}, optional={"content": st.none() | CONTENTS}))
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=100)
 @example([dict(role="system", content="\n Be  good. ")], True).via("white space at both ends")
 @given(dialog=st.lists(MESSAGES, min_size=1, max_size=5), prompt=st.booleans())
-@pytest.mark.parametrize("name", ["small", "large"])
-def test_any_dialog_has_the_ids_of_our_chat_format(pairs, name, dialog, prompt):
-    ours, theirs = pairs[name]
+def test_any_dialog_has_the_ids_of_our_chat_format(pair, dialog, prompt):
+    ours, theirs = pair
     ids = theirs.apply_chat_template(dialog, add_generation_prompt=prompt, return_dict=False)
     assert ids == ours.encode_dialog(dialog, generation_prompt=prompt)
 
 
-def test_our_template_refuses_two_calls_at_once_as_our_chat_format_does(pairs):
-    ours, theirs = pairs["small"]
+def test_our_template_refuses_two_calls_at_once_as_our_chat_format_does(pair):
+    ours, theirs = pair
     dialog = [dict(role="assistant", tool_calls=[dict(name="f", arguments={})] * 2)]
     for render in theirs.apply_chat_template, ours.encode_dialog:
         with pytest.raises(Exception, match="call.* at a time"):
             render(dialog)
 
 
+@pytest.mark.slow
 def test_metas_file_comes_back_byte_for_byte(large, tmp_path):
     write_tokenizer_model(large / "tokenizer.json", tmp_path / "a", 128256)
     assert (tmp_path / "a").read_bytes() == META_TOKENIZER.read_bytes()
 
 
+@pytest.mark.slow
 def test_metas_file_comes_out_of_transformers_own_conversion(tmp_path):
     from transformers.convert_slow_tokenizer import TikTokenConverter
     names = list(Tokenizer(META_TOKENIZER).special_tokens)

@@ -51,7 +51,8 @@ def be_interrupted(*, out_dir, **flags):
     Path(out_dir, "step_000001").mkdir()
 
 
-@pytest.mark.parametrize("train, said", [(fail, "no space left"), (be_interrupted, "cut short")])
+@pytest.mark.parametrize("train, said", [
+    (fail, "no space left"), pytest.param(be_interrupted, "cut short", marks=pytest.mark.slow)])
 def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkeypatch, train, said):
     out_dir = tmp_path / "demo"
     llama31.demo(out_dir=out_dir)
@@ -63,6 +64,7 @@ def test_a_retraining_that_fails_leaves_the_earlier_demo(quick, tmp_path, monkey
     assert (out_dir / "log.jsonl").read_text() == before and llama31.checkpoints_of_run(out_dir)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_retraining_and_leaves_the_earlier_demo(quick, tmp_path, monkeypatch, capsys):
     out_dir = tmp_path / "demo"
     llama31.demo(out_dir=out_dir)

@@ -470,6 +470,7 @@ def test_sample_prints_nothing_before_an_error(ckpt_dir, capsys):
     assert capsys.readouterr().out == "a cat\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_program_quietly(ckpt_dir):
     words = f"{sys.executable} llama31.py --ckpt_dir {ckpt_dir} --device cpu --max_gen_len 60 | head -c 5"
     result = subprocess.run(["bash", "-c", f"{words}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, text=True,

@@ -159,7 +159,8 @@ print(peak() - before, loader.ntok_total, loader.num_windows, *map(int, (x.sum()
 """
 
 
-@pytest.mark.parametrize("order", ["shuffle", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["shuffle", "plain"])
 def test_a_huge_shard_costs_no_memory_and_is_read_right_to_its_end(tmp_path, order):
     T, W = 1024, 830_000
     count = W * T + 1 + 77  # as many bytes as the largest file of TinyStories

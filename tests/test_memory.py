@@ -34,7 +34,7 @@ def train(args, batch_size, seq_len, recomputed, model=None):
 @pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
     (SMALL | dict(dim=256, n_layers=2, vocab_size=1000), 1, 32, False),  # weights take the most
     (SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 32, True),  # autocast's copies of them, too
-    (SMALL | dict(vocab_size=300), 2, 256, False),  # activations
+    pytest.param(SMALL | dict(vocab_size=300), 2, 256, False, marks=pytest.mark.slow),  # activations
     (SMALL | dict(n_layers=2, vocab_size=64), 4, 256, True),  # a block computed again
     (SMALL | dict(n_layers=1, vocab_size=8000, tie_word_embeddings=True), 1, 64, False),  # the output matrix
     (SMALL | dict(dim=32, n_layers=1, vocab_size=10000), 1, 250, False)])  # logits
@@ -58,7 +58,8 @@ def bfloat16_model(args, form):
 @pytest.mark.parametrize("form", [dict(param_dtype="bfloat16"), dict(lora_rank=4),
                                   dict(lora_rank=4, quantize="int8")], ids=str)
 @pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
-    (SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 16, False),  # weights take the most
+    pytest.param(SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 16, False,
+                 marks=pytest.mark.slow),  # weights take the most
     pytest.param(SMALL | dict(vocab_size=300), 2, 256, True, marks=pytest.mark.slow),
     pytest.param(SMALL | dict(vocab_size=300), 2, 256, False, marks=pytest.mark.slow),  # activations
     (SMALL | dict(n_layers=1, vocab_size=8000, tie_word_embeddings=True), 1, 256, False)])  # logits
@@ -168,6 +169,7 @@ print(fresh, faults())
     assert later < 0.1 * fresh if is_kept else later > 0.9 * fresh
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_kept_memory_counts_as_free():
     """This process alone tells what is free: others take memory, and a virtual machine gets more or less."""

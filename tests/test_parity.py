@@ -228,7 +228,8 @@ def test_reference_imports_nothing_of_llama31():
         assert imported and "llama31" not in imported and "importlib" not in imported
 
 
-@pytest.mark.parametrize("prompt", ['The "cat",\n\n  2024 🦙', pytest.param("{}", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ['The "cat",\n\n  2024 🦙', "{}"])
 def test_both_scripts_print_the_same_text(prompt, tokenizer, tmp_path):
     write_checkpoint(tmp_path, random_model(3, vocab_size=tokenizer.n_words), tokenizer=tokenizer)
     flags = ["--ckpt_dir", tmp_path, "--prompt", prompt, "--max_gen_len", "40"]

@@ -95,7 +95,8 @@ def test_hugging_face_agrees_on_any_small_configuration(data):
 
 
 @pytest.mark.parametrize("numbers, tied", [
-    (dict(rope_scale_factor=8), False), (dict(rope_scale_factor=32), True),
+    (dict(rope_scale_factor=8), False),
+    pytest.param(dict(rope_scale_factor=32), True, marks=pytest.mark.slow),
     (dict(rope_scale_factor=5, rope_low_freq_factor=0.5, rope_high_freq_factor=32, rope_old_context=4096),
      False)])
 def test_hugging_face_agrees_where_only_positions_past_8192_count(numbers, tied):
@@ -191,6 +192,7 @@ def meta_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 2])
 @pytest.mark.parametrize("name", META_CONFIGURATIONS)
 def test_metas_transformer_has_our_logits_and_greedy_tokens(name, files, meta_folder):

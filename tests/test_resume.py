@@ -255,6 +255,7 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(corpus, tmp_path,
     assert refusals == [True] * 3 and not (tmp_path / "run" / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_lock_whose_owner_has_been_killed_holds_nobody_up(tmp_path):
     holding = ("import os, signal, sys; from plumbing.resume import locked\n"
                "with locked(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)")

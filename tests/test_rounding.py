@@ -193,8 +193,8 @@ def test_a_resumed_run_continues_exactly(corpus, tmp_path):
     assert untimed(read_log(whole)) == untimed(read_log(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("flags", [dict(), pytest.param(dict(ckpt_dir=None, preset="demo", lr=3e-3),
-                                                        marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [dict(), dict(ckpt_dir=None, preset="demo", lr=3e-3)], ids=str)
 def test_it_learns_what_float32_weights_learn(corpus, tmp_path, flags):
     flags = dict(steps=40, lr=3e-3, eval_interval=40) | flags
     if "preset" in flags:

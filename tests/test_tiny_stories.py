@@ -432,6 +432,7 @@ def test_the_command_tokenizes_and_an_unknown_flag_fails_at_once(data_dir, token
         assert result.returncode == 0 and "--data_dir" in result.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_quiet_and_ends_the_workers(tmp_path, tokenizer_path):
     write_shards(tmp_path, [some_stories(20_000, 2)] * 8)
     interrupted = 0

@@ -112,7 +112,8 @@ PIECES = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "<think>deep
 TEXTS = st.one_of(
     st.text(), st.text(st.sampled_from("ab 's'tLL1203 \t\n\r\u00a0\u3000éŉ你🦙<|>_-!\u0301\0")),
     st.lists(st.sampled_from(PIECES)).map("".join))
-NAMES = ["llama3", "derived", "digits", pytest.param("smollm2", marks=pytest.mark.weights)]
+NAMES = [pytest.param("llama3", marks=pytest.mark.slow), "derived", "digits",
+         pytest.param("smollm2", marks=pytest.mark.weights)]
 
 
 @pytest.fixture(scope="session")
@@ -166,6 +167,7 @@ def test_only_the_special_tokens_that_are_allowed_are_read(pairs):
         ours.encode("a", allowed_special="<no>")
 
 
+@pytest.mark.slow
 def test_llama_3s_own_tokenizer_json_is_metas_tokenizer(pairs):
     ours, _ = pairs("llama3")
     metas = Tokenizer(META_TOKENIZER)
@@ -233,6 +235,7 @@ def test_without_a_template_texts_begin_with_a_bos_if_configs_say_so(digits, con
     assert ours.encode("a", bos=True) == [*([] if bos is None else [bos]), *ours.encode("a")]
 
 
+@pytest.mark.slow
 def test_llama_3s_template_puts_bos_before_a_text_without_any_config(folders, tmp_path):
     shutil.copy(folders("llama3") / "tokenizer.json", tmp_path)
     ours = Tokenizer(tmp_path / "tokenizer.json")

@@ -113,7 +113,8 @@ def test_bits_per_byte_are_counted_targets_nats_over_ordinary_bytes(corpus, tmp_
     assert record["val_bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [NARROW, dict(RESCALED, **WIDE)])
+@pytest.mark.parametrize("changes", [
+    NARROW, pytest.param(dict(RESCALED, **WIDE), marks=pytest.mark.slow)])
 def test_heads_of_any_width_are_trained_saved_and_resumed(corpus, tmp_path, changes):
     model = random_model(vocab_size=560, **changes)
     write_checkpoint(tmp_path / "source", model, tokenizer=Tokenizer(corpus / "tokenizer.model"))
@@ -203,6 +204,7 @@ def test_a_step_waits_for_the_loss_and_the_norm_alone(monkeypatch, recomputed, m
     assert waits.count == 1 and calls == ["tolist"]
 
 
+@pytest.mark.slow
 def test_a_short_finetune_at_a_low_rate_moves_the_weights(corpus, tmp_path):
     run(corpus, tmp_path / "base")
     start = tmp_path / "base" / "step_000006"
