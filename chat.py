@@ -18,8 +18,8 @@ from tokenizer import TextStream
 class Conversation:
     """A dialog with a model. The KV caches stay from turn to turn, so that no token is read twice.
 
-    Only where a chat template tells what was said otherwise than it was told, as those do that drop an
-    earlier answer's reasoning, is it read again from there on. settings: as in Llama.steps; turn i = 0, 1, …
+    Where a chat template rewrites earlier turns, as those do that drop an earlier answer's reasoning, the
+    dialog is read again from the first token that changes. settings: as in Llama.steps; turn i = 0, 1, …
     draws with seed + i. ValueError: max_seq_len is too short for the system prompt, or a chat template
     refuses it.
     """
@@ -104,7 +104,7 @@ def chat(*, ckpt_dir: str, system: str | None = None, tokenizer_path: str | None
         ckpt_dir: checkpoint directory of an instruct model
         system: system prompt, in which \\n, \\t and \\\\ are a line break, a tab and a backslash; None: none
         tokenizer_path: tokenizer.model or tokenizer.json to use; None: the checkpoint's own
-        max_seq_len: most tokens of a conversation; None: as in params.json, but at most 8192, to save memory
+        max_seq_len: most tokens of a conversation; None: the model's own, but at most 8192, to save memory
         max_gen_len: most tokens of an answer
         temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest
         top_p: draw only from the fewest tokens that together have this probability

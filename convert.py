@@ -1,20 +1,17 @@
-"""Hugging Face's checkpoint folders to Meta's, which llama31.py reads, and back; both to llama.cpp's file.
+"""Checkpoint folders between Hugging Face's layout and Meta's, both to llama.cpp's file, adapters merged.
 
     python convert.py from_hf SRC DST
     python convert.py to_hf SRC DST
     python convert.py to_gguf SRC FILE --dtype q8_0
     python convert.py merge BASE ADAPTER DST
 
-Tensors keep their bytes; plumbing/huggingface.py knows how their names and the order of rows differ.
+Without --dtype, from_hf and to_hf keep every tensor's bytes; plumbing/huggingface.py knows how their names
+and the order of rows differ.
 """
 
 import math
-import shutil
 import tempfile
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import llama31
 from plumbing import cli
@@ -23,7 +20,15 @@ from plumbing.config_json import read_config, write_config
 from plumbing.devices import choose_dtype
 from plumbing.files import complete_folder
 from plumbing.gguf_file import choose_kind, write_gguf
-from plumbing.huggingface import INDEX, SINGLE, holds_weights, open_pieces, reordered, tensor_names
+from plumbing.huggingface import (
+    INDEX,
+    SINGLE,
+    is_hugging_face,
+    open_pieces,
+    reordered,
+    save_tensors,
+    tensor_names,
+)
 from plumbing.lora import save_merged
 from plumbing.mapped import stored_dtype
 from plumbing.text_files import read_json, write_json
@@ -50,7 +55,7 @@ def open_hugging_face(src, to_meta):
 
 def open_mapped(src):
     """(shape, name -> mapped pieces, in_order for write_gguf) of a checkpoint directory of either kind."""
-    if not holds_weights(src):
+    if not is_hugging_face(src):
         model, pieces = llama31.open_checkpoint(src)
         return model.args, pieces, None
     args, pieces, tied = open_hugging_face(src, to_meta=False)
@@ -85,11 +90,7 @@ def write_tensors(folder, args, pieces, max_file_bytes, dtype):
         tensors = {}  # The previous file's tensors are freed before these are merged.
         for name in group:
             tensors[names[name]] = whole_tensor(name, pieces[name], args, dtype)
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # The disk may be full.
-            raise OSError(f"{path}: {error}") from None
-        shutil.copymode(folder / "config.json", path)  # save_file lets only the owner read.
+        save_tensors(path, tensors, folder / "config.json")
         weight_map |= dict.fromkeys(tensors, path.name)
         total_size += sum(t.nbytes for t in tensors.values())
     if len(groups) > 1:
@@ -114,8 +115,10 @@ def from_hf(src: str, dst: str, *, dtype: str | None = None):
     dst = Path(dst)
     refuse_existing(dst)
     dtype = choose_dtype(dtype)
-    args, pieces, _ = open_hugging_face(src, to_meta=True)
+    args, pieces, tied = open_hugging_face(src, to_meta=True)
     state = {name: parts.whole().to(dtype or parts.dtype) for name, parts in pieces.items()}
+    if tied or args.tie_word_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]  # on one storage, whatever the type
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(dst, args, state, metas_tokenizer(src, Path(folder), args.vocab_size))
 

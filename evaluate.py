@@ -32,7 +32,7 @@ def open_model(ckpt_dir, tokenizer_path, max_seq_len, device, dtype, compile, qu
     rank, world_size, device = parallel.join_process_group(device)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, device=device, dtype=dtype, compile=False,
                         quantize=quantize, tensor_parallel=tensor_parallel)
-    if device.type == "cpu" and dtype is quantize is None and tensor_parallel == 1:
+    if device.type == "cpu" and dtype is None and quantize is None and tensor_parallel == 1:
         # Products of many tokens at once, as here and in training, may want another type than decoding does.
         compute = torch.promote_types(llama.model.dtype, devices.fast_dtype(device))
         if compute != llama.model.dtype:

@@ -1,6 +1,6 @@
 """Llama 3 in one file: the model and its KV cache, sampling, the data loader and the training loop.
 
-    python llama31.py demo                                        # corpus, training and stories, 3 minutes
+    python llama31.py demo                                        # corpus, training, stories; a few minutes
     python llama31.py --ckpt_dir DIR --prompt "Once upon a time"  # sample from a checkpoint directory
     torchrun --nproc_per_node 8 llama31.py --ckpt_dir DIR         # finetune it
 
@@ -15,8 +15,7 @@ Read it downwards, as every part uses only what stands above it:
 This file says what is computed. The folder plumbing/ says how it is made fast, how files look and how a run
 is kept; delete plumbing/fast.cpp, and only speed is lost.
 
-Sizes in comments: B batch, T new tokens, S cached and new tokens, H query heads, K key/value heads, D head
-dimension, V vocabulary.
+Sizes: B batch, T new tokens, S cached and new ones, H query and K key/value heads, D head_dim, V vocabulary.
 """
 
 import math
@@ -39,15 +38,17 @@ from plumbing import answers, attention, checkpoint, cli, devices, fast, files, 
 from plumbing.checkpoint import checkpoints_of_run, newest_checkpoint, save_checkpoint  # noqa: F401
 from plumbing.cli import expect, expect_at_least
 from plumbing.config_json import read_config
-from plumbing.decoding import NOT_FINITE, StaticReader, candidates, check_prompts, penalized, unread
+from plumbing.decoding import StaticReader
 from plumbing.dialogs import NoTargetError, pack_dialogs, remark_on
-from plumbing.mapped import merged, pop_pieces, stored_dtype
+from plumbing.mapped import pop_pieces, stored_dtype, whole_tensors
 from plumbing.muon import Muon
 from plumbing.narrow import load_int8, widen
 from plumbing.params import expect_types, fit_context, read_params
+from plumbing.prompts import PROMPTS
 from plumbing.resume import locked, resumable
 from plumbing.rounding import RoundingAdamW
 from plumbing.run import Run, entropy_floor
+from plumbing.sampling import NOT_FINITE, candidates, check_prompts, penalized, unread
 from plumbing.start import check_flags, check_shape, check_source, default_lr, fill_model, validation_pattern
 from plumbing.streams import only_first_prints
 from plumbing.tensor_parallel import processes_that_split, split_model
@@ -202,9 +203,9 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def seek(self, positions, columns):
-        """Sets for one pass through the model: update writes at positions (B, T), returns columns (S,)."""
+        """Says where the next update writes: at positions (B, T). columns (S,): as many as it returns."""
         self.positions = positions
-        self.columns = columns  # Only its length counts, which compiled blocks don't build in.
+        self.columns = columns  # Only its length counts; a number would be compiled into the blocks.
 
     def update(self, k, v):
         """Writes k and v (B, T, K, D) where seek said; returns the first S columns, (B, S, K, D) each."""
@@ -295,7 +296,7 @@ def document_mask(starts):
     causal attention is enough then.
     """
     document = starts.cumsum(1)  # (B, T), the number of each token's document in its row
-    if starts.is_cuda:  # Looking for several documents would wait for the GPU.
+    if starts.is_cuda:  # The check below would make the CPU wait for the GPU.
         return attention.document_block_mask(document)
     if (document == document[:, :1]).all():
         return None
@@ -321,7 +322,7 @@ class Transformer(nn.Module):
         # Not a buffer: .to(torch.bfloat16) would round it, and angles at late positions would be far off.
         self.rope_frequencies = rope_frequencies(args)
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
-        self.compiled_attention = False  # True: attention.cpp makes that of the loss, on a CPU
+        self.compiled_attention = False  # True: plumbing/attention.cpp trains, on a CPU
         self.tensor_parallel = 1  # how many processes split its heads, see load_checkpoint
         self.compute_dtype = None  # type of products where weights have fewer bits; None: the weights' own
         if not self.output.weight.is_meta:
@@ -346,9 +347,9 @@ class Transformer(nn.Module):
     def init_weight(self, name, p, generator=None):
         """Draws the parameter of that name, or a stand-in of its shape, in place; returns it.
 
-        Embeddings: normal with std 1/sqrt(dim), so that a row has length 1. Matrices: half of that, which at
-        GPT-2's width is about its 0.02; those that write to the residual stream are further divided by
-        sqrt(2 n_layers), because 2 n_layers of them add up there.
+        Embedding and output: normal with std 1/sqrt(dim), so that a row has length 1. The layers' matrices:
+        half of that, which at GPT-2's width is about its 0.02; those that write to the residual stream are
+        further divided by sqrt(2 n_layers), because 2 n_layers of them add up there.
         """
         std = self.args.dim ** -0.5
         if p.dim() == 1:
@@ -489,7 +490,7 @@ class Transformer(nn.Module):
 
 def read_args(ckpt_dir):
     """The ModelArgs of a checkpoint directory: out of Hugging Face's config.json, or Meta's params.json."""
-    if huggingface.holds_weights(ckpt_dir):
+    if huggingface.is_hugging_face(ckpt_dir):
         return read_config(ckpt_dir, ModelArgs, PRESETS.values())
     return ModelArgs.from_json(Path(ckpt_dir, "params.json"))
 
@@ -502,7 +503,7 @@ def open_checkpoint(ckpt_dir):
     """
     model = Transformer.on_meta(read_args(ckpt_dir))
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    if huggingface.holds_weights(ckpt_dir):
+    if huggingface.is_hugging_face(ckpt_dir):
         pieces, tied = huggingface.open_pieces(ckpt_dir, model.args, shapes)
     else:
         pieces, tied = checkpoint.open_pieces(ckpt_dir, shapes)
@@ -533,7 +534,7 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
     num_bytes = sum(p.numel() for p in model.parameters()) * (1 if quantize else kept.itemsize)
     parallel.check_memory_of_ranks(f"the weights of {ckpt_dir}", num_bytes, device, tensor_parallel)
     if quantize:
-        load_int8(model, merged(pieces, model.args.tie_word_embeddings), device, compute)
+        load_int8(model, whole_tensors(pieces, model.args.tie_word_embeddings), device, compute)
         return model.eval()
     checkpoint.load_weights(model, pop_pieces(pieces, model.args.tie_word_embeddings), device, kept)
     if kept != compute:
@@ -542,8 +543,6 @@ def load_checkpoint(ckpt_dir, device: str | torch.device = "cpu", dtype=None, qu
 
 # -----------------------------------------------------------------------------
 # Sampling
-
-PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
 
 
 @dataclass
@@ -610,11 +609,10 @@ class Llama:
               tensor_parallel: int | None = None) -> "Llama":
         """Loads a checkpoint directory, with its own tokenizer unless tokenizer_path names another.
 
-        max_seq_len None: as in params.json. device None: cuda, else mps, else cpu. dtype: a torch dtype or
-        its name; None: see load_checkpoint. compile None: where it works; where it doesn't, a line on
-        standard error says why. quantize: "int8" halves bfloat16's memory. tensor_parallel: how many of
-        torchrun's processes split the model, and call this and all else alike; None: all of them. ValueError
-        or FileNotFoundError names a file at fault.
+        max_seq_len None: the model's own. device None: cuda, else mps, else cpu. dtype: a torch dtype or
+        its name; None: see load_checkpoint. compile None: where it works; else a line on standard error says
+        why. quantize: "int8" halves bfloat16's memory. tensor_parallel: how many of torchrun's processes
+        split the model, and call all alike; None: all. ValueError or FileNotFoundError names a bad file.
         """
         expect_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
                         tensor_parallel=tensor_parallel)
@@ -628,7 +626,7 @@ class Llama:
         return Llama(model, tokenizer, max_seq_len, max_batch_size, reader)
 
     def new_caches(self, batch_size, max_seq_len=None):
-        """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: the model's."""
+        """One empty KVCache per layer; ValueError where memory lacks. max_seq_len None: this Llama's."""
         model = self.model
         args = model.args
         room = self.max_seq_len if max_seq_len is None else max_seq_len
@@ -644,7 +642,7 @@ class Llama:
               **sampling) -> Iterator[tuple[Tensor, list[int | None]]]:
         """Yields once per step: the logits (B, V), and each row's next token, None once the row has ended.
 
-        Prompts of any lengths are read in one pass, padded on the right where causality hides the padding.
+        Prompts of any lengths are read together, padded on the right where causality hides the padding.
         stop_tokens None: the tokenizer's; [] never stops. caches: new_caches, or ones that hold the first
         start_pos[i] tokens of prompt i, which are not read again; when a step is yielded, they hold all but
         the tokens it draws. sampling: as in Sampler. Errors: see Sampler, forward_cached, check_prompts.
@@ -656,9 +654,9 @@ class Llama:
         expect_at_least(0, max_gen_len=max_gen_len)
         if stop_tokens is None:
             stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else []
-        texts = [list(prompt) for prompt in prompt_tokens]  # each with what has been drawn behind it
+        rows = [list(prompt) for prompt in prompt_tokens]  # each with what has been drawn behind it
         if caches is None:
-            room = max(map(len, texts)) + max_gen_len
+            room = max(map(len, rows)) + max_gen_len
             caches = self.new_caches(B, min(self.max_seq_len, room))
         # One number a token, on the CPU, so that a seed's text is the same on every device.
         generators = [torch.Generator().manual_seed(sampler.seed + i) for i in range(B)]
@@ -667,41 +665,41 @@ class Llama:
         ended = [False] * B
         # On a GPU the reader draws, as waiting for each row's logits would take longer than making them.
         draws = self.reader.draws if isinstance(self.reader, StaticReader) else self.draws
-        for logits, ids in draws(texts, ended, start_pos, caches, sampler, uniforms, self.num_ids):
+        for logits, ids in draws(rows, ended, start_pos, caches, sampler, uniforms, self.num_ids):
             drawn: list[int | None] = [None] * B
             for i, token in enumerate(ids):
                 if ended[i] or token is None:
                     continue
-                if token in stop_tokens:  # It is not part of the text.
+                if token in stop_tokens:  # It is not returned.
                     ended[i] = True
                     continue
                 drawn[i] = token
-                texts[i].append(token)
-                ended[i] = len(texts[i]) >= self.max_seq_len  # The cache has no room for one more.
+                rows[i].append(token)
+                ended[i] = len(rows[i]) >= self.max_seq_len  # The cache has no room for one more.
             yield logits, drawn
             if all(ended):
                 return
 
-    def draws(self, texts, ended, start_pos, caches, sampler, uniforms, num_ids):
-        """Yields the logits (B, V) behind texts, and for each row that hasn't ended an id drawn from them.
+    def draws(self, rows, ended, start_pos, caches, sampler, uniforms, num_ids):
+        """Yields the logits (B, V) behind rows of ids, and for each that hasn't ended an id drawn from them.
 
-        Whoever takes them makes texts longer and marks rows as ended. uniforms (B, steps): the numbers to
-        draw with. ValueError if the logits aren't finite.
+        Whoever takes them makes rows longer and marks those that have ended. uniforms (B, steps): the
+        numbers to draw with. ValueError if the logits aren't finite.
         """
         device = self.model.device
-        tokens, last = unread(texts, start_pos, device)
+        tokens, last = unread(rows, start_pos, device)
         for step in range(uniforms.size(1)):
             logits = self.model.forward_cached(tokens, start_pos, caches, last, self.reader)
             scores = logits[:, :num_ids].cpu().numpy()  # one copy for all rows
-            if not math.isfinite(scores.sum()):  # One that isn't would make the sum like it.
+            if not math.isfinite(scores.sum()):  # The sum is finite only if every logit is.
                 raise ValueError(NOT_FINITE)
-            ids = [None if ended[i] else sampler(scores[i], float(uniforms[i, step]), text)
-                   for i, text in enumerate(texts)]
+            ids = [None if ended[i] else sampler(scores[i], float(uniforms[i, step]), row)
+                   for i, row in enumerate(rows)]
             yield logits, ids
             # A row that has ended feeds its last token to its last position again: it doesn't grow.
-            tokens = torch.tensor([[text[-1]] for text in texts], device=device)  # (B, 1)
-            start_pos = [len(text) - 1 for text in texts]
-            last = [0] * len(texts)
+            tokens = torch.tensor([[row[-1]] for row in rows], device=device)  # (B, 1)
+            start_pos = [len(row) - 1 for row in rows]
+            last = [0] * len(rows)
 
     def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, *, echo: bool = False,
                  stop_tokens: list[int] | None = None, logprobs: bool = False, **sampling):
@@ -980,12 +978,13 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
     # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
     # A mean of means would favour the targets of batches that have few.
     count, = parallel.sum_over_ranks([sum((targets != -100).sum() for _, targets, _ in batches)], device)
+    divisor = count.clamp(min=1).float()  # In float64 the loss would be, too, which MPS has not.
     total = torch.zeros((), device=device)
     for i, (inputs, targets, starts) in enumerate(batches, start=1):
         # DDP: all-reduce the gradients after the last micro-batch only.
         model.require_backward_grad_sync = i == len(batches)
         with autocast:
-            share = model(inputs, targets, starts=starts, reduction="sum") / count.clamp(min=1)
+            share = model(inputs, targets, starts=starts, reduction="sum") / divisor
         # DDP and FSDP average gradients over the ranks; the shares have to be added, hence world_size.
         (share * world_size).backward()
         total += share.detach()
@@ -1066,10 +1065,10 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
           dtype: str | None = None, compile: bool | None = None):
     """Trains from scratch (--preset) or finetunes (--ckpt_dir) on token files, alone or under torchrun.
 
-    Checkpoints have the type of the weights that are finetuned; what resuming needs lies inside as float32.
-    Resuming takes each flag that isn't given from the run's own record, but for device. Steps that are added
-    keep the last rate. A signal saves, then ends with status 128 + its number; Ctrl-C, too, in Python by
-    KeyboardInterrupt.
+    Checkpoints have the type of the weights that are finetuned, and what resuming needs inside. Resuming
+    takes each flag that isn't given from the run's own record, but for device. Steps that are added keep the
+    last rate. A signal, such as Ctrl-C's, lets the step finish and saves it; then the command ends with
+    status 128 + its number, and Python gets the KeyboardInterrupt.
 
     Args:
         train_data: pattern of the .bin shards to train on
@@ -1082,14 +1081,14 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
         seq_len: tokens of a window
         total_batch_tokens: tokens of a step, over processes and micro-batches; None: one micro-batch each
         steps: steps in all; None: as many as the epochs take
-        epochs: how often every window is seen
+        epochs: how often every window is seen, where --steps doesn't say how long
         lr: learning rate after the warm-up; None: 0.05 / dim, of adapters 0.5 / dim, from scratch 0.6 / dim;
             another one, given with more steps on resuming, begins a new schedule
         min_lr: learning rate at the end of the cosine; None: a tenth of lr
         warmup_steps: steps in which the learning rate rises
         weight_decay: pull of matrices towards zero (AdamW)
         betas: how slowly AdamW's averages of gradients and of their squares change
-        muon: layers' matrices move in all directions alike: the demo learns more in the same time
+        muon: Muon trains the layers' matrices, not AdamW; the demo learns more in the same time
         grad_clip: largest norm of the gradient; 0: any
         eval_interval: steps from one evaluation to the next; the last step is always evaluated
         eval_steps: windows that an evaluation looks at, the first ones; 0: all
@@ -1145,8 +1144,9 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
                 vocabulary=[tokenizer.model_path], base=lora.base_files(lora_rank, ckpt_dir))
     progress = run.load_progress(flags, data)
     stored = stored_dtype(pieces) if pieces else torch.float32
-    save, saved_dtype, form = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha, quantize,
-                                           ckpt_dir)
+    # What is trained: all weights, or LoRA's adapters on frozen ones.
+    save, saved_dtype, form_remark = lora.prepare(model, stored, param_dtype, lora_rank, lora_alpha,
+                                                  quantize, ckpt_dir)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.check_disk(checkpoint.bytes_of_training(model, saved_dtype), progress["step"])
     fill_model(model, pieces, seed, place, compute_dtype, fsdp, run.newest)
@@ -1171,7 +1171,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     if run.is_master:
         print(f"{num_trained:,} parameters on {world_size} x {place} in {devices.name_of(compute_dtype)}, "
               f"{steps:,} steps of {total_batch_tokens:,} tokens out of {loader.ntok_total:,}")
-        for remark in filter(None, (form, stretched, loader.remark, val_remark)):
+        for remark in filter(None, (form_remark, stretched, loader.remark, val_remark)):
             print(remark)
 
     for step in run.steps(progress["step"] + 1, steps):
@@ -1195,7 +1195,8 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
             progress = run.progress(step, loader.state_dict())
             checkpoint.save_training(run.folder(step), model, optimizer, tokenizer_copy, progress,
                                      saved_dtype, keep, run.best_folder, save)
-        if sample_interval and step % sample_interval == 0 and (run.is_master or fsdp) and not run.stopping:
+        takes_part = run.is_master or fsdp  # With FSDP every rank has to compute its part.
+        if takes_part and sample_interval and step % sample_interval == 0 and not run.stopping:
             llama = Llama(model, tokenizer, max_seq_len=256)
             for completion in llama.text_completion(PROMPTS, max_gen_len=100, echo=True):
                 run.show(completion["generation"] + "\n")
@@ -1220,7 +1221,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
            special: bool = False, seed: int = Sampler.seed, max_seq_len: int | None = None,
            device: str | None = None, dtype: str | None = None, compile: bool | None = None,
            quantize: str | None = None):
-    """Prints completions of a prompt, of every line of a file, or of four default prompts, or answers.
+    """Prints completions of a prompt, of every line of a file, or of four default ones; or answers dialogs.
 
     Of several prompts the first streams as its tokens come, the others follow. Speed goes to standard error.
     A .jsonl file holds dialogs, a row with messages or conversations each; every row is printed as JSON with
@@ -1262,7 +1263,7 @@ def sample(*, ckpt_dir: str | None = None, tokenizer_path: str | None = None, pr
 
 
 def demo(*, out_dir: str = "out/demo", retrain: bool = False):
-    """Writes a corpus of little stories, trains a small Llama 3 on it and prints four, in 3 minutes.
+    """Writes a corpus of little stories, trains a small Llama 3 on it and prints four, in a few minutes.
 
     Args:
         out_dir: folder of the demo; where it holds a finished one, its model is only sampled from
@@ -1286,7 +1287,6 @@ def demo(*, out_dir: str = "out/demo", retrain: bool = False):
                   val_data=str(data / "TinyStories_val.bin"), out_dir=str(part), preset="demo",
                   tokenizer_path=vocabulary, batch_size=2, seq_len=1024, steps=800, lr=3e-3, min_lr=0.0,
                   warmup_steps=30, muon=True, eval_interval=200, eval_steps=0, save_interval=0, shuffle=True)
-            expect((part / "loss.png").exists(), "the demo", "cut short", "a whole run; start it again")
     sample(ckpt_dir=str(checkpoints_of_run(folder)[-1]))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from plumbing import cli
-from plumbing.prompts import read_prompts, say_cut, say_spelled
+from plumbing.prompts import PROMPTS, read_prompts, say_cut, say_spelled
 from tokenizer import open_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -318,9 +318,6 @@ class Llama:
         prompt_tokens = [self.encode(prompt, special) for prompt in prompts]
         rows = self.generate(prompt_tokens, max_gen_len, **settings)
         return [{"generation": self.tokenizer.decode(row)} for row in rows]
-
-
-PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
 
 
 def main(*, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None,

@@ -5,11 +5,10 @@ Names and the order of rows are those of Hugging Face's folders, see plumbing/hu
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from plumbing import checkpoint, huggingface
 from plumbing.cli import expect
@@ -59,11 +58,7 @@ def save_adapters(path, args, states, tokenizer_path=None, progress=None, optimi
                if name.endswith("lora_b") else tensor for name, tensor in state.items()}
     with checkpoint.checkpoint_folder(path, tokenizer_path, progress, optimizer_dir) as part:
         write_json(part / CONFIG, config)
-        try:
-            save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:  # The disk may be full.
-            raise OSError(f"{path}: {error}") from None
-        shutil.copymode(part / CONFIG, part / WEIGHTS)  # save_file lets only the owner read.
+        huggingface.save_tensors(part / WEIGHTS, tensors, part / CONFIG)
 
 
 def load_adapters(folder, args, layout):
@@ -88,8 +83,8 @@ def load_adapters(folder, args, layout):
     try:
         found = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, or not from safetensors; get it again ({error})") from None
-    expect(found, path, "no tensor", "adapters; get it again")
+        raise ValueError(f"{path}: damaged, or not from safetensors; download it again ({error})") from None
+    expect(found, path, "no tensor", "adapters; download it again")
     names = peft_names(args)
     adapted = {theirs.rpartition(".lora_")[0] for theirs in found}  # Theirs need not be on all matrices.
     names = {name: theirs for name, theirs in names.items() if theirs.rpartition(".lora_")[0] in adapted}

@@ -24,7 +24,7 @@ BATCH = 8  # dialogs that are answered at once
 EXPECTED = "expected messages or conversations, the last one the user's"
 
 
-def choices(model):
+def chosen(model):
     """What was chosen for a model where that was free, in one line."""
     return (f"weights in {weight_type(model)}, arithmetic in {name_of(model.dtype)}, on "
             f"{model.device}")
@@ -35,7 +35,7 @@ def make_ready(llama, compile):
 
     The whole process then keeps what tensors free for the next ones.
     """
-    print(choices(llama.model), file=sys.stderr)
+    print(chosen(llama.model), file=sys.stderr)
     llama.reader = None if compile is False else fast.compile_inference(llama.model)
     fast.keep_freed_memory(llama.model.device)
 

@@ -169,7 +169,7 @@ def newest_checkpoint(folder="out"):
     found = [path for path in Path(folder).rglob("params.json")
              if all(parent.suffix != ".part" for parent in path.parents)]
     if not found:
-        raise FileNotFoundError(f"no checkpoint under {folder}/; `python llama31.py demo` trains one in 3 "
+        raise FileNotFoundError(f"no checkpoint under {folder}/; `python llama31.py demo` trains one in "
                                 "minutes, --ckpt_dir DIR takes another")
     newest = max(found, key=lambda path: path.stat().st_mtime_ns).parent
     print(f"{newest}, the checkpoint last written", file=sys.stderr)

@@ -5,42 +5,12 @@ one recording of all operations, a CUDA graph, serves every token, and only the 
 """
 
 import copy
-import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from plumbing.attention import OneToken
-from plumbing.cli import expect
-
-NOT_FINITE = "the logits are not all finite; take --dtype float32, or sound weights"
-
-
-def check_prompts(llama, prompt_tokens, start_pos):
-    """Raises ValueError naming a prompt that is empty, too long, all in the cache, or has a bad id."""
-    B = len(prompt_tokens)
-    max_seq_len = llama.max_seq_len
-    if not 0 < B <= llama.max_batch_size:
-        raise ValueError(f"{B} prompts; expected 1 to {llama.max_batch_size}, which is max_batch_size")
-    for i, (prompt, held) in enumerate(zip(prompt_tokens, start_pos, strict=True)):
-        if not 0 < len(prompt) < max_seq_len:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; expected 1 to {max_seq_len - 1}, one "
-                             "fewer than max_seq_len: shorten it, or raise --max_seq_len")
-        if not 0 <= min(prompt) <= max(prompt) < llama.num_ids:
-            raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; expected 0 to "
-                             f"{llama.num_ids - 1}")
-        expect(0 <= held < len(prompt), f"start_pos of prompt {i}", held,
-               f"0 to {len(prompt) - 1}: at least its last token is to be read")
-
-
-def unread(texts, start_pos, device):
-    """What texts, lists of ids, have from start_pos on: (B, T), zeros behind it; and each row's last column.
-    """
-    rows = [text[begin:] for text, begin in zip(texts, start_pos, strict=True)]
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    return tokens, [len(row) - 1 for row in rows]
+from plumbing.sampling import NOT_FINITE, unread
 
 
 class StaticReader:
@@ -61,15 +31,15 @@ class StaticReader:
         size = max(start_pos) + tokens.size(1)
         return self.model.extend(tokens, start_pos, [first_columns(cache, size) for cache in caches])
 
-    def draws(self, texts, ended, start_pos, caches, sampler, uniforms, num_ids):
+    def draws(self, rows, ended, start_pos, caches, sampler, uniforms, num_ids):
         """As Llama.draws, with the same ids; rows that have ended go on, and nobody looks at them."""
         device = self.model.device
         room = caches[0].k.size(1)
-        longest = max(map(len, texts))
-        step = Step(self.model, caches, sampler, uniforms.to(device), texts, num_ids)
+        longest = max(map(len, rows))
+        step = Step(self.model, caches, sampler, uniforms.to(device), rows, num_ids)
         for count in range(uniforms.size(1)):
             if count == 0:
-                tokens, last = unread(texts, start_pos, device)
+                tokens, last = unread(rows, start_pos, device)
                 step.draw(self.model.forward_cached(tokens, start_pos, caches, last, self))
             else:
                 # Powers of two, so that few sizes are recorded.
@@ -83,25 +53,25 @@ class StaticReader:
 class Step:
     """What one token after the other needs, at fixed places on the device, and what is done with it."""
 
-    def __init__(self, model, caches, sampler, uniforms, texts, num_ids):
+    def __init__(self, model, caches, sampler, uniforms, rows, num_ids):
         device = uniforms.device
-        B = len(texts)
+        B = len(rows)
         self.model = model
         self.caches = caches
         self.sampler = sampler
         self.uniforms = uniforms
         self.last_position = caches[0].k.size(1) - 1
         self.count = torch.zeros((), dtype=torch.int64, device=device)  # tokens drawn for each row
-        self.positions = torch.tensor([[len(text) - 1] for text in texts], device=device)  # (B, 1)
-        self.tokens = torch.tensor([[text[-1]] for text in texts], device=device)  # at these positions
+        self.positions = torch.tensor([[len(row) - 1] for row in rows], device=device)  # (B, 1)
+        self.tokens = torch.tensor([[row[-1]] for row in rows], device=device)  # at these positions
         self.ids = torch.zeros(B, dtype=torch.int64, device=device)  # drawn behind them
         self.logits = torch.empty(B, model.args.vocab_size, device=device)
         self.rows = torch.arange(B, device=device)
         self.seen = None
         if sampler.repetition_penalty != 1:
             self.seen = torch.zeros(B, num_ids, dtype=torch.bool, device=device)
-            for row, text in zip(self.seen, texts, strict=True):
-                row[torch.tensor(text, device=device)] = True
+            for seen, row in zip(self.seen, rows, strict=True):
+                seen[torch.tensor(row, device=device)] = True
         self.num_ids = num_ids
         self.size = 0  # columns of the cache that the recording attends to
         self.recording = None
@@ -170,7 +140,7 @@ def first_columns(cache, size):
 def drawn(logits: Tensor, uniform: Tensor, sampler, seen: Tensor | None = None) -> Tensor:
     """The ids (B,) that a Sampler draws from logits (B, V) with numbers (B,); -1 where one isn't finite.
 
-    seen (B, V), bool: the ids that a row's text has, for a repetition penalty.
+    seen (B, V), bool: the ids that a row has, for a repetition penalty.
     """
     scores = logits
     if seen is not None:
@@ -197,62 +167,3 @@ def drawn(logits: Tensor, uniform: Tensor, sampler, seen: Tensor | None = None) 
     cdf = (weights * is_kept).cumsum(1)
     ids = torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True)[:, 0]
     return torch.where(is_finite, ids, -1)
-
-# -----------------------------------------------------------------------------
-# A sampler's limits on the CPU, by NumPy, whose operations begin within a microsecond. Their number counts,
-# because a step of the model drives the code of each from the processor's caches.
-
-
-def penalized(scores, text, penalty):
-    """Logits (V,) with a text's tokens made less likely, each once (Keskar et al., 2019)."""
-    ids = np.fromiter(set(text), dtype=np.int64)
-    scores = scores.copy()
-    held = scores[ids]
-    # Dividing a negative logit would make its token likelier.
-    scores[ids] = np.where(held < 0, held * penalty, held / penalty)
-    return scores
-
-
-def candidates(scores, largest, sampler):
-    """(ids, ascending; float64 weights) of the tokens of logits (V,) that a Sampler's limits leave.
-
-    largest: the largest of the logits. Weights are probabilities times a constant, with which the likeliest
-    token has 1.
-    """
-    # The exponentials of all V tokens take longest, and nearly always those near the likeliest suffice: the
-    # others, each below exp(-20), can't hold enough to change what top_p leaves.
-    for reach in (20.0, math.inf) if sampler.top_p < 1 else (math.inf,):
-        near, = (scores >= largest - reach * sampler.temperature).nonzero()
-        weights = np.exp((scores[near] - largest) / np.float32(sampler.temperature))
-        weights = weights.astype(np.float64)  # in which sums are exact enough
-        rest = 2 * (len(scores) - len(near)) * math.exp(-reach)  # more than the others hold together
-        ids = kept(weights, sampler.top_p, sampler.top_k, sampler.min_p, rest)
-        if len(ids) > 0:
-            break
-    return near[ids], weights[ids]
-
-
-def kept(weights, top_p, top_k, min_p, rest=0.0):
-    """Which tokens a sampler's limits leave, ascending; none if that depends on others.
-
-    weights: probabilities times a constant, the largest of which is 1. rest: the most that the others hold.
-    """
-    total = weights.sum()
-    # Sorting all of V is slow: those rarer than this hold less than 1 - top_p together (0.9: rounding).
-    rare = 0.9 * (1 - top_p) / len(weights) * total
-    ids, = (weights >= max(rare, min_p)).nonzero()
-    if top_p == 1 and top_k == 0:
-        return ids
-    ids = ids[(-weights[ids]).argsort(kind="stable")]  # the likeliest first; of equals, the lower id
-    if top_p < 1:
-        # A token is dropped when the likelier ones alone already hold top_p.
-        held = weights[ids].cumsum()
-        count = held.searchsorted(top_p * total) + 1
-        most = held.searchsorted(top_p * (total + rest)) + 1
-        # Where it is all of these, the rare ones might be left, too.
-        if most > count and (count < len(ids) or rare > min_p):
-            return ids[:0]
-        ids = ids[:count]
-    ids = ids[:top_k or None]
-    ids.sort()
-    return ids

@@ -1,14 +1,16 @@
 """Files that appear whole, room on the disk, the .bin shard of tokens and the manifest beside it.
 
 A shard is 256 little-endian int32 of header (magic, version, number of tokens, number of documents, bytes of
-text as int64, zeros), then the tokens as little-endian uint32: the format of karpathy's llm.c. Its version
+text as int64, answers that a template lost, zeros), then the tokens as little-endian uint32: the format of
+karpathy's llm.c. Its version
 says which bits a token may have besides its id:
 
     7   none: every token is a target, and <|begin_of_text|> alone begins a document
     8   MASKED: the token is read, but no target. Older programs of ours wrote it; it is only read now
     9   MASKED, and START: the token is the first of a document, whatever its id
 
-text() writes 9 where a chat, a prompt or a special token was read, and 7 otherwise.
+Version 9 is written where a chat, a prompt or a special token was read, and always with a tokenizer.json;
+else 7.
 """
 
 import contextlib

@@ -6,10 +6,12 @@ rows 2i and 2i + 1 of a head together, Hugging Face's turns rows i and i + D/2.
 
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from plumbing.checkpoint import check_tensors
 from plumbing.mapped import Pieces
@@ -61,13 +63,22 @@ def reordered(name, weight, args, to_meta):
     return in_order(weight, heads, to_meta) if heads else weight
 
 
-def holds_weights(ckpt_dir):
-    """Whether a folder is one of Hugging Face's, whole or not, or is neither theirs nor Meta's."""
+def is_hugging_face(ckpt_dir):
+    """Whether to read a folder as Hugging Face's: it looks like one, or like neither theirs nor Meta's."""
     folder = Path(ckpt_dir)
     if any(folder.glob("consolidated.*.pth")):
         return False
     is_theirs = (folder / "config.json").exists() or any(any(folder.glob(pattern)) for pattern in FOUND)
     return is_theirs or not (folder / "params.json").exists()
+
+
+def save_tensors(path, tensors, beside):
+    """Writes name -> tensor as safetensors, with the permissions of a file beside it; OSError: no space."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    shutil.copymode(beside, path)  # save_file lets only the owner read.
 
 
 def read_index(folder):

@@ -151,7 +151,7 @@ def base_files(rank, ckpt_dir):
     expect(rank == 0 or ckpt_dir, "lora_rank", rank, "--ckpt_dir, too: adapters need a finished model")
     if rank == 0:
         return []
-    layout = huggingface if huggingface.holds_weights(ckpt_dir) else checkpoint
+    layout = huggingface if huggingface.is_hugging_face(ckpt_dir) else checkpoint
     return layout.weight_files(Path(ckpt_dir))
 
 
@@ -190,7 +190,7 @@ def save_merged(path, model, pieces, folder, tokenizer_path=None, dtype=None):
     load_adapters.
     """
     adapters, factor = load_adapters(folder, model.args, model.state_dict())
-    tensors = mapped.merged(pieces, model.args.tie_word_embeddings)
+    tensors = mapped.whole_tensors(pieces, model.args.tie_word_embeddings)
     state = dict(with_adapters(tensors, adapters, factor, dtype))
     if model.args.tie_word_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]

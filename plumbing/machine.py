@@ -1,7 +1,4 @@
-"""What the machine allows: cores and memory of a container, Ctrl-C held back, a terminal's keys.
-
-Linux, macOS and Windows differ only here, apart from what a run does with signals (plumbing/run.py).
-"""
+"""What the machine allows: cores and memory of a container, Ctrl-C held back, a terminal's keys."""
 
 import contextlib
 import math

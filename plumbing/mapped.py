@@ -100,7 +100,7 @@ def pop_pieces(pieces, tied):
         yield name, pieces.pop(name)
 
 
-def merged(pieces, tied):
+def whole_tensors(pieces, tied):
     """As pop_pieces, with whole tensors."""
     return ((name, parts.whole()) for name, parts in pop_pieces(pieces, tied))
 

@@ -16,8 +16,13 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups, matrices, momentum=0.95, **settings):
         moved = {id(p) for p in matrices}
-        super().__init__([{**group, "params": [p for p in group["params"] if (id(p) in moved) == muon],
-                           "muon": muon} for group in groups for muon in (False, True)], **settings)
+        split = []  # each group as two: what AdamW trains, and what Muon trains
+        for group in groups:
+            by_adamw = [p for p in group["params"] if id(p) not in moved]
+            by_muon = [p for p in group["params"] if id(p) in moved]
+            split.append({**group, "params": by_adamw, "muon": False})
+            split.append({**group, "params": by_muon, "muon": True})
+        super().__init__(split, **settings)
         self.momentum = momentum
 
     @torch.no_grad()

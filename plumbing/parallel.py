@@ -79,7 +79,7 @@ def rank_and_size():
 
 
 def sum_over_ranks(values, device):
-    """The sums over all ranks of N numbers, or tensors of one: float64 (N,), on the device."""
+    """The sums over all ranks of N numbers, or tensors of one: float64 (N,), on the device; mps: the CPU."""
     if device.type == "mps":  # It has no float64, and no other ranks.
         device = torch.device("cpu")
     sums = torch.stack([value.to(device).double() if isinstance(value, torch.Tensor)

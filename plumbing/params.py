@@ -40,7 +40,8 @@ def fit_context(args, seq_len, is_new):
     args.max_seq_len = seq_len if is_new else max(before, seq_len)
     if is_new or seq_len <= before:
         return ""
-    return f"--seq_len {seq_len} is beyond the {before} tokens that the model is made for, and learned anew"
+    return (f"--seq_len {seq_len} is beyond the {before} tokens that the model is made for; it has to learn "
+            "the rest")
 
 
 def read_params(path, shape):
@@ -65,7 +66,7 @@ def read_params(path, shape):
             fields = found | fields
             args = shape(**fields)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: {error}: found no JSON, expected an object of fields; get the file "
+            raise ValueError(f"{file}: {error}: found no JSON, expected an object of fields; download it "
                              "again") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None

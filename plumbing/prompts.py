@@ -8,6 +8,8 @@ from plumbing.cli import expect, unescape
 from plumbing.machine import has_input, keys_at_once
 from plumbing.text_files import decode, read_lines
 
+PROMPTS = ("Once upon a time", "One day", "Lily and George were best friends", "On a dark and stormy night")
+
 
 def holds_dialogs(path):
     """Whether a file of prompts holds dialogs, as its name says; else each of its lines is a prompt."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from plumbing.decoding import NOT_FINITE
+from plumbing.sampling import NOT_FINITE
 
 LOGITS_AT_ONCE = 2**24  # 64 MB in float32
 WINDOWS_AT_HAND = 256  # Those of like lengths are found among so many.
@@ -49,7 +49,8 @@ def nats_of(llama, windows, caches, held=0):
         logits = reader.head(part)
         nats.append(logits.logsumexp(-1) - logits.gather(1, ids[:, None])[:, 0])
     sums = torch.zeros(len(windows), dtype=torch.float64)
-    sums.index_add_(0, is_scored.nonzero()[:, 0].cpu(), torch.cat(nats).double().cpu())
+    # MPS has no float64: the numbers become that on the CPU.
+    sums.index_add_(0, is_scored.nonzero()[:, 0].cpu(), torch.cat(nats).cpu().double())
     if not sums.isfinite().all():
         raise ValueError(NOT_FINITE)
     return sums.tolist()

@@ -68,9 +68,10 @@ def validation_pattern(train_pattern, val_pattern):
         return val_pattern, ""
     folder, name = os.path.split(train_pattern)
     pattern = os.path.join(folder, name.replace("train", "val"))
-    if pattern == train_pattern or not files.matching(pattern):
-        return None, (f"no validation: --val_data is not given, and no file is named as {train_pattern} is, "
-                      "with val for train")
+    if pattern == train_pattern:
+        return None, f"no validation: --val_data is not given, and no train in {name} could become val"
+    if not files.matching(pattern):
+        return None, f"no validation: --val_data is not given, and no file matches {pattern}"
     return pattern, ""
 
 

@@ -58,10 +58,8 @@ def dropping(stream):
 
 def flush_or_drop_output():
     """Flushes standard output; what can't be written is dropped, so that Python doesn't try again."""
-    try:
+    with dropping(sys.stdout):
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text, stream=None):

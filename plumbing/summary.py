@@ -39,9 +39,9 @@ def print_splits(data_dir, val_fraction):
                 _, lengths, _, is_masked = find_documents(os.path.join(data_dir, name))
                 longest = max(longest, lengths[is_masked].max(initial=0))
     if longest:
-        hint = f"--seq_len {longest - 1:,} or more cuts no chat"
+        hint = f"--seq_len {longest - 1} or more cuts no chat"
     else:
-        hint = f"a longer --seq_len than {min(windows) - 1:,} leaves a split without a full window"
+        hint = f"a longer --seq_len than {min(windows) - 1} leaves a split without a full window"
     print(f"{'; '.join(sizes)}; {hint}")
     total = sum(documents.values())
     larger = min(0.5, max(0.1, round(10 / total, 1)))

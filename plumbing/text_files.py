@@ -1,4 +1,4 @@
-"""Text files, whose encoding may be another than UTF-8, and JSON files of one object."""
+"""Text files in UTF-8, with an error that names what else one seems to be, and JSON files of one object."""
 
 import codecs
 import gzip

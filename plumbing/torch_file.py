@@ -25,7 +25,7 @@ def load_file(path, map_location="cpu"):
 
 def damaged(path, error):
     reason = str(error).partition("\n")[0]
-    return ValueError(f"{path}: damaged, or not from torch.save; get it again ({reason:.80})")
+    return ValueError(f"{path}: damaged, or not from torch.save; download it again ({reason:.80})")
 
 
 def record_begins(path):

@@ -13,7 +13,7 @@ from tiny import RESCALED, SHAPE, WIDE, assert_close, output, random_model, writ
 
 import reference
 from llama31 import Llama, ModelArgs, Transformer, save_checkpoint
-from plumbing.answers import choices
+from plumbing.answers import chosen
 from plumbing.devices import choose_dtype, fast_dtype
 from plumbing.mapped import split_dim
 
@@ -344,7 +344,7 @@ def test_weights_stay_as_stored_where_arithmetic_is_in_float32(tied, stored, com
     assert state.keys() == source.state_dict().keys()
     assert all(torch.equal(state[name], p) for name, p in source.state_dict().items())
     kind = "bfloat16" if stored is torch.bfloat16 else "float16"
-    assert choices(llama.model).startswith(f"weights in {kind}, arithmetic in float32, on cpu")
+    assert chosen(llama.model).startswith(f"weights in {kind}, arithmetic in float32, on cpu")
     tokens = torch.arange(20).view(2, 10)
     assert_close(llama.model(tokens), exact.model(tokens))
     for start in (0, 7):  # a prompt, and behind it single tokens

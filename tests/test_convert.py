@@ -30,7 +30,7 @@ from tiny import (
 import convert
 import llama31
 import reference
-from plumbing import cli
+from plumbing import cli, huggingface
 from plumbing.config_json import FIELDS, ROPE_FIELDS
 from plumbing.vocabularies import write_tokenizer_json, write_tokenizer_model
 from tokenizer import Tokenizer
@@ -116,6 +116,14 @@ def test_a_model_of_transformers_has_the_same_logits_here(changes, tmp_path):
     assert ours.args.max_seq_len == 128
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_tied_weights_are_written_once_whatever_the_type(dtype, tmp_path):
+    save_hf(tmp_path / "hf", tie_word_embeddings=True)
+    convert.from_hf(tmp_path / "hf", tmp_path / "meta", dtype=dtype)
+    state = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("files", [1, 8])
 @each_configuration
@@ -132,7 +140,9 @@ def test_a_checkpoint_has_the_same_logits_in_transformers(changes, files, tmp_pa
     assert theirs.config.tie_word_embeddings == ours.args.tie_word_embeddings
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [
+    torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow),
+    pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("files", [1, 8])
 @each_configuration
 def test_meta_to_hugging_face_to_meta_keeps_every_byte(changes, files, dtype, tmp_path):
@@ -171,7 +181,7 @@ def test_files_hold_at_most_so_many_bytes_and_one_is_in_memory_at_a_time(tmp_pat
         assert all(ref() is None for ref in written)
         return real(*args, **settings)
 
-    monkeypatch.setattr(convert, "save_file", save)
+    monkeypatch.setattr(huggingface, "save_file", save)
     monkeypatch.setattr(convert, "reordered", reordered)
     write_checkpoint(tmp_path / "meta", random_model(**CONFIGURATIONS["mha"]))
     convert.to_hf(tmp_path / "meta", tmp_path / "hf", **SMALL)

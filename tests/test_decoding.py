@@ -38,7 +38,7 @@ def assert_same_steps(found, expected):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_static_decoding_has_the_logits_and_tokens_of_llamas_own(n_kv_heads, batch, settings):
     llama = random_llama(n_heads=4, n_kv_heads=n_kv_heads)
     prompts = BATCHES[batch]

@@ -317,7 +317,7 @@ def test_json_is_read_by_what_a_file_holds(tmp_path, content):
 VALUES = st.dictionaries(st.text(max_size=3), st.text(max_size=9) | st.integers() | st.lists(st.booleans()))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(VALUES, max_size=5), st.sampled_from([2, 3, 64]), st.booleans(), st.sampled_from([None, 1]))
 def test_json_in_blocks_is_what_json_reads(values, block, ascii, indent):
     def dump(value):

@@ -12,7 +12,7 @@ from tiny import ROOT, assert_close, random_llama, random_model, run, write_chec
 
 import reference
 from llama31 import Llama, Sampler, sample
-from plumbing import decoding
+from plumbing import sampling
 from tokenizer import Tokenizer, split_at_stop, train_tokenizer
 
 
@@ -93,7 +93,7 @@ def test_penalized_logits_are_those_of_transformers(penalty):
     logits = torch.randn(60, generator=torch.Generator().manual_seed(1))
     text = [3, 9, 9, 41, 3]
     expected = process(torch.tensor([text]), logits[None])[0]
-    assert torch.equal(torch.from_numpy(decoding.penalized(logits.numpy(), text, penalty)),
+    assert torch.equal(torch.from_numpy(sampling.penalized(logits.numpy(), text, penalty)),
                        expected)
 
 

@@ -14,7 +14,7 @@ BUDGETS = {
     "tiny_stories.py": 408,
     "stories.py": 400,
     "reference.py": 369,  # DESIGN.md has 270: it shares its flags with sample, and refuses what is no Llama.
-    "convert.py": 207,
+    "convert.py": 210,
     "evaluate.py": 190,
     "chat.py": 170,  # DESIGN.md has 140: each of its 14 flags has a line of help.
     "bench.py": 429,
@@ -26,33 +26,34 @@ BUDGETS = {
     "plumbing/fast.cpp": 630,  # DESIGN.md has 620: each kind of processor has int8 products.
     "plumbing/vectors.h": 50,
     "plumbing/attention.py": 156,
-    "plumbing/muon.py": 52,
-    "plumbing/decoding.py": 259,
+    "plumbing/muon.py": 57,
+    "plumbing/decoding.py": 170,
+    "plumbing/sampling.py": 95,
     "plumbing/attention.cpp": 260,
     "plumbing/checkpoint.py": 260,
     "plumbing/optimizer_state.py": 65,
-    "plumbing/params.py": 80,
+    "plumbing/params.py": 82,
     "plumbing/torch_file.py": 68,
     "plumbing/mapped.py": 140,
     "plumbing/lora.py": 210,
-    "plumbing/adapters.py": 107,
+    "plumbing/adapters.py": 102,
     "plumbing/rounding.py": 105,
     "plumbing/messages.py": 125,
     "plumbing/meta_vocabulary.py": 140,
     "plumbing/tokenizer_json.py": 233,
     "plumbing/vocabularies.py": 140,
     "plumbing/gguf_file.py": 213,
-    "plumbing/huggingface.py": 180,
+    "plumbing/huggingface.py": 192,
     "plumbing/config_json.py": 112,
     "plumbing/parallel.py": 180,
     "plumbing/tensor_parallel.py": 46,
-    "plumbing/scoring.py": 125,
-    "plumbing/start.py": 97,
+    "plumbing/scoring.py": 126,
+    "plumbing/start.py": 100,
     "plumbing/resume.py": 233,
     "plumbing/run.py": 220,
     "plumbing/signals.py": 45,
     "plumbing/plot.py": 40,
-    "plumbing/files.py": 225,  # DESIGN.md has 130: shards and manifests are checked, with messages.
+    "plumbing/files.py": 226,  # DESIGN.md has 130: shards and manifests are checked, with messages.
     "plumbing/text_files.py": 74,
     "plumbing/cli.py": 110,
     "plumbing/flags.py": 80,
@@ -106,9 +107,9 @@ def test_nothing_in_plumbing_imports_a_script():
 def test_the_reference_shares_only_the_tokenizer_and_the_command_line():
     ours = {path.stem for path in ROOT.glob("*.py")} | {"plumbing", "importlib"}
     found = {name for name in imports(ROOT / "reference.py") if name.partition(".")[0] in ours}
-    assert found == {"plumbing", "plumbing.cli", "plumbing.prompts", "plumbing.prompts.read_prompts",
-                     "plumbing.prompts.say_cut", "plumbing.prompts.say_spelled",
-                     "tokenizer", "tokenizer.open_tokenizer"}
+    assert found == {"plumbing", "plumbing.cli", "plumbing.prompts", "plumbing.prompts.PROMPTS",
+                     "plumbing.prompts.read_prompts", "plumbing.prompts.say_cut",
+                     "plumbing.prompts.say_spelled", "tokenizer", "tokenizer.open_tokenizer"}
     rooms = ("cli", "flags", "prompts", "files", "text_files", "streams",  # and what tokenizer.py imports
              "meta_vocabulary", "tokenizer_json", "chat_template", "messages")
     for shared in ("tokenizer.py", *(f"plumbing/{name}.py" for name in rooms)):

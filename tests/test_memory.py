@@ -55,8 +55,9 @@ def bfloat16_model(args, form):
     return model
 
 
-@pytest.mark.parametrize("form", [dict(param_dtype="bfloat16"), dict(lora_rank=4),
-                                  dict(lora_rank=4, quantize="int8")], ids=str)
+@pytest.mark.parametrize("form", [
+    dict(lora_rank=4, quantize="int8"), pytest.param(dict(param_dtype="bfloat16"), marks=pytest.mark.slow),
+    pytest.param(dict(lora_rank=4), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("settings, batch_size, seq_len, recomputed", [
     pytest.param(SMALL | dict(dim=256, n_layers=4, vocab_size=1000), 1, 16, False,
                  marks=pytest.mark.slow),  # weights take the most

@@ -95,8 +95,8 @@ def test_hugging_face_agrees_on_any_small_configuration(data):
 
 
 @pytest.mark.parametrize("numbers, tied", [
-    (dict(rope_scale_factor=8), False),
-    pytest.param(dict(rope_scale_factor=32), True, marks=pytest.mark.slow),
+    *(pytest.param(dict(rope_scale_factor=factor), tied, marks=pytest.mark.slow)
+      for factor, tied in ((8, False), (32, True))),
     (dict(rope_scale_factor=5, rope_low_freq_factor=0.5, rope_high_freq_factor=32, rope_old_context=4096),
      False)])
 def test_hugging_face_agrees_where_only_positions_past_8192_count(numbers, tied):
@@ -208,6 +208,7 @@ def test_metas_transformer_has_our_logits_and_greedy_tokens(name, files, meta_fo
     assert greedy(META_PROMPTS) == rows == [greedy([prompt])[0] for prompt in META_PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", META_CONFIGURATIONS)
 def test_files_that_fairscale_cut_are_merged_to_the_whole(name, meta_folder):
     whole, merged = (llama31.Llama.build(meta_folder / name / files, device="cpu").model.state_dict()

@@ -258,7 +258,6 @@ def test_the_defaults_of_library_calls_are_those_that_users_know():
     assert defaults == dict(
         tokenizer_path=None, max_seq_len=None, max_batch_size=32, device=None, dtype=None, compile=None,
         quantize=None, tensor_parallel=None, weight_decay=0.1, betas=(0.9, 0.95), seed=0, muon=False)
-    assert llama31.PROMPTS == reference.PROMPTS
 
 
 def test_the_demo_trains_by_its_recipe(tmp_path, monkeypatch):

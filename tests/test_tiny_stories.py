@@ -390,7 +390,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(content=shard_content(), block=st.sampled_from([8, 9, 13, 64, 2**20]))
 @example(content=b"[" * 100_000, block=64)
 @example(content=b'[{"story": "a"}] \n\t x', block=8)

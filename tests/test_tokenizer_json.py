@@ -112,8 +112,8 @@ PIECES = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "<think>deep
 TEXTS = st.one_of(
     st.text(), st.text(st.sampled_from("ab 's'tLL1203 \t\n\r\u00a0\u3000éŉ你🦙<|>_-!\u0301\0")),
     st.lists(st.sampled_from(PIECES)).map("".join))
-NAMES = [pytest.param("llama3", marks=pytest.mark.slow), "derived", "digits",
-         pytest.param("smollm2", marks=pytest.mark.weights)]
+NAMES = ["digits", pytest.param("smollm2", marks=pytest.mark.weights),
+         *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "derived"))]
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +156,7 @@ def test_no_text_becomes_a_special_token_unasked(pairs, name, text):
         assert sum(ours.byte_lengths[i] for i in ids) == len(text.encode())
 
 
+@pytest.mark.slow
 def test_only_the_special_tokens_that_are_allowed_are_read(pairs):
     ours, _ = pairs("derived")
     text = "<think>a<think>deep<|im_end|>"

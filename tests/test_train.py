@@ -152,6 +152,16 @@ def test_accumulated_micro_batches_equal_one_large_batch(corpus, tmp_path, doc_m
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
 
 
+def test_the_loss_of_a_step_is_in_float32_as_mps_has_no_float64(monkeypatch):
+    types = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: types.append(loss.dtype) or backward(loss))
+    model = random_model(n_layers=1)
+    llama31.optimize(model, model.configure_optimizers(0.5), [(*random_tokens(2, 2, 9), None)], 1e-2, 1.0,
+                     torch.autocast("cpu", enabled=False))
+    assert types == [torch.float32]
+
+
 @pytest.mark.parametrize("grad_clip", [0.0, 0.01])
 def test_a_step_is_adamws_on_the_gradient_of_the_mean_over_all_targets(grad_clip):
     ours, plain = (random_model(n_layers=1) for _ in range(2))
@@ -593,7 +603,11 @@ def test_without_val_data_only_the_file_beside_train_data_validates(corpus, tmp_
     flags = dict(train_data="mine[1]/train.bin", val_data=None, steps=1)
     [record] = run(corpus, tmp_path / "without", **flags)
     assert "val_loss" not in record
-    assert "no validation: --val_data is not given, and no file is named as mine[1]/train.bin" in (
+    assert "no validation: --val_data is not given, and no file matches mine[1]/val.bin" in (
+        capsys.readouterr().out)
+    shutil.copy(mine / "train.bin", mine / "mine.bin")
+    run(corpus, tmp_path / "unlike", **flags | dict(train_data="mine[1]/mine.bin"))
+    assert "no validation: --val_data is not given, and no train in mine.bin could become val" in (
         capsys.readouterr().out)
     shutil.copy(corpus / "val.bin", mine / "val.bin")
     [record] = run(corpus, tmp_path / "beside", **flags)
