@@ -180,7 +180,7 @@ def ours(llama):
     return run
 
 
-def drawn(args, room, batch_size, device, dtype, compile, quantize):
+def random_llama(args, room, batch_size, device, dtype, compile, quantize):
     """A Llama of a shape with random weights, for rows of so many tokens."""
     model = Transformer.on_meta(args)
     dtype = dtype or devices.fast_dtype(device, torch.bfloat16)
@@ -235,7 +235,7 @@ def speed(*, ckpt_dir: str | None = None, preset: str | None = None, dtype: str 
     before = limits(device)
     start = time.perf_counter()
     if args:
-        llama = drawn(args, room, batch_size, device, devices.choose_dtype(dtype), compile, quantize)
+        llama = random_llama(args, room, batch_size, device, devices.choose_dtype(dtype), compile, quantize)
     else:
         ckpt_dir = checkpoint.newest_checkpoint() if ckpt_dir is None else ckpt_dir
         llama = Llama.build(ckpt_dir, None, room, batch_size, device, dtype, compile, quantize)

@@ -28,28 +28,6 @@
 
 using Shorts = int16_t __attribute__((vector_size(4 * LANES)));
 
-struct bfloat16 {  // the upper half of a float
-    uint16_t bits;
-    bfloat16() = default;
-    bfloat16(float x) {
-        uint32_t u;
-        memcpy(&u, &x, 4);
-        bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // not a number, or the nearest
-    }
-    operator float() const { uint32_t u = uint32_t(bits) << 16; float x; memcpy(&x, &u, 4); return x; }
-};
-
-#ifdef __x86_64__
-struct float16 {
-    uint16_t bits;
-    float16() = default;
-    float16(float x) : bits(_cvtss_sh(x, 0)) {}
-    operator float() const { return _cvtsh_ss(bits); }
-};
-#else
-using float16 = __fp16;
-#endif
-
 using Value = VALUE;
 using Weight = WEIGHT;
 constexpr bool INT8 = std::is_same_v<Weight, int8_t>;

@@ -1,4 +1,5 @@
-// Vectors of the processor's registers, and memory for them: what fast.cpp and attention.cpp compute with.
+// Vectors of the processor's registers, memory for them, and numbers of 16 bits: what fast.cpp and
+// attention.cpp compute with.
 
 #include <algorithm>
 #include <cstdint>
@@ -44,3 +45,25 @@ public:
     operator const T*() const { return lines[0].values; }
     void clear() { std::fill(lines.begin(), lines.end(), Line{}); }
 };
+
+struct bfloat16 {  // the upper half of a float
+    uint16_t bits;
+    bfloat16() = default;
+    bfloat16(float x) {
+        uint32_t u;
+        memcpy(&u, &x, 4);
+        bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // not a number, or the nearest
+    }
+    operator float() const { uint32_t u = uint32_t(bits) << 16; float x; memcpy(&x, &u, 4); return x; }
+};
+
+#ifdef __x86_64__
+struct float16 {
+    uint16_t bits;
+    float16() = default;
+    float16(float x) : bits(_cvtss_sh(x, 0)) {}
+    operator float() const { return _cvtsh_ss(bits); }
+};
+#else
+using float16 = __fp16;
+#endif

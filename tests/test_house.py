@@ -13,7 +13,7 @@ BUDGETS = {
     "tokenizer.py": 335,
     "tiny_stories.py": 408,
     "stories.py": 400,
-    "reference.py": 369,  # DESIGN.md has 270: it shares its flags with sample, and refuses what is no Llama.
+    "reference.py": 365,  # DESIGN.md has 270: it shares its flags with sample, and refuses what is no Llama.
     "convert.py": 210,
     "evaluate.py": 190,
     "chat.py": 170,  # DESIGN.md has 140: each of its 14 flags has a line of help.
@@ -23,8 +23,8 @@ BUDGETS = {
     "plumbing/fast.py": 375,
     "plumbing/narrow.py": 155,
     "plumbing/devices.py": 85,
-    "plumbing/fast.cpp": 630,  # DESIGN.md has 620: each kind of processor has int8 products.
-    "plumbing/vectors.h": 50,
+    "plumbing/fast.cpp": 620,
+    "plumbing/vectors.h": 75,
     "plumbing/attention.py": 156,
     "plumbing/muon.py": 57,
     "plumbing/decoding.py": 170,
