@@ -322,7 +322,7 @@ class Transformer(nn.Module):
         # Not a buffer: .to(torch.bfloat16) would round it, and angles at late positions would be far off.
         self.rope_frequencies = rope_frequencies(args)
         self.activation_checkpointing = False  # True: training keeps only the inputs of its blocks
-        self.compiled_attention = False  # True: plumbing/attention.cpp trains, on a CPU
+        self.compiled_attention = False  # True: training's attention is plumbing/attention.cpp's
         self.tensor_parallel = 1  # how many processes split its heads, see load_checkpoint
         self.compute_dtype = None  # type of products where weights have fewer bits; None: the weights' own
         if not self.output.weight.is_meta:
@@ -978,7 +978,7 @@ def optimize(model, optimizer, batches, lr, grad_clip, autocast, what="the step"
     # Every target weighs the same, on whatever rank it lies: sums are divided by the number of all targets.
     # A mean of means would favour the targets of batches that have few.
     count, = parallel.sum_over_ranks([sum((targets != -100).sum() for _, targets, _ in batches)], device)
-    divisor = count.clamp(min=1).float()  # In float64 the loss would be, too, which MPS has not.
+    divisor = count.clamp(min=1).float()  # A count in float64 would make the loss that, which MPS lacks.
     total = torch.zeros((), device=device)
     for i, (inputs, targets, starts) in enumerate(batches, start=1):
         # DDP: all-reduce the gradients after the last micro-batch only.
@@ -1068,7 +1068,7 @@ def train(*, train_data: str = "tinystories/TinyStories_train*.bin",
     Checkpoints have the type of the weights that are finetuned, and what resuming needs inside. Resuming
     takes each flag that isn't given from the run's own record, but for device. Steps that are added keep the
     last rate. A signal, such as Ctrl-C's, lets the step finish and saves it; then the command ends with
-    status 128 + its number, and Python gets the KeyboardInterrupt.
+    status 128 + its number. In Python, Ctrl-C raises KeyboardInterrupt.
 
     Args:
         train_data: pattern of the .bin shards to train on
