@@ -98,7 +98,7 @@ def dialogs(draw, roles, contents):
     return messages
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(data=st.data())
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_dialog_has_the_ids_of_transformers(pairs, name, data):
@@ -111,7 +111,7 @@ def test_any_dialog_has_the_ids_of_transformers(pairs, name, data):
 LOOKING = {"deepseek", "qwen3", "mixed", "macro", "dated"}  # They rewrite what spells special tokens.
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(data=st.data())
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_no_content_forges_a_special_token(pairs, name, data):
@@ -265,7 +265,7 @@ def test_an_answers_words_and_its_end_alone_are_learned(pairs, name, dialog, tex
     assert learned(ours, dialog) == (texts, 0)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(data=st.data())
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_no_word_of_another_message_is_learned(pairs, name, data):
@@ -285,7 +285,7 @@ GENERATION = ("{% for message in messages %}{% if message.role == 'assistant' %}
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(dialog=dialogs(["system"], TEXTS.map(str.lstrip)))
 def test_targets_are_those_that_a_template_names_to_transformers(generation_pair, dialog):
     ours, theirs = generation_pair
@@ -434,7 +434,7 @@ def test_tokens_that_were_told_are_kept_where_the_text_is_the_same(pairs):
     assert ids[len(prompt + own):] == canonical[len(prompt + ours.encode("the cat")):]
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @example(begun=[]).via("edge")
 @given(begun=st.lists(st.integers(0, 300), max_size=30))
 @pytest.mark.parametrize("name", ["smollm2", "deepseek", "plain"])

@@ -101,6 +101,7 @@ def assert_same_tokenizer(folder, source):
     assert (a.bos_id, a.stop_tokens) == (b.bos_id, b.stop_tokens) and b.stop_tokens == [0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow)
                                                      for dtype in (torch.float32, torch.float16))], ids=str)
 def test_what_is_trained_is_converted_both_ways_and_trained_again(vocabulary, dtype, tmp_path, capsys):

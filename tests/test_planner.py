@@ -93,8 +93,8 @@ def compare(preset, sharing, batch_size, seq_len, recomputes, form, micro_batche
     return computed, tracked
 
 
-@pytest.mark.parametrize("point", [
-    POINTS[0], *(pytest.param(point, marks=pytest.mark.slow) for point in POINTS[4::4])], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS[::4], ids=str)
 def test_few_layers_take_the_memory_that_torch_counts(point):
     computed, tracked = compare(*point, n_layers=3, vocab_size=2048)
     assert computed == pytest.approx(tracked, rel=0.05)

@@ -412,6 +412,7 @@ def test_a_bos_within_documents_begins_none(digits, tmp_path):
     assert starts == 22 and num_bos == 23
 
 
+@pytest.mark.slow
 def test_a_folder_is_trained_resumed_and_sampled_with_its_own_tokenizer(digits, tmp_path, capsys):
     (digits / CONFIG).write_text(json.dumps(CHATML | {"add_bos_token": True}))
     (digits / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
