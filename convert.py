@@ -30,7 +30,7 @@ from plumbing.huggingface import (
     tensor_names,
 )
 from plumbing.lora import save_merged
-from plumbing.mapped import stored_dtype
+from plumbing.mapped import stored_dtype, whole_tensors
 from plumbing.text_files import read_json, write_json
 from plumbing.tokenizer_json import copy_tokenizer
 from plumbing.vocabularies import full_vocabulary, ids_of, metas_tokenizer, write_tokenizer_json
@@ -116,8 +116,9 @@ def from_hf(src: str, dst: str, *, dtype: str | None = None):
     refuse_existing(dst)
     dtype = choose_dtype(dtype)
     args, pieces, tied = open_hugging_face(src, to_meta=True)
-    state = {name: parts.whole().to(dtype or parts.dtype) for name, parts in pieces.items()}
-    if tied or args.tie_word_embeddings:
+    tied |= args.tie_word_embeddings
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in whole_tensors(pieces, tied)}
+    if tied:
         state["output.weight"] = state["tok_embeddings.weight"]  # on one storage, whatever the type
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(dst, args, state, metas_tokenizer(src, Path(folder), args.vocab_size))

@@ -254,7 +254,7 @@ class CompiledReader:
         args = model.args
         self.sizes = Model(args.dim, args.hidden_dim, args.vocab_size, args.n_layers, args.n_heads,
                            args.n_kv_heads, args.head_dim, args.norm_eps, self.layers.data_ptr())
-        # PyTorch is faster at many tokens in bfloat16 alone, where the processor has instructions for it.
+        # PyTorch multiplies many tokens faster only in bfloat16, if the processor has instructions for it.
         fast = fast_dtype(model.device, self.dtype)
         self.torch_multiplies = self.dtype == weight_dtype == fast == torch.bfloat16
 

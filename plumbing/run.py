@@ -32,8 +32,8 @@ class Run:
 
     newest: the checkpoint to go on from, None if there is none. best: the step with the lowest validation
     loss, and that loss; None if there is none. improved: whether this step is the best. signals: the names
-    of those received since the steps began. stopping: whether a signal ends the run after this
-    step. Only the master writes. ValueError if the folder holds a run and resume was not asked for.
+    of those received since the steps began. stopping: whether a signal ends the run after this step.
+    Only the master writes. ValueError if the folder holds a run and resume was not asked for.
     """
 
     def __init__(self, out_dir, resume, is_master, floor=None):

@@ -102,8 +102,7 @@ def assert_same_tokenizer(folder, source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow)
-                                                     for dtype in (torch.float32, torch.float16))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 def test_what_is_trained_is_converted_both_ways_and_trained_again(vocabulary, dtype, tmp_path, capsys):
     source = write_folder(tmp_path / "source", vocabulary, dtype)
     data = write_data(tmp_path / "texts", source)
